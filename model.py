@@ -1,0 +1,412 @@
+"""
+The language model: tokenizer, GPT, and how both are kept on disk. Nothing here knows about sparse autoencoders;
+what they need from the model is one argument, `hook`.
+
+    gpt, tokenizer = load_gpt("out", "cpu")
+    logits, loss = gpt(idx, targets, hook=lambda site, x: torch.zeros_like(x) if site == "mlp.0" else None)
+
+Notable:
+- pre-LayerNorm blocks, learned positions, ReLU in the MLP and one layer by default: the model of Bricken et al. 2023
+- embedding and unembedding are separate matrices, so "which tokens does this direction raise?" is asked of W_U alone
+- one `hook(site, x)` serves dumping, splicing, ablation and steering
+- byte-pair merges are learned here but run by tiktoken, so every string round-trips at tiktoken's speed
+- checkpoints hold tensors and plain values only, are moved into place when complete, and load with weights_only=True
+"""
+import argparse
+import hashlib
+import heapq
+import json
+import math
+import os
+import re
+import sys
+import time
+from collections import Counter, defaultdict
+from dataclasses import asdict, dataclass
+
+import tiktoken
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# -----------------------------------------------------------------------------
+# GPT
+
+@dataclass
+class GPTConfig:
+    block_size: int = 128   # longest context, in tokens
+    vocab_size: int = 2048
+    n_layer: int = 1
+    n_head: int = 4
+    n_embd: int = 128       # width of the residual stream; the MLP is four times as wide
+
+    def __post_init__(self):
+        for name, value in asdict(self).items():
+            if value < 1:
+                raise UserError(f"{name} must be 1 or more, not {value}")
+        if self.n_embd % self.n_head:
+            raise UserError(f"n_embd ({self.n_embd}) must be divisible by n_head ({self.n_head})")
+
+
+class Block(nn.Module):
+    """x + attention(LayerNorm(x)), then x + MLP(LayerNorm(x))."""
+
+    def __init__(self, config):
+        super().__init__()
+        C = config.n_embd
+        self.n_head = config.n_head
+        self.ln_1 = nn.LayerNorm(C)
+        self.c_attn = nn.Linear(C, 3 * C)    # query, key, value of all heads at once
+        self.attn_proj = nn.Linear(C, C)
+        self.ln_2 = nn.LayerNorm(C)
+        self.c_fc = nn.Linear(C, 4 * C)
+        self.mlp_proj = nn.Linear(4 * C, C)
+
+    def attention(self, x):
+        B, T, C = x.shape
+        q, k, v = (y.view(B, T, self.n_head, -1).transpose(1, 2) for y in self.c_attn(x).split(C, dim=2))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)       # (B, n_head, T, C / n_head)
+        return self.attn_proj(y.transpose(1, 2).reshape(B, T, C))         # (B, T, C)
+
+    def forward(self, x, hook, layer):
+        x = x + hook(f"attn.{layer}", self.attention(self.ln_1(x)))
+        neurons = hook(f"mlp.{layer}", F.relu(self.c_fc(self.ln_2(x))))   # (B, T, 4 C): what an SAE on the MLP reads
+        return hook(f"resid.{layer}", x + self.mlp_proj(neurons))
+
+
+class GPT(nn.Module):
+    """
+    Decoder-only transformer.
+
+    Initialisation: every matrix N(0, 1 / fan_in), which keeps the variance of what flows through it. Two exceptions:
+    the matrices that write into the residual stream are divided by sqrt(2 n_layer), so that the stream's variance
+    does not grow with depth (Radford et al. 2019), and the unembedding starts at a tenth, so that the first loss is
+    close to log(vocab_size), that of a model which has no opinion. Embeddings are N(0, 0.02), biases 0.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)  # W_U, not tied to wte
+        for name, p in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(p)
+            elif "wte" in name or "wpe" in name:
+                nn.init.normal_(p, std=0.02)
+            elif p.dim() == 2:
+                shrink = 10 if "lm_head" in name else math.sqrt(2 * config.n_layer) if "proj" in name else 1
+                nn.init.normal_(p, std=p.shape[1] ** -0.5 / shrink)
+
+    def trunk(self, idx, hook=None):
+        """Everything before the unembedding. idx: (B, T) token ids -> (B, T, n_embd), after the last LayerNorm."""
+        def call(site, x):
+            y = hook(site, x) if hook is not None else None
+            return x if y is None else y
+        x = self.wte(idx) + self.wpe(torch.arange(idx.shape[1], device=idx.device))  # (B, T, C)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, call, layer)
+        return self.ln_f(x)
+
+    def forward(self, idx, targets=None, hook=None):
+        """
+        idx, targets: (B, T) token ids -> logits (B, T, vocab_size), loss: mean cross-entropy in nats, None without
+        targets. hook(site, x) is called at "attn.L" (attention output, width n_embd), "mlp.L" (MLP activations after
+        the ReLU, width 4 n_embd) and "resid.L" (residual stream after the block) of every layer L; what it returns
+        takes the place of x, None keeps x.
+        """
+        logits = self.lm_head(self.trunk(idx, hook))
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+    @torch.no_grad()
+    def generate(self, idx, n_tokens, temperature=0.8, top_k=50, hook=None, generator=None):
+        """Appends n_tokens sampled tokens to idx (B, T) -> (B, T + n_tokens)."""
+        for _ in range(n_tokens):
+            logits, _ = self(idx[:, -self.config.block_size:], hook=hook)
+            logits = logits[:, -1] / temperature
+            kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+            probs = logits.masked_fill(logits < kth, -math.inf).softmax(-1)
+            idx = torch.cat([idx, torch.multinomial(probs, 1, generator=generator)], dim=1)
+        return idx
+
+    def site_width(self, site):
+        """Width of the activations at a site; UserError when the model has no such site."""
+        sites = [f"{kind}.{layer}" for layer in range(self.config.n_layer) for kind in ("attn", "mlp", "resid")]
+        if site not in sites:
+            raise UserError(f"the model has no site {site}: it has {', '.join(sites)}")
+        return self.config.n_embd * (4 if site.startswith("mlp") else 1)
+
+    def fingerprint(self):
+        """16 hex digits that change with any weight: tells activations and SAEs of one model from another's."""
+        digest = hashlib.sha256()
+        for name, p in self.state_dict().items():
+            digest.update(name.encode() + p.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def load_gpt(out_dir, device="cpu"):
+    """-> (GPT in eval mode, tiktoken.Encoding), as train_gpt.py left them in out_dir. UserError if it did not."""
+    path, hint = os.path.join(out_dir, "gpt.pt"), "run python train_gpt.py first"
+    checkpoint = load_checkpoint(path, device, ["model", "config"], hint)
+    try:
+        gpt = GPT(GPTConfig(**checkpoint["config"])).to(device)
+        gpt.load_state_dict(checkpoint["model"])
+    except (TypeError, RuntimeError):
+        raise UserError(f"{path} is not a checkpoint of this project's GPT: {hint}")
+    tokenizer = load_tokenizer(os.path.join(out_dir, "tokenizer.json"))
+    if tokenizer.n_vocab != gpt.config.vocab_size:
+        raise UserError(f"{out_dir}: gpt.pt has {gpt.config.vocab_size} tokens, tokenizer.json {tokenizer.n_vocab}: {hint}")
+    return gpt.eval().requires_grad_(False), tokenizer
+
+
+# -----------------------------------------------------------------------------
+# tokenizer
+
+# GPT-2's way to cut text into words, in the syntax that Python's `re` and tiktoken's Rust engine share:
+#   contractions | letters | digits | anything else, each with the space before it | white space
+# (256 bounds the engine's backtracking: a megabyte of blanks would overflow its stack).
+# Merges never cross a cut, so " self", "self" and "_" are candidates for a token, "self._" is not.
+PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?[^\W\d_]+| ?\d+| ?(?:[^\s\w]|_)+|\s{1,256}(?!\S)|\s+"
+END_OF_TEXT = "<|endoftext|>"
+
+
+def learn_bpe(texts, vocab_size):
+    """
+    Byte-pair encoding (Sennrich et al. 2016): start from the 256 bytes; again and again make the most frequent
+    adjacent pair one token. Each distinct word is counted once, and a merge updates only the words it touches.
+
+    texts: iterable of str;  -> dict {bytes: rank} of at most vocab_size - 1 tokens (one is kept for END_OF_TEXT)
+    """
+    counts = Counter()
+    for text in texts:
+        counts.update(re.findall(PATTERN, text))
+    words = [list(word.encode("utf-8", "replace")) for word in counts]
+    freqs = list(counts.values())
+    pair_counts, where = defaultdict(int), defaultdict(set)  # (a, b) -> how often; -> indices of words that hold it
+    for i, word in enumerate(words):
+        for pair in zip(word, word[1:]):
+            pair_counts[pair] += freqs[i]
+            where[pair].add(i)
+
+    ranks = {bytes([i]): i for i in range(256)}
+    tokens = list(ranks)
+    heap = [(-count, pair) for pair, count in pair_counts.items()]  # ties: the smaller pair of ranks, on any machine
+    heapq.heapify(heap)
+    while len(tokens) < vocab_size - 1 and heap:
+        count, pair = heapq.heappop(heap)
+        if -count != pair_counts[pair]:
+            continue  # an old count: the pair was pushed again when it changed
+        if -count < 2:
+            break  # what occurs once is not worth a token
+        merged = tokens[pair[0]] + tokens[pair[1]]
+        if merged not in ranks:
+            ranks[merged] = len(tokens)
+            tokens.append(merged)
+        touched = set()
+        for i in where.pop(pair):
+            word = words[i]
+            old = list(zip(word, word[1:]))
+            j = 0
+            while j < len(word) - 1:
+                if (word[j], word[j + 1]) == pair:
+                    word[j:j + 2] = [ranks[merged]]
+                j += 1
+            new = list(zip(word, word[1:]))
+            for p in old:
+                pair_counts[p] -= freqs[i]
+            for p in new:
+                pair_counts[p] += freqs[i]
+                where[p].add(i)
+            touched.update(old, new)
+        for p in touched:
+            if pair_counts[p] > 0:
+                heapq.heappush(heap, (-pair_counts[p], p))
+    return ranks
+
+
+def bpe_tokenizer(ranks):
+    """{bytes: rank} -> tiktoken.Encoding with END_OF_TEXT as its last token."""
+    return tiktoken.Encoding("bpe", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)})
+
+
+def gpt2_tokenizer():
+    """tiktoken's gpt2. UserError where its vocabulary is neither cached nor to be downloaded."""
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except Exception as error:  # requests' many exceptions, a bad cache
+        raise UserError(f"tiktoken cannot load or download its gpt2 vocabulary ({type(error).__name__}): use "
+                        "--tokenizer=bpe, or set TIKTOKEN_CACHE_DIR to a folder that holds it")
+
+
+def save_tokenizer(path, tokenizer):
+    """Readable JSON: the tokens in order of rank, each as text, or as a list of bytes where it is no valid UTF-8."""
+    def readable(token):
+        try:
+            return token.decode()
+        except UnicodeDecodeError:
+            return list(token)
+    saved = {"kind": tokenizer.name, "vocab_size": tokenizer.n_vocab}
+    if tokenizer.name == "bpe":
+        tokens = [tokenizer.decode_single_token_bytes(i) for i in range(tokenizer.n_vocab - 1)]
+        saved |= {"pattern": PATTERN, "tokens": [readable(token) for token in tokens]}
+    save_json(path, saved)
+
+
+def load_tokenizer(path):
+    saved = load_json(path, "run python train_gpt.py first")
+    if saved.get("kind") == "gpt2":
+        return gpt2_tokenizer()
+    try:
+        tokens = [token.encode() if isinstance(token, str) else bytes(token) for token in saved["tokens"]]
+        return bpe_tokenizer({token: rank for rank, token in enumerate(tokens)})
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{path} is damaged or not a file of this project: run python train_gpt.py again")
+
+
+# -----------------------------------------------------------------------------
+# what every script needs: errors in one line, the common flags, progress, atomic files
+
+class UserError(Exception):
+    """A mistake that its user can mend: the scripts print it as one line and exit with status 2."""
+
+
+def run(main):
+    """Calls a script's main() and turns a user's mistake into `error: ...` on stderr and exit status 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # no space, no permission: the file's name and the system's reason say it all
+        print(f"error: {error.filename or 'file'}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(2)
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows a script's docstring as it is and every flag with its default."""
+
+
+def make_parser(doc):
+    """-> argparse parser with the flags that all three scripts share; its errors are UserErrors, not usage dumps."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
+
+    def error(message):
+        raise UserError(f"{message} (--help lists the flags)")
+    parser.error = error
+    group = parser.add_argument_group("common")
+    group.add_argument("--out_dir", default="out", help="folder of everything that is written")
+    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: cuda when there is one, else cpu")
+    group.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
+                       help="of matrix products; weights stay float32; auto: bfloat16 on cuda, else float32")
+    group.add_argument("--compile", default="auto", choices=["auto", "yes", "no"], help="torch.compile; auto: on cuda")
+    group.add_argument("--seed", type=int, default=1337, help="same seed, same machine: same files")
+    return parser
+
+
+def positive(text):
+    """argparse type: a whole number, 1 or more."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, not {text}")
+    return int(text)
+
+
+def not_negative(text):
+    """argparse type: a finite number, 0 or more."""
+    if not 0 <= float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"must be 0 or more, not {text}")
+    return float(text)
+
+
+def setup(args):
+    """Common flags -> (device, autocast context manager, whether to compile). Seeds torch, makes `out_dir`."""
+    try:
+        device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device={args.device} is not to be had here: {str(error).splitlines()[0]}")
+    try:
+        os.makedirs(args.out_dir, exist_ok=True)
+        with open(os.path.join(args.out_dir, ".writable"), "w"):
+            pass
+        os.remove(os.path.join(args.out_dir, ".writable"))
+    except OSError as error:
+        raise UserError(f"cannot write to --out_dir={args.out_dir}: {error.strerror}")
+    torch.manual_seed(args.seed)
+    torch.set_float32_matmul_precision("high")  # TF32 on cuda; float32 on the CPU is not affected
+    half = args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda")
+    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=half)
+    return device, autocast, args.compile == "yes" or (args.compile == "auto" and device.type == "cuda")
+
+
+class Progress:
+    """
+    One line every few seconds: label, done of total, rate, time left, and whatever note the caller adds.
+
+        progress = Progress("training", total=1000, unit="steps")
+        for step in range(1000):
+            ...
+            if progress.due():
+                progress.show(step + 1, f"loss {loss.item():.3f}")
+    """
+    def __init__(self, label, total, unit, every=5.0):
+        self.label, self.total, self.unit, self.every = label, total, unit, every
+        self.start = self.last = time.time()
+
+    def due(self):
+        return time.time() - self.last >= self.every
+
+    def show(self, done, note=""):
+        self.last = time.time()
+        rate = done / max(self.last - self.start, 1e-9)
+        left = int((self.total - done) / rate) if rate else 0
+        speed = f"{rate:,.{0 if rate >= 10 else 1}f} {self.unit}/s  {left // 60}m{left % 60:02}s left" if rate else ""
+        print(f"{self.label} {done:,}/{self.total:,} {self.unit}  {note}{'  ' if note else ''}{speed}", flush=True)
+
+
+def write_atomic(path, write):
+    """Calls write(temporary path), then moves the file into place: a reader never sees half a file."""
+    write(f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
+
+
+def save_json(path, obj):
+    def write(tmp):
+        with open(tmp, "w", encoding="utf-8") as f:
+            json.dump(obj, f, ensure_ascii=False, indent=1)
+    write_atomic(path, write)
+
+
+def load_json(path, hint):
+    """JSON object at `path`. UserError with `hint` (what to run) when it is missing or no JSON object."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            obj = json.load(f)
+    except FileNotFoundError:
+        raise UserError(f"{path} not found: {hint}")
+    except ValueError:
+        obj = None
+    if not isinstance(obj, dict):
+        raise UserError(f"{path} is damaged or not a file of this project: {hint}")
+    return obj
+
+
+def save_checkpoint(path, **contents):
+    write_atomic(path, lambda tmp: torch.save(contents, tmp))
+
+
+def load_checkpoint(path, device, keys, hint):
+    """Dict of tensors and plain values at `path`, nothing unpickled. UserError with `hint` when it lacks `keys`."""
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path} not found: {hint}")
+    except Exception:  # whatever the bytes are, torch's reader refuses them in a dozen ways
+        checkpoint = None
+    if not isinstance(checkpoint, dict) or not set(keys) <= set(checkpoint):
+        raise UserError(f"{path} is damaged or not a checkpoint of this project: {hint}")
+    return checkpoint

@@ -1,0 +1,205 @@
+"""The language model, its hook, its tokenizer and its files, against references written out by hand."""
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from model import (END_OF_TEXT, GPT, GPTConfig, UserError, bpe_tokenizer, learn_bpe, load_checkpoint, load_gpt,
+                   load_tokenizer, save_checkpoint, save_tokenizer)
+
+
+def small_gpt(n_layer=2, seed=0):
+    torch.manual_seed(seed)
+    gpt = GPT(GPTConfig(block_size=16, vocab_size=31, n_layer=n_layer, n_head=2, n_embd=8)).double()
+    for p in gpt.parameters():  # biases and gains too, so that a forgotten one shows
+        torch.nn.init.normal_(p, std=0.3)
+    return gpt
+
+
+def layer_norm(x, gain, bias):
+    x = x - x.mean(-1, keepdims=True)
+    return x / np.sqrt((x ** 2).mean(-1, keepdims=True) + 1e-5) * gain + bias
+
+
+def numpy_forward(gpt, idx, change=lambda site, x: x):
+    """The transformer once more, in float64 numpy, one head and one query at a time. change: what a hook would do."""
+    w = {name: p.detach().numpy() for name, p in gpt.named_parameters()}
+    C, heads = gpt.config.n_embd, gpt.config.n_head
+    d = C // heads
+    out = []
+    for row in idx.numpy():
+        x = w["wte.weight"][row] + w["wpe.weight"][:len(row)]
+        for L in range(gpt.config.n_layer):
+            b = f"blocks.{L}."
+            h = layer_norm(x, w[b + "ln_1.weight"], w[b + "ln_1.bias"])
+            qkv = h @ w[b + "c_attn.weight"].T + w[b + "c_attn.bias"]
+            mixed = np.zeros_like(x)
+            for head in range(heads):
+                q, k, v = (qkv[:, part * C + head * d: part * C + (head + 1) * d] for part in range(3))
+                for t in range(len(row)):
+                    scores = q[t] @ k[:t + 1].T / math.sqrt(d)
+                    weights = np.exp(scores - scores.max())
+                    mixed[t, head * d:(head + 1) * d] = weights / weights.sum() @ v[:t + 1]
+            x = x + change(f"attn.{L}", mixed @ w[b + "attn_proj.weight"].T + w[b + "attn_proj.bias"])
+            h = layer_norm(x, w[b + "ln_2.weight"], w[b + "ln_2.bias"])
+            neurons = change(f"mlp.{L}", np.maximum(h @ w[b + "c_fc.weight"].T + w[b + "c_fc.bias"], 0))
+            x = change(f"resid.{L}", x + neurons @ w[b + "mlp_proj.weight"].T + w[b + "mlp_proj.bias"])
+        out.append(layer_norm(x, w["ln_f.weight"], w["ln_f.bias"]) @ w["lm_head.weight"].T)
+    return np.stack(out)
+
+
+def test_logits_and_loss_are_those_of_a_transformer_written_in_numpy():
+    gpt, idx = small_gpt(), torch.randint(31, (3, 11))
+    targets = torch.randint(31, (3, 11))
+    logits, loss = gpt(idx, targets)
+    expected = numpy_forward(gpt, idx)
+    np.testing.assert_allclose(logits.detach().numpy(), expected, rtol=1e-9, atol=1e-10)
+    logp = expected - np.log(np.exp(expected).sum(-1, keepdims=True))
+    nll = -np.take_along_axis(logp, targets.numpy()[..., None], -1).mean()
+    assert loss.item() == pytest.approx(nll, rel=1e-5)  # the loss is taken in float32
+
+
+@pytest.mark.parametrize("site", ["attn.0", "mlp.0", "resid.0", "attn.1", "mlp.1", "resid.1"])
+def test_what_a_hook_returns_takes_the_place_of_the_activations_at_its_site_and_nowhere_else(site):
+    gpt, idx = small_gpt(), torch.randint(31, (2, 9))
+    hooked, _ = gpt(idx, hook=lambda s, x: 0.5 * x + 1 if s == site else None)
+    expected = numpy_forward(gpt, idx, lambda s, x: 0.5 * x + 1 if s == site else x)
+    np.testing.assert_allclose(hooked.detach().numpy(), expected, rtol=1e-9, atol=1e-10)
+
+
+def test_a_hook_that_returns_nothing_sees_every_site_once_in_order_and_changes_nothing():
+    gpt, idx, seen = small_gpt(), torch.randint(31, (2, 9)), []
+    logits, _ = gpt(idx, hook=lambda site, x: seen.append((site, tuple(x.shape))))
+    assert seen == [(f"{kind}.{layer}", (2, 9, 32 if kind == "mlp" else 8)) for layer in range(2) for kind in ("attn", "mlp", "resid")]
+    assert torch.equal(logits, gpt(idx)[0])
+
+
+def test_a_later_token_changes_no_earlier_logit():
+    gpt, idx = small_gpt(), torch.randint(31, (1, 12))
+    other = idx.clone()
+    other[0, 8] = (idx[0, 8] + 1) % 31
+    a, b = gpt(idx)[0], gpt(other)[0]
+    assert torch.equal(a[:, :8], b[:, :8]) and not torch.equal(a[:, 8:], b[:, 8:])
+
+
+def test_a_fresh_model_has_no_opinion_and_a_stream_that_depth_does_not_swell():
+    for n_layer in (1, 8):
+        torch.manual_seed(0)
+        gpt = GPT(GPTConfig(block_size=32, vocab_size=500, n_layer=n_layer, n_head=4, n_embd=64))
+        idx, streams = torch.randint(500, (8, 32)), {}
+        loss = gpt(idx, idx, lambda site, x: streams.update({site: x.std().item()}))[1].item()
+        assert loss == pytest.approx(math.log(500), abs=0.05)
+        assert streams[f"resid.{n_layer - 1}"] < 2
+
+
+def test_generation_goes_on_past_the_context_and_repeats_with_the_seed():
+    gpt, start = small_gpt(), torch.randint(31, (1, 10))
+    a, b = (gpt.generate(start, 20, generator=torch.Generator().manual_seed(1)) for _ in range(2))
+    assert a.shape == (1, 30) and torch.equal(a, b) and torch.equal(a[:, :10], start)
+
+
+@pytest.mark.parametrize("wrong", [dict(n_embd=10, n_head=3), dict(n_layer=0), dict(block_size=-1)])
+def test_impossible_sizes_are_refused(wrong):
+    with pytest.raises(UserError):
+        GPTConfig(**wrong)
+
+
+# -----------------------------------------------------------------------------
+# tokenizer
+
+def slow_bpe(text, n_merges):
+    """Byte-pair encoding with no clever part: count all pairs anew for every merge. Cuts words as the fast one does."""
+    import re
+
+    from model import PATTERN
+    words = [[bytes([b]) for b in word.encode()] for word in re.findall(PATTERN, text)]
+    ranks = {bytes([i]): i for i in range(256)}
+    for _ in range(n_merges):
+        counts = {}
+        for word in words:
+            for pair in zip(word, word[1:]):
+                counts[pair] = counts.get(pair, 0) + 1
+        a, b = min(counts, key=lambda pair: (-counts[pair], ranks[pair[0]], ranks[pair[1]]))
+        ranks.setdefault(a + b, len(ranks))
+        for word in words:
+            j = 0
+            while j < len(word) - 1:
+                if (word[j], word[j + 1]) == (a, b):
+                    word[j:j + 2] = [a + b]
+                j += 1
+    return ranks
+
+
+TEXT = "def banana(self, bandana):\n    return self.banana + 'bananas' * 12345  # naïve 漢字 aaaaaaa\n" * 3
+
+
+def test_the_merges_are_those_of_a_slow_byte_pair_encoding():
+    assert learn_bpe([TEXT], 256 + 40 + 1) == slow_bpe(TEXT, 40)
+
+
+def test_learning_from_one_text_or_from_its_documents_gives_the_same_tokens():
+    assert learn_bpe([TEXT + "\n", TEXT], 300) == learn_bpe([TEXT + "\n" + TEXT], 300)
+
+
+def test_every_string_survives_the_tokenizer():
+    tokenizer = bpe_tokenizer(learn_bpe([TEXT], 300))
+    rng = random.Random(0)
+    strings = ["", " ", "\n\n \t x", "👩‍👩‍👧 🏳️‍🌈", "\x00\x01\x7f\x85\u2028\ufeff\u202e", "²½Ⅷ٣", "'s 'S it's", END_OF_TEXT, "_a__b_1",
+               " " * 100_000 + "x", "a" * 100_000, "\n" * 1000,
+               "".join(chr(rng.choice([rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)])) for _ in range(5000))]
+    for s in strings:
+        assert tokenizer.decode(tokenizer.encode_ordinary(s)) == s
+    assert tokenizer.eot_token == tokenizer.n_vocab - 1 not in tokenizer.encode_ordinary(END_OF_TEXT)
+
+
+def test_a_text_with_nothing_to_merge_gives_the_bytes_alone():
+    assert len(learn_bpe(["abc"], 1000)) == 256
+
+
+def test_a_saved_tokenizer_is_the_same_and_its_file_readable(tmp_path):
+    tokenizer = bpe_tokenizer(learn_bpe([TEXT * 5], 400))
+    save_tokenizer(tmp_path / "t.json", tokenizer)
+    again = load_tokenizer(tmp_path / "t.json")
+    assert again.encode_ordinary(TEXT + "\xff🙂") == tokenizer.encode_ordinary(TEXT + "\xff🙂") and again.n_vocab == tokenizer.n_vocab
+    text = (tmp_path / "t.json").read_text(encoding="utf-8")
+    assert '"banana"' in text and "漢" in text
+
+
+# -----------------------------------------------------------------------------
+# files
+
+class Evil:
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_checkpoints_keep_tensors_and_refuse_code_and_strangers(tmp_path):
+    path = tmp_path / "a.pt"
+    save_checkpoint(path, model={"w": torch.arange(3.0)}, config={"a": 1})
+    assert torch.equal(load_checkpoint(path, "cpu", ["model"], "")["model"]["w"], torch.arange(3.0))
+    assert not list(tmp_path.glob("*.tmp"))
+    with pytest.raises(UserError, match="not a checkpoint"):
+        load_checkpoint(path, "cpu", ["model", "optimizer"], "")
+    torch.save({"model": Evil(tmp_path / "written by a pickle")}, path)
+    with pytest.raises(UserError, match="not a checkpoint"):
+        load_checkpoint(path, "cpu", ["model"], "")
+    assert not (tmp_path / "written by a pickle").exists()
+    path.write_bytes(b"no checkpoint at all")
+    with pytest.raises(UserError, match="not a checkpoint"):
+        load_checkpoint(path, "cpu", ["model"], "")
+    with pytest.raises(UserError, match="not found: run this"):
+        load_checkpoint(tmp_path / "b.pt", "cpu", ["model"], "run this")
+
+
+def test_the_saved_model_comes_back_and_its_fingerprint_tells_it_from_any_other(trained):
+    gpt, tokenizer = load_gpt(trained)
+    assert not gpt.training and gpt.config.vocab_size == tokenizer.n_vocab
+    before = gpt.fingerprint()
+    assert before == load_gpt(trained)[0].fingerprint()
+    gpt.ln_f.bias[0] += 1e-6
+    assert gpt.fingerprint() != before

@@ -1,0 +1,810 @@
+"""
+sae.py against an independent reference: the papers' equations once more, in float64 numpy, with gradients derived by
+hand. The reference itself is held against central differences and a case worked out on paper.
+
+    python -m pytest -q tests/test_sae.py
+"""
+import copy
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from model import UserError
+from sae import (RECIPES, ActivationStore, SparseAutoencoder, SparseStep, geometric_median, l1_at, load_sae, lr_at,
+                 resample_schedule, save_sae)
+
+needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="the sparse step needs MKL")
+both_steps = pytest.mark.parametrize("sparse", [False, pytest.param(True, marks=needs_mkl)], ids=["dense", "sparse"])
+every_recipe = pytest.mark.parametrize("recipe", RECIPES)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def make(recipe, d_in=5, n_features=11, scale=0.7, input_norm="dataset"):
+    """A float64 autoencoder in general position: no weight is 0, no row of unit norm, W_enc unlike W_dec."""
+    sae = SparseAutoencoder(d_in, n_features, recipe, input_norm).double()
+    for p in sae.parameters():
+        torch.nn.init.normal_(p, std=0.8)
+    sae.scale.fill_(scale)
+    return sae
+
+
+def inputs(n, d_in=5, seed=1):
+    """n raw activations (n, d_in) in float64."""
+    return torch.from_numpy(np.random.default_rng(seed).normal(size=(n, d_in)))
+
+
+def parameters(sae):
+    """-> {name: float64 array}, what training changes."""
+    return {name: p.detach().double().numpy().copy() for name, p in sae.named_parameters()}
+
+
+def reference(params, scale, x, l1_coeff, recipe):
+    """
+    What the papers state, and by hand its gradient. x (B, n) raw; z = x_in W_enc + b_enc; G = dL/dx_hat; w_i = 1, in
+    scaling ||W_dec_i||, which adds a term to the gradient of W_dec:
+
+        G = 2 (x_hat - x) / B        dL/dz = (G W_dec^T + lambda w / B) where z > 0, 0 elsewhere
+        W_dec: f^T G                 W_enc: x_in^T dL/dz               b_enc: sum_B dL/dz
+        b_dec: sum_B G, and in towards, where x_in = x - b_dec, also -sum_B dL/dz W_enc^T
+        tied: one matrix, so W_dec collects what W_enc would have had
+    """
+    W_dec, b_enc = params["W_dec"], params["b_enc"]
+    W_enc = W_dec.T if recipe == "tied" else params["W_enc"]
+    b_dec = np.zeros(W_dec.shape[1]) if recipe == "tied" else params["b_dec"]
+    x, B = np.asarray(x, dtype=np.float64) * scale, len(x)
+    norms = np.sqrt((W_dec ** 2).sum(axis=1))
+    w = norms if recipe == "scaling" else np.ones_like(norms)
+
+    x_in = x - b_dec if recipe == "towards" else x
+    z = x_in @ W_enc + b_enc
+    f = np.where(z > 0, z, 0.0)
+    x_hat = f @ W_dec + b_dec
+    squared_errors, sparsity = ((x - x_hat) ** 2).sum(axis=1), (f * w).sum(axis=1)     # one number an input
+
+    G = 2 * (x_hat - x) / B
+    dz = np.where(z > 0, G @ W_dec.T + l1_coeff * w / B, 0.0)
+    grads = {"b_enc": dz.sum(axis=0), "W_dec": f.T @ G}
+    if recipe == "tied":
+        grads["W_dec"] += dz.T @ x_in
+    else:
+        grads |= {"W_enc": x_in.T @ dz, "b_dec": G.sum(axis=0)}
+    if recipe == "towards":
+        grads["b_dec"] -= (dz @ W_enc.T).sum(axis=0)
+    if recipe == "scaling":
+        grads["W_dec"] += l1_coeff / B * f.sum(axis=0)[:, None] * W_dec / norms[:, None]
+    return SimpleNamespace(f=f, x_hat=x_hat / scale, loss=squared_errors.mean() + l1_coeff * sparsity.mean(),
+                           mse=squared_errors.mean(), l1=sparsity.mean(), l0=(f > 0).sum(axis=1).mean(),
+                           fired=(f > 0).any(axis=0), grads=grads)
+
+
+def assert_close(actual, expected, rtol):
+    """Within rtol of the largest expected entry."""
+    actual = actual.detach().numpy() if torch.is_tensor(actual) else actual
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=rtol * max(np.abs(expected).max(), 1e-30))
+
+
+# -----------------------------------------------------------------------------
+# the reference
+
+@every_recipe
+def test_gradients_of_the_reference_agree_with_central_differences(recipe):
+    params, x, h = parameters(make(recipe)), inputs(7), 1e-6
+    grads = reference(params, 0.7, x, 0.8, recipe).grads
+    assert grads.keys() == params.keys()
+    for name, p in params.items():
+        for i in np.ndindex(p.shape):
+            old, around = p[i], []
+            for p[i] in (old - h, old + h):
+                around.append(reference(params, 0.7, x, 0.8, recipe).loss)
+            p[i] = old
+            assert (around[1] - around[0]) / (2 * h) == pytest.approx(grads[name][i], rel=1e-6, abs=1e-7)
+
+
+# x = (3, 4) and (-3, 4), scale 2, so (6, 8) and (-6, 8). Only feature 0 reads, the first coordinate: z = (6, -6) + 1,
+# less 1 in towards for b_dec = (1, 2). In scaling W_enc is halved and W_dec_0 = (2, 0), ||W_dec_0|| = 2.
+#   scaling  f = 4, 0   x_hat = (9, 2), (1, 2)   errors 9 + 36, 49 + 36   sparsity 8, 0
+#   towards  f = 6, 0   x_hat = (7, 2), (1, 2)   errors 1 + 36, 49 + 36   sparsity 6, 0
+#   tied     f = 7, 0   x_hat = (7, 0), (0, 0)   errors 1 + 64, 36 + 64   sparsity 7, 0
+WORKED_BY_HAND = {"scaling": (65.0, 4.0), "towards": (61.0, 3.0), "tied": (82.5, 3.5)}
+
+
+@both_steps
+@every_recipe
+def test_loss_of_a_case_worked_by_hand(recipe, sparse):
+    sae = SparseAutoencoder(2, 2, recipe).double()
+    gain = 2.0 if recipe == "scaling" else 1.0
+    with torch.no_grad():
+        sae.W_dec.copy_(torch.tensor([[gain, 0.0], [0.0, 1.0]]))
+        sae.b_enc.copy_(torch.tensor([1.0, -100.0]))
+        if recipe != "tied":
+            sae.W_enc.copy_(torch.tensor([[1 / gain, 0.0], [0.0, 1.0]]))
+            sae.b_dec.copy_(torch.tensor([1.0, 2.0]))
+        sae.scale.fill_(2.0)
+    mse, l1 = WORKED_BY_HAND[recipe]
+    loss, stats = sae.loss(torch.tensor([[3.0, 4.0], [-3.0, 4.0]], dtype=torch.float64), l1_coeff=10.0, sparse=sparse)
+    assert (loss.item(), stats["mse"].item(), stats["l1"].item()) == (mse + 10 * l1, mse, l1)
+    assert stats["l0"].item() == 0.5
+    assert stats["fired"].tolist() == [True, False]
+
+
+# -----------------------------------------------------------------------------
+# forward, loss, gradients
+
+@every_recipe
+def test_encode_decode_and_forward_are_the_papers_equations(recipe):
+    sae, x = make(recipe), inputs(6)
+    expected = reference(parameters(sae), 0.7, x, 0.0, recipe)
+    assert_close(sae.encode(x), expected.f, 1e-12)
+    assert_close(sae.decode(sae.encode(x)), expected.x_hat, 1e-12)
+    assert_close(sae(x), expected.x_hat, 1e-12)
+    assert_close(sae(x.view(2, 3, 5)), expected.x_hat.reshape(2, 3, 5), 1e-12)         # any leading shape
+
+
+@both_steps
+@pytest.mark.parametrize("l1_coeff", [0.0, 0.8])
+@every_recipe
+def test_loss_and_every_gradient_equal_the_reference(recipe, l1_coeff, sparse):
+    sae, x = make(recipe), inputs(7)
+    expected = reference(parameters(sae), 0.7, x, l1_coeff, recipe)
+    loss, stats = sae.loss(x, l1_coeff, sparse=sparse)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.loss, rel=1e-11)
+    for name, rel in (("mse", 1e-11), ("l1", 1e-11), ("l0", 1e-6)):        # l0 divides two whole numbers: float32
+        assert float(stats[name]) == pytest.approx(getattr(expected, name), rel=rel)
+    assert stats["fired"].tolist() == expected.fired.tolist()
+    grads = {name: p.grad for name, p in sae.named_parameters()}
+    assert grads.keys() == expected.grads.keys()
+    for name, grad in grads.items():
+        assert_close(grad, expected.grads[name], 1e-10)
+
+
+@every_recipe
+def test_half_precision_activations_are_computed_in_the_weights_precision(recipe):
+    sae, x = make(recipe), inputs(4).half()
+    assert sae.loss(x, 0.8)[0].item() == pytest.approx(reference(parameters(sae), 0.7, x, 0.8, recipe).loss, rel=1e-11)
+    assert_close(sae(x), reference(parameters(sae), 0.7, x, 0.8, recipe).x_hat, 1e-11)
+
+
+@needs_mkl
+@pytest.mark.parametrize("batch", [1, 33])
+@pytest.mark.parametrize("density", [0.0, 0.01, 0.05, 0.3, 1.0])
+@every_recipe
+def test_sparse_step_equals_the_dense_step_in_float32(recipe, density, batch):
+    sae, x, scale = make(recipe, d_in=12, n_features=40), inputs(batch, d_in=12), 0.7
+    shift = sae.b_dec.detach() if recipe == "towards" else torch.zeros(12).double()
+    empty_row = batch > 1 and density < 1
+    if empty_row:
+        x[5] = shift / scale                        # W_enc is applied to 0: no feature fires, as the bias is negative
+    with torch.no_grad():
+        z = ((scale * x - shift) @ sae.W_enc).numpy()
+        sae.b_enc.fill_(-np.quantile(z, 1 - density) + (1e-3 if density == 1 else -1e-3))
+    sae, x, results = sae.float(), x.float(), []
+    for sparse in (True, False):
+        sae.zero_grad()
+        loss, stats = sae.loss(x, 0.8, sparse=sparse)
+        loss.backward()
+        stats["fired"] = stats["fired"].float()
+        results.append(stats | {"loss": loss} | {name: p.grad.clone() for name, p in sae.named_parameters()})
+    assert float(results[1]["l0"]) / 40 == pytest.approx(density, abs=0.03)
+    if empty_row:
+        assert not sae.encode(x)[5].any()
+    for name, dense in results[1].items():
+        assert results[0][name].shape == dense.shape
+        assert_close(results[0][name], dense.detach().numpy(), 1e-5)
+
+
+@needs_mkl
+@pytest.mark.parametrize("active, calls", [(1, 1), (4, 0)])
+def test_the_sparse_step_is_picked_when_fewer_than_one_entry_in_ten_is_active(monkeypatch, active, calls):
+    sae = SparseAutoencoder(4, 20)
+    with torch.no_grad():
+        sae.W_enc.zero_()
+        sae.b_enc.fill_(-1)
+        sae.b_enc[:active] = 1                      # `active` of 20 features fire, on any input
+    counted, apply = [], SparseStep.apply
+    monkeypatch.setattr(SparseStep, "apply", lambda *args: counted.append(1) or apply(*args))
+    x = inputs(8, d_in=4).float()
+    loss = sae.loss(x, 0.8)[0].item()
+    assert len(counted) == calls
+    assert loss == pytest.approx(reference(parameters(sae), 1.0, x, 0.8, "scaling").loss, rel=1e-5)
+
+
+# -----------------------------------------------------------------------------
+# unit decoder rows (Towards Monosemanticity, appendix: the part of the gradient along a row is removed)
+
+def test_towards_removes_the_gradient_along_each_row_and_nothing_else():
+    sae = SparseAutoencoder(5, 11, "towards").double()
+    W = sae.W_dec.detach().numpy()
+    W = W / np.linalg.norm(W, axis=1, keepdims=True)
+    with torch.no_grad():
+        sae.W_dec.copy_(torch.from_numpy(W))
+    gradient = inputs(11).numpy()
+    sae.W_dec.grad = torch.from_numpy(gradient.copy())
+    sae.remove_parallel_gradient()
+    left = sae.W_dec.grad.numpy()
+    for i in range(11):
+        assert left[i] @ W[i] == pytest.approx(0, abs=1e-14)
+        np.testing.assert_allclose(left[i], gradient[i] - (gradient[i] @ W[i]) * W[i], atol=1e-14)
+
+
+@pytest.mark.parametrize("recipe", ["towards", "tied"])
+def test_rows_of_the_decoder_are_of_unit_norm_after_every_step(recipe):
+    sae, x = SparseAutoencoder(5, 11, recipe).double(), inputs(16)
+    optimizer = torch.optim.Adam(sae.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        sae.loss(x, 0.1)[0].backward()
+        sae.remove_parallel_gradient()
+        optimizer.step()
+        stepped = sae.W_dec.detach().numpy().copy()
+        assert np.abs(np.linalg.norm(stepped, axis=1) - 1).max() > 1e-3      # Adam's step leaves the unit sphere
+        sae.normalize_decoder()
+        assert_close(sae.W_dec, stepped / np.linalg.norm(stepped, axis=1)[:, None], 1e-14)
+
+
+def test_scaling_keeps_free_norms_and_the_whole_gradient():
+    sae = make("scaling")
+    W, gradient = sae.W_dec.detach().clone(), inputs(11)
+    sae.W_dec.grad = gradient.clone()
+    sae.remove_parallel_gradient()
+    sae.normalize_decoder()
+    assert torch.equal(sae.W_dec, W)
+    assert torch.equal(sae.W_dec.grad, gradient)
+
+
+# -----------------------------------------------------------------------------
+# resampling (Towards Monosemanticity, appendix)
+
+def adam(sae, steps=2):
+    """Adam, after a few steps along random gradients, so that no moment is 0."""
+    optimizer = torch.optim.Adam(sae.parameters(), lr=1e-3)
+    for _ in range(steps):
+        for p in sae.parameters():
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+    return optimizer
+
+
+def moments(sae, optimizer):
+    """-> {(parameter, moment): array} as they are now."""
+    return {(name, moment): optimizer.state[p][moment].numpy().copy()
+            for name, p in sae.named_parameters() for moment in ("exp_avg", "exp_avg_sq")}
+
+
+def feature_first(name, array):
+    """View with the features along the first axis; b_dec has none and is returned as it is."""
+    return array.T if name == "W_enc" else array
+
+
+def mask(n_features, dead):
+    return torch.tensor([i in dead for i in range(n_features)])
+
+
+resampled_sizes = pytest.mark.parametrize("d_in, n_features", [(5, 11), (6, 6)], ids=["wide", "square"])
+
+
+@resampled_sizes
+@every_recipe
+def test_resampling_gives_dead_features_new_weights_and_leaves_the_others(recipe, d_in, n_features):
+    sae, x = make(recipe, d_in, n_features), inputs(40, d_in)
+    optimizer, dead = adam(sae), [0, 3, 4]
+    alive = [i for i in range(n_features) if i not in dead]
+    before = parameters(sae)
+    assert sae.resample(mask(n_features, dead), x, optimizer, 0.5) == 3
+    after = parameters(sae)
+    for name in before:
+        kept = slice(None) if name == "b_dec" else alive
+        np.testing.assert_array_equal(feature_first(name, after[name])[kept], feature_first(name, before[name])[kept])
+    unit_inputs = x.numpy() / np.linalg.norm(x.numpy(), axis=1, keepdims=True)
+    for i in dead:
+        assert np.abs(unit_inputs - after["W_dec"][i]).max(axis=1).min() < 1e-14      # the row is some x / ||x||
+        assert after["b_enc"][i] == 0
+        if recipe != "tied":                        # tied has one matrix: its encoder column is the decoder row
+            alive_norm = np.linalg.norm(before["W_enc"][:, alive], axis=0).mean()
+            np.testing.assert_allclose(after["W_enc"][:, i], 0.2 * alive_norm * after["W_dec"][i], rtol=1e-12)
+
+
+@resampled_sizes
+@every_recipe
+def test_resampling_clears_adams_moments_of_the_touched_entries_alone(recipe, d_in, n_features):
+    sae, dead = make(recipe, d_in, n_features), [1, 5]
+    optimizer = adam(sae)
+    before = moments(sae, optimizer)
+    sae.resample(mask(n_features, dead), inputs(40, d_in), optimizer, 0.5)
+    for (name, moment), old in before.items():
+        expected = old.copy()
+        if name != "b_dec":
+            feature_first(name, expected)[dead] = 0
+        now = moments(sae, optimizer)[name, moment]
+        np.testing.assert_array_equal(now, expected, err_msg=f"{moment} of {name}")
+
+
+# scale 1/2, lambda 1. Features 0 and 1 read the positive coordinates and give them back, feature 2 is dead:
+#   x = (4, 0)   scaled (2, 0)    no error, sparsity 2   loss 2
+#   x = (-2, 0)  scaled (-1, 0)   nothing fires          loss 1
+#   x = (0, -4)  scaled (0, -2)   nothing fires          loss 4
+# In scaling W_dec is doubled and W_enc halved, so f = 1 counts ||W_dec_i|| = 2 times: the losses are the same.
+DRAWN_FROM = torch.tensor([[4.0, 0.0], [-2.0, 0.0], [0.0, -4.0]])
+SQUARED = np.array([4, 1, 16]) / 21
+MISTAKES = {"the loss itself": np.array([2, 1, 4]) / 7, "no L1": np.array([0, 1, 16]) / 17, "even": np.ones(3) / 3,
+            "raw units, or L1 without decoder norms": np.array([1, 1, 16]) / 18}
+
+
+@every_recipe
+def test_inputs_are_drawn_with_odds_of_their_squared_loss(recipe):
+    gain, n_draws, tolerance = (2.0 if recipe == "scaling" else 1.0), 1500, 0.04        # 0.04: 3.6 standard errors
+    sae = SparseAutoencoder(2, 3, recipe)
+    with torch.no_grad():
+        sae.W_dec.copy_(gain * torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]))
+        if recipe != "tied":
+            sae.W_enc.copy_(sae.W_dec.t() / gain ** 2)
+        sae.b_enc[2] = -10.0
+        sae.scale.fill_(0.5)
+    optimizer = torch.optim.Adam(sae.parameters())
+    start, counts = copy.deepcopy(sae.state_dict()), np.zeros(3)
+    for _ in range(n_draws):
+        sae.load_state_dict(start)
+        sae.resample(mask(3, [2]), DRAWN_FROM, optimizer, 1.0)
+        counts[int((DRAWN_FROM @ sae.W_dec[2].detach()).argmax())] += 1
+    assert np.abs(counts / n_draws - SQUARED).max() < tolerance
+    for mistake, odds in MISTAKES.items():
+        assert np.abs(counts / n_draws - odds).max() > 2 * tolerance, mistake
+
+
+def test_the_draw_is_over_all_of_the_sample():
+    sae = SparseAutoencoder(3, 4, "towards")
+    x = 1e-3 * torch.randn(5000, 3)
+    x[4500] = torch.tensor([3.0, 0.0, -4.0])        # the only input with a loss worth mentioning
+    sae.resample(mask(4, [2]), x.half(), adam(sae), 0.1)         # in the precision of the files
+    assert_close(sae.W_dec[2], np.array([0.6, 0.0, -0.8]), 1e-6)
+
+
+@every_recipe
+def test_without_dead_features_resampling_changes_nothing(recipe):
+    sae = make(recipe)
+    optimizer = adam(sae)
+    weights_before, moments_before = parameters(sae), moments(sae, optimizer)
+    assert sae.resample(mask(11, []), inputs(40), optimizer, 0.5) == 0
+    for before, after in ((weights_before, parameters(sae)), (moments_before, moments(sae, optimizer))):
+        for key in before:
+            np.testing.assert_array_equal(before[key], after[key])
+
+
+@pytest.mark.parametrize("n_inputs", [4, 40])
+@every_recipe
+def test_all_features_may_be_dead_and_outnumber_the_inputs(recipe, n_inputs):
+    sae, x = make(recipe), inputs(n_inputs)
+    assert sae.resample(torch.ones(11, dtype=torch.bool), x, adam(sae), 0.5) == 11
+    cosines = (sae.W_dec.detach().numpy() @ x.numpy().T) / np.linalg.norm(x.numpy(), axis=1)
+    np.testing.assert_allclose(cosines.max(axis=1), 1, rtol=1e-12)
+    np.testing.assert_allclose(np.linalg.norm(sae.W_dec.detach().numpy(), axis=1), 1, rtol=1e-12)
+    encoder = sae.W_enc.detach().numpy().T
+    lengths = np.linalg.norm(encoder, axis=1, keepdims=True)
+    assert (lengths > 0).all()
+    np.testing.assert_allclose(encoder / lengths, sae.W_dec.detach().numpy(), rtol=1e-12)
+    assert not sae.b_enc.any()
+
+
+@every_recipe
+def test_resampling_works_before_adams_first_step(recipe):
+    sae, x = make(recipe), inputs(40)
+    optimizer = torch.optim.Adam(sae.parameters(), lr=1e-3)
+    assert sae.resample(mask(11, [2, 7]), x, optimizer, 0.5) == 2
+    before = parameters(sae)
+    sae.loss(x, 0.5)[0].backward()
+    optimizer.step()
+    for name, p in parameters(sae).items():
+        assert np.abs(p - before[name]).max() == pytest.approx(1e-3, rel=1e-3)       # Adam's first step has length lr
+
+
+@pytest.mark.parametrize("dead", [[2], [2, 5, 9]], ids=str)
+@every_recipe
+def test_an_input_of_zeros_becomes_no_decoder_row(recipe, dead):
+    sae, x = make(recipe), torch.zeros(1000, 5, dtype=torch.float64)   # with biases, zeros have a loss too
+    x[6] = inputs(1)
+    assert sae.resample(mask(11, dead), x, adam(sae), 0.5) == len(dead)
+    for i in dead:
+        assert_close(sae.W_dec[i], x[6].numpy() / np.linalg.norm(x[6].numpy()), 1e-14)
+
+
+def test_a_perfect_autoencoder_can_be_resampled():
+    sae = SparseAutoencoder(2, 3, "tied")
+    with torch.no_grad():
+        sae.W_dec.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]))
+        sae.b_enc[2] = -10.0
+    sae.resample(mask(3, [2]), torch.tensor([[1.0, 0.0], [0.0, 1.0]]), adam(sae, steps=0), 0.0)
+    assert sorted(sae.W_dec[2].tolist()) == [0.0, 1.0]
+
+
+# -----------------------------------------------------------------------------
+# schedules
+
+@pytest.mark.parametrize("step, share", [(0, 0.0), (1, 0.02), (25, 0.5), (49, 0.98), (50, 1.0), (51, 1.0), (999, 1.0)])
+def test_scaling_raises_lambda_from_zero_over_the_first_twentieth(step, share):
+    assert l1_at(step, 1000, 5.0, "scaling") == pytest.approx(5.0 * share)
+
+
+@pytest.mark.parametrize("step, share", [(0, 1.0), (799, 1.0), (800, 1.0), (801, 0.995), (900, 0.5), (999, 0.005),
+                                         (1000, 0.0)])
+def test_scaling_lowers_the_learning_rate_to_zero_over_the_last_fifth(step, share):
+    assert lr_at(step, 1000, 4e-4, "scaling") == pytest.approx(4e-4 * share)
+
+
+@pytest.mark.parametrize("step", [0, 1, 500, 999])
+@pytest.mark.parametrize("recipe", ["towards", "tied"])
+def test_towards_and_tied_keep_lambda_and_learning_rate(recipe, step):
+    assert (l1_at(step, 1000, 5.0, recipe), lr_at(step, 1000, 4e-4, recipe)) == (5.0, 4e-4)
+
+
+@pytest.mark.parametrize("max_iters, steps, window", [
+    (1_000_000, [25_000, 50_000, 75_000, 100_000], 12_500),
+    (200_000, [25_000, 50_000, 75_000, 100_000], 12_500),
+    (100_000, [12_500, 25_000, 37_500, 50_000], 6_250),
+    (1600, [200, 400, 600, 800], 100)])
+def test_resampling_steps_are_the_papers_or_shrink_with_a_short_run(max_iters, steps, window):
+    assert resample_schedule(max_iters) == (steps, window)
+
+
+# -----------------------------------------------------------------------------
+# fold
+
+@pytest.mark.parametrize("input_norm", ["dataset", "token"])
+@every_recipe
+def test_fold_keeps_every_reconstruction_and_gives_unit_rows(recipe, input_norm):
+    sae, x = make(recipe, input_norm=input_norm), inputs(20)
+    norms = np.linalg.norm(parameters(sae)["W_dec"], axis=1)
+    before = copy.deepcopy(sae.state_dict())
+    folded = sae.fold()
+    assert_close(folded(x), sae(x).detach().numpy(), 1e-12)
+    scale = 0.7 if input_norm == "dataset" else 1.0             # each vector's own scale stays
+    assert_close(folded.encode(x), sae.encode(x).detach().numpy() * norms / scale, 1e-12)
+    np.testing.assert_allclose(np.linalg.norm(parameters(folded)["W_dec"], axis=1), 1, rtol=1e-12)
+    for name, value in sae.state_dict().items():
+        assert torch.equal(value, before[name])     # the autoencoder itself stays as it was
+
+
+@every_recipe
+def test_a_folded_autoencoder_is_one_affine_map_relu_another(recipe):
+    """ReLU(x W_enc + b_enc) W_dec + b_dec on raw x, and the names and shapes by which SAELens loads it."""
+    sae, x = make(recipe), inputs(20)
+    folded = sae.fold()
+    assert folded.scale == 1
+    state = {name: value.numpy() for name, value in folded.state_dict().items()}
+    assert {name: value.shape for name, value in state.items()} == {
+        "W_enc": (5, 11), "b_enc": (11,), "W_dec": (11, 5), "b_dec": (5,)}
+    f = np.maximum(x.numpy() @ state["W_enc"] + state["b_enc"], 0)
+    expected = reference(parameters(sae), 0.7, x, 0.0, recipe)
+    np.testing.assert_allclose(f @ state["W_dec"] + state["b_dec"], expected.x_hat, atol=1e-12)
+    np.testing.assert_allclose(f, expected.f * np.linalg.norm(parameters(sae)["W_dec"], axis=1) / 0.7, atol=1e-12)
+
+
+# -----------------------------------------------------------------------------
+# starting point
+
+def test_the_scale_makes_the_mean_squared_norm_the_width():
+    sae, x = SparseAutoencoder(5, 11), 30 * inputs(200) + 7
+    sae.fit_to(x)
+    assert ((sae.scale.item() * x.numpy()) ** 2).sum(axis=1).mean() == pytest.approx(5, rel=1e-5)
+    half = SparseAutoencoder(5, 11)
+    half.fit_to(x.half())
+    assert half.scale.item() == pytest.approx(sae.scale.item(), rel=1e-3)
+
+
+def test_input_norm_none_stays_in_raw_units():
+    sae = SparseAutoencoder(5, 11, input_norm="none")
+    sae.fit_to(30 * inputs(200))
+    assert sae.scale == 1
+
+
+@every_recipe
+def test_token_norm_gives_each_vector_the_norm_of_the_width(recipe):
+    """Loss and reconstruction are those of vectors divided by their own norm, times sqrt(n), and multiplied back."""
+    sae, x = make(recipe, input_norm="token"), inputs(9) * torch.logspace(-3, 3, 9).double()[:, None]
+    own = np.sqrt(5) / np.linalg.norm(x.numpy(), axis=1, keepdims=True)                     # scale of each vector
+    expected = reference(parameters(sae), 1.0, x.numpy() * own, 0.8, recipe)
+    assert_close(sae.encode(x), expected.f, 1e-6)
+    np.testing.assert_allclose(sae(x).detach().numpy() * own, expected.x_hat, atol=1e-5)
+    assert sae.loss(x, 0.8)[0].item() == pytest.approx(expected.loss, rel=1e-6)
+
+
+@pytest.mark.parametrize("input_norm", ["dataset", "token", "none"])
+@every_recipe
+def test_only_towards_starts_b_dec_at_the_geometric_median_of_the_scaled_data(recipe, input_norm):
+    sae, x = SparseAutoencoder(3, 8, recipe, input_norm), 4 * inputs(300, d_in=3).numpy() ** 2
+    sae.fit_to(torch.from_numpy(x))
+    own = {"dataset": sae.scale.item(), "token": np.sqrt(3) / np.linalg.norm(x, axis=1, keepdims=True), "none": 1.0}
+    away = x * own[input_norm] - sae.b_dec.detach().numpy()
+    pull = (away / np.linalg.norm(away, axis=1, keepdims=True)).mean(axis=0)               # 0 at the median only
+    if recipe == "towards":
+        assert np.linalg.norm(pull) < 1e-4
+    else:
+        assert not sae.b_dec.any()
+
+
+def test_the_geometric_median_balances_the_directions_to_all_points():
+    x = inputs(500, d_in=4) ** 3 + 2
+    median = geometric_median(x)
+    away = x - median
+    assert (away / away.norm(dim=1, keepdim=True)).mean(0).norm() < 1e-4
+    assert (x.mean(0) - median).norm() > 0.05       # a skewed cloud: the mean is another point
+
+
+def test_the_geometric_median_stays_with_the_majority():
+    x = torch.tensor([[1.0, 2.0]] * 7 + [[1e4, 0.0], [0.0, 1e4], [1e4, 1e4]])
+    assert_close(geometric_median(x), np.array([1.0, 2.0]), 1e-3)
+
+
+@pytest.mark.parametrize("decoder_norm", [0.05, 1.0])
+@every_recipe
+def test_training_starts_with_transposed_matrices_equal_norms_and_no_bias(recipe, decoder_norm):
+    sae = SparseAutoencoder(6, 50, recipe, decoder_norm=decoder_norm)
+    assert torch.equal(sae.W_enc, sae.W_dec.t())
+    norm = decoder_norm if recipe == "scaling" else 1.0
+    np.testing.assert_allclose(np.linalg.norm(parameters(sae)["W_dec"], axis=1), norm, rtol=1e-6)
+    assert not sae.b_enc.any() and not sae.b_dec.any()
+    assert sae.scale == 1
+    cosines = parameters(sae)["W_dec"] @ parameters(sae)["W_dec"].T / norm ** 2
+    assert np.abs(cosines[np.triu_indices(50, 1)].mean()) < 0.1      # random directions point all ways
+
+
+def test_tied_has_one_matrix_and_no_decoder_bias():
+    sae = make("tied")
+    assert {name for name, _ in sae.named_parameters()} == {"W_dec", "b_enc"}
+    assert torch.equal(sae.W_enc, sae.W_dec.t())    # of random weights here: W_enc follows W_dec
+    assert not sae.b_dec.any()
+
+
+def test_an_unknown_recipe_is_refused():
+    with pytest.raises(UserError, match="unscaling"):
+        SparseAutoencoder(5, 11, "unscaling")
+
+
+# -----------------------------------------------------------------------------
+# checkpoints
+
+class RunsCode:
+    """Creates the file `path` when it is unpickled."""
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+@pytest.mark.parametrize("input_norm", ["dataset", "token"])
+@every_recipe
+def test_load_gives_back_exactly_what_save_wrote(tmp_path, recipe, input_norm):
+    sae, path = make(recipe, scale=1 / 3, input_norm=input_norm).float(), tmp_path / "sae.pt"
+    save_sae(path, sae, step=12, site="mlp.0", history=[1.5, None], silent=torch.arange(11))
+    loaded = load_sae(path, "cpu")
+    assert (loaded.d_in, loaded.n_features, loaded.recipe, loaded.input_norm) == (5, 11, recipe, input_norm)
+    assert torch.equal(loaded.scale, sae.scale)
+    assert loaded.state_dict().keys() == sae.state_dict().keys()
+    for name, value in sae.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value)
+    x = inputs(4).float()
+    assert torch.equal(loaded(x), sae(x))
+    assert torch.equal(loaded.extra.pop("silent"), torch.arange(11))
+    assert loaded.extra == {"step": 12, "site": "mlp.0", "history": [1.5, None]}
+    assert [p.name for p in tmp_path.iterdir()] == ["sae.pt"]
+
+
+def test_a_save_that_fails_leaves_the_old_file(tmp_path):
+    sae, path = make("scaling").float(), tmp_path / "sae.pt"
+    save_sae(path, sae, step=1)
+    with pytest.raises(Exception, match="pickle"):
+        save_sae(path, sae, step=2, unpicklable=lambda: None)
+    assert load_sae(path).extra == {"step": 1}
+
+
+def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path):
+    path, trap = tmp_path / "sae.pt", tmp_path / "code_was_run"
+    save_sae(path, make("scaling").float(), step=RunsCode(trap))
+    with pytest.raises(UserError, match=re.escape(str(path))):
+        load_sae(path)
+    assert not trap.exists()
+    torch.load(path, weights_only=False)
+    assert trap.exists()                            # so the trap works
+
+
+def save_changed(path, **changes):
+    save_sae(path, make("scaling").float())
+    torch.save(torch.load(path, weights_only=True) | changes, path)
+
+
+FOREIGN_FILES = {
+    "missing": lambda path: None,
+    "empty": lambda path: path.write_bytes(b""),
+    "text": lambda path: path.write_text("these are no weights\n"),
+    "truncated": lambda path: (save_changed(path), path.write_bytes(path.read_bytes()[:-1000])),
+    "another dict": lambda path: torch.save({"model": {}, "config": {}}, path),
+    "a tensor": lambda path: torch.save(torch.ones(3), path),
+    "another width": lambda path: save_changed(path, d_in=6),
+    "another recipe": lambda path: save_changed(path, recipe="tied"),
+    "an unknown recipe": lambda path: save_changed(path, recipe="unscaling"),
+    "weights of another kind": lambda path: save_changed(path, weights=[1, 2]),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN_FILES)
+def test_a_foreign_checkpoint_is_refused_by_name(tmp_path, kind):
+    path = tmp_path / "sae.pt"
+    FOREIGN_FILES[kind](path)
+    with pytest.raises(UserError, match=re.escape(str(path))):
+        load_sae(path)
+
+
+# -----------------------------------------------------------------------------
+# activations on disk
+
+LENGTHS = (23, 1, 40)
+ROWS = sum(LENGTHS)
+
+
+@pytest.fixture
+def paths(tmp_path, monkeypatch):
+    """Three files of 64 rows (i, -i, i / 2), i = 0 .. 63, of three precisions, read in slices of 1 to 14 rows."""
+    monkeypatch.setattr(ActivationStore, "SLICE_BYTES", 7 * 3 * 4 + 1)
+    return write_rows(tmp_path, LENGTHS)
+
+
+def write_rows(folder, lengths):
+    i, paths = np.arange(sum(lengths))[:, None], []
+    rows = np.split(np.concatenate([i, -i, i / 2], axis=1), np.cumsum(lengths)[:-1])
+    for part, dtype in zip(rows, (np.float16, np.float64, np.float32)):
+        paths.append(folder / f"train-{len(paths):03}.npy")
+        np.save(paths[-1], part.astype(dtype))
+    return paths
+
+
+def ids(rows):
+    """Which rows these are; their other entries are checked on the way."""
+    first = rows[:, 0].double()
+    assert torch.equal(rows.double(), torch.stack([first, -first, first / 2], dim=1))
+    return first.int().tolist()
+
+
+def read(store, total, sizes):
+    """The first `total` rows of the stream, in batches of the given sizes again and again."""
+    found, position = [], 0
+    while position < total:
+        n = sizes[position % len(sizes)]
+        batch = store.batch(position, n)
+        assert batch.shape == (n, 3) and batch.dtype == torch.float32
+        found += ids(batch)
+        position += n
+    return found[:total]
+
+
+@pytest.mark.parametrize("sizes", [(1,), (5, 13, 2), (63,), (65,), (200,)], ids=str)
+@pytest.mark.parametrize("slice_rows", [1, 7, 1000])
+def test_an_epoch_visits_every_row_once_whatever_the_batches_and_slices(paths, monkeypatch, sizes, slice_rows):
+    monkeypatch.setattr(ActivationStore, "SLICE_BYTES", slice_rows * 3 * 4 + 1)
+    store = ActivationStore(paths, seed=3)
+    assert (store.rows, store.width) == (ROWS, 3)
+    stream = read(store, 3 * ROWS, sizes)
+    epochs = np.reshape(stream, (3, ROWS))
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(ROWS))
+    for one, other in [(0, 1), (1, 2), (0, 2)]:     # another order each time: hardly a row keeps its place
+        assert np.mean(epochs[one] == epochs[other]) < 0.2
+
+
+@pytest.mark.parametrize("slice_bytes", [2 * 3, 1000], ids=["slices of one row", "one slice"])
+def test_slices_are_shuffled_and_so_are_the_rows_within(tmp_path, monkeypatch, slice_bytes):
+    monkeypatch.setattr(ActivationStore, "SLICE_BYTES", slice_bytes)
+    store = ActivationStore(write_rows(tmp_path, (50,)))
+    for epoch in (ids(store.batch(0, 50)), ids(store.batch(50, 50))):
+        assert np.mean(np.diff(epoch) == 1) < 0.2   # share of rows that follow their neighbour in the file
+    assert np.mean(np.equal(ids(store.batch(0, 50)), ids(store.batch(50, 50)))) < 0.2
+
+
+def test_the_seed_decides_the_order(paths):
+    order = read(ActivationStore(paths, seed=3), ROWS, (9,))
+    assert read(ActivationStore(paths, seed=3), ROWS, (4, 31)) == order
+    assert read(ActivationStore(paths, seed=4), ROWS, (9,)) != order
+
+
+@pytest.mark.parametrize("slice_bytes", [100, 10_000], ids=["many slices", "a slice a file"])
+def test_a_batch_depends_on_its_position_and_not_on_what_was_read_before(paths, monkeypatch, slice_bytes):
+    monkeypatch.setattr(ActivationStore, "SLICE_BYTES", slice_bytes)
+    used, stream = ActivationStore(paths, seed=3), read(ActivationStore(paths, seed=3), 3 * ROWS, (11,))
+    for position, n in [(100, 20), (0, 5), (37, 50), (130, 1), (5, 130), (37, 50), (64, 1), (63, 1), (191, 1), (0, 1)]:
+        expected = stream[position:position + n]
+        assert ids(used.batch(position, n)) == expected
+        assert ids(ActivationStore(paths, seed=3).batch(position, n)) == expected
+
+
+def test_a_batch_may_be_written_to(paths):
+    store = ActivationStore(paths)
+    order = ids(store.batch(0, 5))
+    store.batch(0, 5).zero_()
+    assert ids(store.batch(0, 5)) == order
+
+
+@pytest.mark.parametrize("cuts", [(0.9,), (1 / 3, 0.37, 0.5), (0.1, 0.95)], ids=str)
+def test_parts_share_no_row_and_leave_none_out(paths, cuts):
+    edges = (0.0, *cuts, 1.0)
+    found = []
+    for part in zip(edges, edges[1:]):
+        store = ActivationStore(paths, part=part)
+        assert store.rows == pytest.approx((part[1] - part[0]) * ROWS, abs=1)
+        rows = ids(store.batch(0, store.rows))
+        assert sorted(rows) == sorted(ids(store.sample(store.rows, seed=0)))
+        found += rows
+    assert sorted(found) == list(range(ROWS))
+
+
+def test_a_sample_repeats_no_row_and_comes_evenly_from_all(paths):
+    store, counts = ActivationStore(paths), np.zeros(ROWS)
+    for seed in range(100):
+        rows = ids(store.sample(16, seed))
+        assert len(rows) == len(set(rows)) == 16
+        counts[rows] += 1
+    assert counts.min() > 8 and counts.max() < 45   # 25 each expected, standard deviation 4.3
+    assert ids(store.sample(16, 7)) == ids(store.sample(16, 7)) != ids(store.sample(16, 8))
+    assert sorted(ids(store.sample(ROWS + 1, 0))) == list(range(ROWS))
+
+
+def test_a_sample_keeps_the_precision_of_its_file(tmp_path):
+    assert ActivationStore(write_rows(tmp_path, (50,))).sample(10, 0).dtype == torch.float16
+
+
+GOOD = np.ones((6, 3), dtype=np.float16)
+BAD_ARRAYS = {
+    "integers": np.ones((6, 3), dtype=np.int64),
+    "complex numbers": np.ones((6, 3), dtype=np.complex64),
+    "another byte order": np.ones((6, 3), dtype=np.dtype("f4").newbyteorder()),
+    "one dimension": np.ones(6),
+    "three dimensions": np.ones((6, 3, 2)),
+    "no rows": np.ones((0, 3)),
+    "another width": np.ones((6, 4)),
+    "NaN": np.where(np.arange(18).reshape(6, 3) == 17, np.nan, 1.0),
+    "infinity in float16": np.where(np.arange(18).reshape(6, 3) == 3, -np.inf, GOOD),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_ARRAYS)
+def test_an_array_that_cannot_be_trained_on_is_refused_by_name(tmp_path, kind):
+    good, bad = tmp_path / "good.npy", tmp_path / "bad.npy"
+    np.save(good, GOOD)
+    np.save(bad, BAD_ARRAYS[kind])
+    for use in (lambda store: store.batch(0, 12), lambda store: store.sample(12, 0)):
+        with pytest.raises(UserError, match=re.escape(str(bad))):
+            use(ActivationStore([good, bad]))
+
+
+BAD_FILES = {
+    "missing": lambda path: None,
+    "empty": lambda path: path.write_bytes(b""),
+    "text": lambda path: path.write_text("0.5 1.5\n"),
+    "a folder": lambda path: path.mkdir(),
+    "truncated": lambda path: (np.save(path, GOOD), path.write_bytes(path.read_bytes()[:-1])),
+    "a truncated header": lambda path: (np.save(path, GOOD), path.write_bytes(path.read_bytes()[:40])),
+    "an archive": lambda path: np.savez(path.open("wb"), GOOD),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_FILES)
+def test_a_file_that_is_no_npy_is_refused_by_name(tmp_path, kind):
+    path = tmp_path / "train-000.npy"
+    BAD_FILES[kind](path)
+    with pytest.raises(UserError, match=re.escape(str(path))):
+        ActivationStore([path])
+
+
+def test_objects_in_an_npy_file_are_refused_and_their_code_not_run(tmp_path):
+    path, trap = tmp_path / "train-000.npy", tmp_path / "code_was_run"
+    np.save(path, np.array([[RunsCode(trap)]], dtype=object), allow_pickle=True)
+    with pytest.raises(UserError, match=re.escape(str(path))):
+        ActivationStore([path])
+    assert not trap.exists()
+    np.load(path, allow_pickle=True)
+    assert trap.exists()                            # so the trap works
