@@ -1,0 +1,483 @@
+"""The three scripts: their parts against hand-made references, then as a user runs them, mistakes included."""
+import gzip
+import hashlib
+import json
+import lzma
+import math
+import os
+import re
+import shutil
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import analyze
+import train_gpt
+import train_sae
+from conftest import SMALL_GPT, SMALL_SAE, TEXT, script
+from model import END_OF_TEXT, GPT, GPTConfig, UserError, load_gpt
+from sae import SparseAutoencoder, load_sae, save_sae
+
+
+# -----------------------------------------------------------------------------
+# train_gpt.py: files -> documents -> tokens -> batches
+
+def texts_of(*sources):
+    skipped = set()
+    paths = train_gpt.source_files(",".join(map(str, sources)), "unused")
+    return sorted(train_gpt.documents(paths, skipped)), len(skipped)
+
+
+def test_documents_come_from_files_folders_and_archives_and_binaries_are_counted(tmp_path):
+    folder = tmp_path / "folder"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "a.txt").write_text("one\n", encoding="utf-8")
+    (folder / "deep" / "b.py").write_text(f"two\n{END_OF_TEXT}\nthree ünï\n", encoding="utf-8")
+    (folder / ".hidden").write_text("not this")
+    (folder / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
+    (folder / "binary").write_bytes(b"\0\1\2")
+    with gzip.open(tmp_path / "c.txt.gz", "wt", encoding="utf-8") as f:
+        f.write("four\n")
+    with lzma.open(tmp_path / "d.txt.xz", "wt", encoding="utf-8") as f:
+        f.write(f"five\n{END_OF_TEXT}\n\n{END_OF_TEXT}\n")
+    texts, skipped = texts_of(folder, tmp_path / "c.txt.gz", tmp_path / "d.txt.xz")
+    assert texts == sorted(["one\n", "two\n", "three ünï\n", "four\n", "five\n"]) and skipped == 2
+
+
+def test_the_offline_default_has_ten_million_bytes_and_always_the_same_order():
+    paths = train_gpt.source_files("python", "unused")
+    assert sum(p.stat().st_size for p in paths) >= 10_000_000
+    assert paths == train_gpt.source_files("python", "unused")
+    assert all(p.suffix == ".py" for p in paths) and len({p.parent for p in paths}) > 50
+
+
+def test_token_files_hold_every_document_once_and_hold_out_a_twentieth(tmp_path):
+    documents = [f"document {i} " + "word " * (i % 50) for i in range(400)]
+    (tmp_path / "t.txt").write_text(f"\n{END_OF_TEXT}\n".join(documents), encoding="utf-8")
+    args = SimpleNamespace(dataset=str(tmp_path / "t.txt"), out_dir=str(tmp_path), tokenizer="bpe", vocab_size=300, block_size=8)
+    tokenizer = train_gpt.prepare(args)
+    split = {name: tokenizer.decode(np.fromfile(tmp_path / f"{name}.bin", dtype=np.uint16).tolist()).split(END_OF_TEXT)[:-1]
+             for name in ("train", "val")}
+    assert Counter(text.rstrip("\n") for text in split["train"] + split["val"]) == Counter(documents)
+    assert len(split["val"]) == 20 and split["val"][0].rstrip("\n") == documents[19]
+    before = os.stat(tmp_path / "train.bin").st_mtime_ns
+    assert train_gpt.prepare(args).n_vocab == tokenizer.n_vocab and os.stat(tmp_path / "train.bin").st_mtime_ns == before
+    args.vocab_size = 290
+    assert train_gpt.prepare(args).n_vocab == 290
+
+
+def test_a_batch_is_a_function_of_its_seed_and_targets_are_inputs_one_token_on():
+    tokens, args = np.arange(1000, dtype=np.uint16), SimpleNamespace(block_size=16, batch_size=4)
+    x, y = train_gpt.get_batch(tokens, args, (1, 2))
+    assert x.shape == y.shape == (4, 16) and torch.equal(x + 1, y)
+    assert torch.equal(x, train_gpt.get_batch(tokens, args, (1, 2))[0])
+    assert not torch.equal(x, train_gpt.get_batch(tokens, args, (1, 3))[0])
+    starts = np.concatenate([train_gpt.get_batch(np.arange(20), args, i)[0][:, 0] for i in range(50)])
+    assert set(starts) == set(range(4))  # 20 tokens hold 4 contexts of 16 + 1, first and last among them
+
+
+def test_the_learning_rate_rises_over_two_percent_and_falls_to_zero():
+    rates = [train_gpt.learning_rate(step, 1000, 2.0) for step in range(1001)]
+    assert rates[0] == pytest.approx(2.0 / 20) and rates[19] == 2.0 and max(rates) == 2.0
+    assert rates[510] == pytest.approx(1.0) and rates[1000] == 0
+    assert train_gpt.learning_rate(0, 1, 2.0) == 2.0
+
+
+def test_weight_decay_is_for_matrices_alone():
+    gpt = GPT(GPTConfig(8, 20, 1, 2, 8))
+    optimizer = train_gpt.make_optimizer(gpt, 1e-3)
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    for name, p in gpt.named_parameters():
+        assert decay[id(p)] == (0.1 if name.endswith("weight") and not re.search("wte|wpe|ln_", name) else 0.0), name
+
+
+class Server:
+    """Stands in for urllib: serves `body`, breaks off after `limit` bytes, honours Range."""
+    def __init__(self, body, limit):
+        self.body, self.limit, self.ranges = body, limit, []
+
+    def __call__(self, request, timeout):
+        start = request.get_header("Range")
+        self.ranges.append(start)
+        start = int(start[6:-1]) if start else 0
+        data = self.body[start:][:self.limit]
+        chunks = [data[i:i + 7] for i in range(0, len(data), 7)] + [b""]
+        response = SimpleNamespace(status=206 if start else 200, headers={"Content-Length": len(self.body) - start},
+                                   read=lambda n: chunks.pop(0))
+        return type("Response", (), {"__enter__": lambda self: response, "__exit__": lambda *a: None})()
+
+
+def test_a_broken_download_is_reported_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    server = Server(bytes(range(100)), limit=40)
+    monkeypatch.setattr(train_gpt.urllib.request, "urlopen", server)
+    url = "https://example.org/a/text.txt?x=1"
+    for _ in range(2):
+        with pytest.raises(UserError, match="broke off"):
+            train_gpt.download(url, tmp_path)
+    path = train_gpt.download(url, tmp_path)
+    assert Path(path).read_bytes() == server.body and server.ranges == [None, "bytes=40-", "bytes=80-"]
+    assert [p.name for p in tmp_path.iterdir()] == [os.path.basename(path)] and path.endswith("-text.txt")
+    assert train_gpt.download(url, tmp_path) == path and len(server.ranges) == 3
+
+
+# -----------------------------------------------------------------------------
+# train_sae.py: the dump
+
+def tiny_gpt():
+    torch.manual_seed(0)
+    return GPT(GPTConfig(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=8)).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("site", ["attn.0", "mlp.1", "resid.1"])
+def test_dumped_rows_are_what_the_hook_gives_each_token_of_a_context_at_most_once(site):
+    gpt, tokens = tiny_gpt(), np.random.default_rng(0).integers(0, 50, 500).astype(np.uint16)
+    rows = next(train_sae.gpt_rows(gpt, tokens, site, np.random.default_rng(3), "cpu"))
+    n_contexts = 8192 // 16
+    starts = np.random.default_rng(3).integers(0, len(tokens) - 16 + 1, n_contexts)
+    kept = {}
+    gpt(torch.from_numpy(np.stack([tokens[s:s + 16] for s in starts]).astype(np.int64)), hook=lambda s, x: kept.update({s: x}))
+    assert rows.shape == (n_contexts * 16, gpt.site_width(site))  # ceil(16 * 250 / 256) = 16 of every context
+    for got, expected in zip(rows.view(n_contexts, 16, -1), kept[site]):
+        distance = torch.cdist(got, expected)
+        assert sorted(distance.argmin(1).tolist()) == list(range(16)) and distance.amin(1).max() < 1e-4
+
+
+def test_of_long_contexts_250_tokens_in_256_are_taken():
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(block_size=128, vocab_size=50, n_layer=1, n_head=2, n_embd=8)).eval().requires_grad_(False)
+    rows = next(train_sae.gpt_rows(gpt, np.arange(2000, dtype=np.uint16) % 50, "resid.0", np.random.default_rng(0), "cpu"))
+    assert len(rows) == 64 * 125
+
+
+def test_shards_hold_every_row_once_in_another_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_sae, "SHARD_ROWS", 100)
+    source = (torch.arange(i, i + 37.0)[:, None] * torch.ones(3) for i in range(0, 10_000, 37))
+    train_sae.write_shards(str(tmp_path), "train", source, 250, 3, np.random.default_rng(0), "test")
+    shards = [np.load(tmp_path / f"train-{i:03d}.npy") for i in range(3)]
+    assert [s.shape for s in shards] == [(100, 3), (100, 3), (50, 3)] and shards[0].dtype == np.float16
+    rows = np.concatenate(shards)[:, 0]
+    assert sorted(rows) == list(range(250))
+    assert np.abs(np.corrcoef(rows[:100], np.arange(100))[0, 1]) < 0.3
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize("bad", [math.nan, 70_000.0])
+def test_what_float16_cannot_hold_is_an_error_that_names_the_site(tmp_path, bad):
+    with pytest.raises(UserError, match=r"mlp\.0"):
+        train_sae.write_shards(str(tmp_path), "train", iter([torch.full((8, 2), bad)]), 8, 2, np.random.default_rng(0), "mlp.0")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dump_too_large_for_the_disk_is_refused_before_anything_is_touched(tmp_path, monkeypatch):
+    def dump(n):
+        rows = iter([torch.ones(n + 1024, 2)] * 2)
+        train_sae.dump(str(tmp_path), {"width": 2}, rows, rows, n, 0)
+    dump(50)
+    before = sorted((p.name, p.read_bytes()) for p in tmp_path.iterdir())
+    monkeypatch.setattr(train_sae.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10))
+    with pytest.raises(UserError, match="lower --n_acts"):
+        dump(50_000)
+    assert before == sorted((p.name, p.read_bytes()) for p in tmp_path.iterdir())
+
+
+def test_toy_features_are_as_rare_and_as_strong_as_they_should_be():
+    truth = np.eye(256, dtype=np.float32)  # orthogonal directions: the rows show which are on
+    rows = next(train_sae.toy_rows(truth, np.random.default_rng(0))).numpy()
+    on = (rows > 0).mean(0)
+    assert on.sum() == pytest.approx(3, rel=0.03)
+    assert on[:32].sum() / on[-32:].sum() == pytest.approx(np.exp(2 * 224 / 255), rel=0.1)
+    assert rows[rows > 0].mean() == pytest.approx(0.5, abs=0.01) and rows.max() < 1
+
+
+# -----------------------------------------------------------------------------
+# analyze.py: the numbers
+
+def perfect_sae(width):
+    """Reconstructs everything: one feature for each neuron's positive and one for its negative part."""
+    sae = SparseAutoencoder(width, 2 * width)
+    with torch.no_grad():
+        sae.W_dec.copy_(torch.cat([torch.eye(width), -torch.eye(width)]))
+        sae.W_enc.copy_(sae.W_dec.t())
+    return sae
+
+
+def run_on(gpt, sae, site, contexts):
+    return SimpleNamespace(gpt=gpt, sae=sae.fold(), site=site, contexts=contexts, folder="unused")
+
+
+@pytest.mark.parametrize("site", ["attn.0", "mlp.0", "mlp.1", "resid.0"])
+def test_a_perfect_autoencoder_changes_no_loss_and_an_empty_one_is_zero_ablation(site):
+    gpt, contexts = tiny_gpt(), torch.randint(50, (40, 17), generator=torch.Generator().manual_seed(0))
+    width = gpt.site_width(site)
+    metrics, _ = analyze.measure(run_on(gpt, perfect_sae(width), site, contexts))
+    assert metrics["loss_spliced"] == pytest.approx(metrics["loss_plain"], rel=1e-6)
+    assert metrics["loss_plain"] == pytest.approx(gpt(contexts[:, :-1], contexts[:, 1:])[1].item(), rel=1e-5)
+    assert metrics["loss_recovered"] == pytest.approx(1, abs=1e-3) and metrics["variance_explained"] == pytest.approx(1, abs=1e-6)
+
+    empty = SparseAutoencoder(width, 4)
+    with torch.no_grad():
+        empty.b_enc.fill_(-1e6)
+    metrics, features = analyze.measure(run_on(gpt, empty, site, contexts))
+    by_hand = gpt(contexts[:, :-1], contexts[:, 1:], lambda s, x: 0 * x if s == site else None)[1].item()
+    assert metrics["loss_spliced"] == metrics["loss_zero_ablated"] == pytest.approx(by_hand, rel=1e-5)
+    assert metrics["loss_recovered"] == 0 and metrics["dead"] == 1 and metrics["l0"] == 0 and not features.density.any()
+
+
+def test_the_metrics_are_those_of_plain_numpy():
+    gpt, contexts = tiny_gpt(), torch.randint(50, (300, 17), generator=torch.Generator().manual_seed(1))  # several batches
+    torch.manual_seed(1)
+    sae = SparseAutoencoder(32, 20)
+    with torch.no_grad():
+        sae.scale.fill_(3.0)
+        sae.b_enc.uniform_(-0.3, 0.2)
+        sae.b_dec.uniform_(-0.1, 0.3)
+        sae.b_enc[3] = -1e6
+    kept = {}
+    gpt(contexts[:, :-1], hook=lambda s, x: kept.update({s: x}))
+    x = kept["mlp.0"].reshape(-1, 32).double().numpy()
+    W_enc, b_enc, W_dec, b_dec = (p.detach().double().numpy() for p in (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec))
+    f = np.maximum(3.0 * x @ W_enc + b_enc, 0)
+    x_hat = (f @ W_dec + b_dec) / 3.0
+    metrics, features = analyze.measure(run_on(gpt, sae, "mlp.0", contexts))
+    assert metrics["tokens"] == 4800 and metrics["l0"] == pytest.approx((f > 0).sum(1).mean(), rel=1e-4)
+    assert metrics["variance_explained"] == pytest.approx(1 - ((x - x_hat) ** 2).sum() / ((x - x.mean(0)) ** 2).sum(), rel=1e-4)
+    assert metrics["dead"] == ((f > 0).sum(0) == 0).mean() >= 1 / 20
+    np.testing.assert_allclose(features.density, (f > 0).mean(0), atol=1e-3)
+    np.testing.assert_allclose(features.max, f.max(0) * np.linalg.norm(W_dec, axis=1) / 3.0, rtol=1e-4, atol=1e-6)
+    mean = torch.from_numpy(x.mean(0)).float()
+    for name, put in (("spliced", torch.from_numpy(x_hat).float().view(300, 16, 32)), ("zero_ablated", torch.zeros(300, 16, 32)),
+                      ("mean_ablated", mean.expand(300, 16, 32))):
+        loss = gpt(contexts[:, :-1], contexts[:, 1:], lambda s, _: put if s == "mlp.0" else None)[1].item()
+        assert metrics[f"loss_{name}"] == pytest.approx(loss, rel=1e-5), name
+    plain, spliced, zero = (metrics[f"loss_{name}"] for name in ("plain", "spliced", "zero_ablated"))
+    assert metrics["loss_recovered"] == pytest.approx((zero - spliced) / (zero - plain))
+
+    picked = analyze.activations_of(run_on(gpt, sae, "mlp.0", contexts), [7, 2])
+    np.testing.assert_allclose(picked, (f * np.linalg.norm(W_dec, axis=1) / 3.0)[:, [7, 2]], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("site", ["mlp.1", "resid.1", "attn.1"])
+def test_logit_effects_are_the_directions_pushed_through_a_layernorm_linearised_on_real_tokens(site):
+    gpt, contexts = tiny_gpt(), torch.randint(50, (50, 17), generator=torch.Generator().manual_seed(2))
+    torch.nn.init.normal_(gpt.ln_f.weight)
+    this = run_on(gpt, SparseAutoencoder(gpt.site_width(site), 6), site, contexts)
+    analyze.measure(this)
+    kept = {}
+    gpt(contexts[:, :-1], hook=lambda s, x: kept.update({s: x}))
+    stream = kept["resid.1"].reshape(-1, 8).double().numpy()
+    directions = this.sae.W_dec.detach().double().numpy()
+    if site == "mlp.1":
+        directions = directions @ gpt.blocks[1].mlp_proj.weight.double().numpy().T
+    centred = directions - directions.mean(1, keepdims=True)
+    expected = (1 / np.sqrt(stream.var(1) + 1e-5)).mean() * centred * gpt.ln_f.weight.double().numpy() @ gpt.lm_head.weight.double().numpy().T
+    expected -= expected.mean(1, keepdims=True)
+    np.testing.assert_allclose(analyze.logit_effects(this, this.sae.W_dec).detach().numpy(), expected, rtol=1e-3, atol=1e-5)
+
+
+def test_interval_examples_are_evenly_spaced_in_activation_not_in_rank():
+    rng = np.random.default_rng(0)
+    this = SimpleNamespace(contexts=torch.from_numpy(rng.integers(0, 1000, (100, 101))))
+    acts = np.where(rng.random(10_000) < 0.3, rng.exponential(1.0, 10_000), 0).astype(np.float32)
+    chosen = analyze.examples(this, acts, n_top=5, n_intervals=4, each=3, rng=rng)
+    top, rest = chosen[:5], chosen[5:]
+    assert [position for _, position in top] == np.argsort(-acts)[:5].tolist()
+    label = None
+    for name, position in rest:
+        label = name or label
+        low, high = (int(part) / 100 * acts.max() for part in label[:-1].split("-"))
+        assert low < acts[position] <= high
+    assert [name for name, _ in rest if name] == ["75-100%", "50-75%", "25-50%", "0-25%"]
+
+
+# -----------------------------------------------------------------------------
+# as a user runs them
+
+def hashes(folder):
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+
+
+def test_the_scripts_leave_what_the_interface_promises(trained):
+    for name in ("tokenizer.json", "train.bin", "val.bin", "gpt.pt", "gpt.jsonl", "gpt_loss.png", "acts/mlp.0/train-000.npy",
+                 "acts/mlp.0/val-000.npy", "acts/mlp.0/meta.json", "sae/scaling/sae.pt", "sae/scaling/log.jsonl"):
+        assert (trained / name).stat().st_size > 0, name
+    meta = json.loads((trained / "acts/mlp.0/meta.json").read_text())
+    rows = np.load(trained / "acts/mlp.0/train-000.npy", allow_pickle=False)
+    assert rows.dtype == np.float16 and rows.shape == (4000, 64) == (meta["rows"], meta["width"])
+    assert meta["gpt"] == load_gpt(trained)[0].fingerprint() and (meta["site"], meta["layer"], meta["seed"]) == ("mlp", 0, 1337)
+    log = [json.loads(line) for line in (trained / "sae/scaling/log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in log] == [20, 40, 60] and log[-1]["rows"] == 60 * 128
+    sae = load_sae(trained / "sae/scaling/sae.pt")
+    assert sae.scale.item() == pytest.approx(math.sqrt(64 / (rows.astype(np.float64) ** 2).sum(1).mean()), rel=1e-3)
+
+
+def test_report_and_feature_print_and_save_what_they_measured(trained):
+    done = script("analyze.py", "report", f"--out_dir={trained}", "--show=3", "--device=cpu")
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((trained / "sae/scaling/metrics.json").read_text())
+    assert f"{metrics['variance_explained']:.3f}" in done.stdout and f"{metrics['loss_recovered']:.3f}" in done.stdout
+    assert done.stdout.count("raises") >= 3 and "\033[" not in done.stdout
+    assert {"density.png", "training.png"} <= set(os.listdir(trained / "sae/scaling"))
+    done = script("analyze.py", "feature", "5", f"--out_dir={trained}")
+    assert done.returncode == 0 and "feature 5" in done.stdout
+
+
+@pytest.mark.parametrize("recipe", ["scaling", "towards", "tied"])
+def test_the_same_seed_gives_the_same_bytes(trained, recipe, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(trained, out)
+    for name in "ab":
+        done = script("train_sae.py", f"--out_dir={out}", f"--recipe={recipe}", f"--name={name}", *SMALL_SAE)
+        assert done.returncode == 0, done.stderr
+    a, b = (torch.load(out / f"sae/{name}/sae.pt", weights_only=True) for name in "ab")
+    assert all(torch.equal(a["weights"][key], b["weights"][key]) for key in a["weights"])
+    assert (out / "sae/a/log.jsonl").read_bytes() == (out / "sae/b/log.jsonl").read_bytes()
+    if recipe == "scaling":  # the whole language model too
+        done = script("train_gpt.py", f"--out_dir={tmp_path / 'again'}", f"--dataset={trained.parent / 'text.txt'}", *SMALL_GPT)
+        assert done.returncode == 0 and hashes(tmp_path / "again")["gpt.jsonl"] == hashes(out)["gpt.jsonl"]
+        assert load_gpt(tmp_path / "again")[0].fingerprint() == load_gpt(out)[0].fingerprint()
+
+
+def test_activations_are_reused_while_they_match_and_redone_when_the_model_changed(trained, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(trained, out)
+    shard = out / "acts/mlp.0/train-000.npy"
+    before = shard.stat().st_mtime_ns
+    assert "is there" in script("train_sae.py", f"--out_dir={out}", *SMALL_SAE).stdout and shard.stat().st_mtime_ns == before
+    checkpoint = torch.load(out / "gpt.pt", weights_only=True)
+    checkpoint["model"]["wte.weight"] += 0.01
+    torch.save(checkpoint, out / "gpt.pt")
+    done = script("analyze.py", f"--out_dir={out}")
+    assert done.returncode == 2 and "another gpt.pt" in done.stderr
+    assert script("train_sae.py", f"--out_dir={out}", *SMALL_SAE).returncode == 0 and shard.stat().st_mtime_ns > before
+    assert script("analyze.py", f"--out_dir={out}", "--show=1").returncode == 0
+
+
+def test_towards_resamples_at_the_eighths_of_a_short_run(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "out")
+    done = script("train_sae.py", f"--out_dir={tmp_path / 'out'}", "--recipe=towards", "--l1_coeff=100", *SMALL_SAE)
+    assert re.findall(r"step (\d+): resampled", done.stdout) == ["7", "15", "22", "30"]
+    done = script("train_sae.py", f"--out_dir={tmp_path / 'out'}", "--recipe=towards", "--resample=none", *SMALL_SAE)
+    assert done.returncode == 0 and "resampled" not in done.stdout
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_anybodys_own_activations_train_without_a_model(tmp_path, dtype):
+    rows = np.random.default_rng(0).exponential(1.0, (600, 24)).astype(dtype)
+    np.save(tmp_path / "a.npy", rows[:250])
+    np.save(tmp_path / "b.npy", rows[250:])
+    done = script("train_sae.py", f"--acts={tmp_path}/*.npy", f"--out_dir={tmp_path / 'out'}", *SMALL_SAE)
+    assert done.returncode == 0, done.stderr
+    done = script("analyze.py", f"--out_dir={tmp_path / 'out'}")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out/sae/scaling/metrics.json").read_text())["tokens"] == 30
+    assert script("analyze.py", "feature", "1", f"--out_dir={tmp_path / 'out'}").returncode == 2
+
+
+def test_toy_data_is_made_trained_on_and_judged(tmp_path):
+    flags = ("--acts=toy", "--name=toy", "--n_features=512", "--n_acts=20000", "--batch_size=512", "--max_iters=150", f"--out_dir={tmp_path}")
+    assert script("train_sae.py", *flags).returncode == 0
+    done = script("analyze.py", "toy", "--name=toy", f"--out_dir={tmp_path}")
+    found = json.loads((tmp_path / "sae/toy/metrics.json").read_text())["found"]
+    assert done.returncode == 0 and f"{found:.1%}" in done.stdout and 0 <= found < 1
+
+
+def write_npy(folder, **arrays):
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array, allow_pickle=True)
+
+
+def spoil(case, out, folder):
+    """Makes a mistake -> script, flags, words that the one line must hold."""
+    text, flag = folder / "text.txt", f"--out_dir={out}"
+    floats = np.random.default_rng(0).random((300, 8), dtype=np.float32)
+    acts = ("train_sae.py", flag, f"--acts={folder}/*.npy", *SMALL_SAE)
+    if case == "no model":
+        return ("train_sae.py", f"--out_dir={folder / 'empty'}"), ["gpt.pt not found", "train_gpt.py"]
+    if case == "no autoencoder":
+        return ("analyze.py", flag, "--name=nobody"), ["sae.pt not found", "train_sae.py"]
+    if case == "foreign model":
+        (out / "gpt.pt").write_bytes(b"something else")
+        return ("train_sae.py", flag), ["gpt.pt", "train_gpt.py"]
+    if case == "truncated autoencoder":
+        path = out / "sae/scaling/sae.pt"
+        path.write_bytes(path.read_bytes()[:1000])
+        return ("analyze.py", flag), ["sae.pt", "train_sae.py"]
+    if case == "broken tokenizer":
+        (out / "tokenizer.json").write_text("[1, 2")
+        return ("analyze.py", flag), ["tokenizer.json", "train_gpt.py"]
+    if case == "no data set":
+        return ("train_gpt.py", flag, "--dataset=nowhere.txt"), ["nowhere.txt", "not found"]
+    if case == "empty data set":
+        text.write_text("")
+        return ("train_gpt.py", f"--out_dir={folder / 'new'}", f"--dataset={text}"), ["text.txt", "--block_size"]
+    if case == "short data set":
+        text.write_text("too short")
+        return ("train_gpt.py", f"--out_dir={folder / 'new'}", f"--dataset={text}"), ["text.txt", "--block_size"]
+    if case == "damaged archive":
+        (folder / "t.xz").write_bytes(b"not xz")
+        return ("train_gpt.py", f"--out_dir={folder / 'new'}", f"--dataset={folder / 't.xz'}"), ["t.xz"]
+    if case == "no gpt2 vocabulary":
+        return ("train_gpt.py", f"--out_dir={folder / 'new'}", "--tokenizer=gpt2", f"--dataset={text}"), ["gpt2", "--tokenizer=bpe"]
+    if case == "heads":
+        return ("train_gpt.py", flag, "--n_embd=100", "--n_head=3"), ["n_embd", "n_head"]
+    if case == "zero size":
+        return ("train_gpt.py", flag, "--batch_size=0"), ["--batch_size"]
+    if case == "negative size":
+        return ("train_sae.py", flag, "--n_features=-5"), ["--n_features"]
+    if case == "vocabulary":
+        return ("train_gpt.py", f"--out_dir={folder / 'new'}", "--vocab_size=100", f"--dataset={text}"), ["--vocab_size", "257"]
+    if case == "recipe":
+        return ("train_sae.py", flag, "--recipe=topk"), ["topk", "towards"]
+    if case == "site":
+        return ("train_sae.py", flag, "--site=mpl"), ["--site", "resid"]
+    if case == "layer":
+        return ("train_sae.py", flag, "--layer=3"), ["mlp.3", "mlp.0"]
+    if case == "feature":
+        return ("analyze.py", "feature", "96", flag), ["96", "0 to 95"]
+    if case == "feature, no number":
+        return ("analyze.py", "feature", "x", flag), ["feature", "number"]
+    if case == "unknown flag":
+        return ("train_sae.py", flag, "--lambda=5"), ["--lambda", "--help"]
+    if case == "device":
+        return ("train_sae.py", flag, "--device=abacus"), ["--device=abacus"]
+    if case == "out_dir":
+        return ("train_gpt.py", f"--out_dir={text}/below a file"), ["cannot write", "--out_dir"]
+    if case == "batch":
+        return ("train_sae.py", flag, *SMALL_SAE, "--batch_size=5000"), ["--batch_size=5000", "4,000"]
+    if case == "no .npy":
+        return acts, ["no file matches"]
+    if case == "truncated .npy":
+        write_npy(folder, a=floats)
+        (folder / "a.npy").write_bytes((folder / "a.npy").read_bytes()[:-50])
+        return acts, ["a.npy", "truncated"]
+    arrays = {"widths": dict(a=floats, b=floats[:, :5]), "integers": dict(a=np.ones((300, 8), int)),
+              "objects": dict(a=np.array([[object()]])), "shape": dict(a=floats[0]), "nan": dict(a=np.where(floats > 0.9, np.nan, floats)),
+              "no rows": dict(a=floats[:0])}[case]
+    write_npy(folder, **arrays)
+    return acts, {"widths": ["b.npy", "5", "8"], "integers": ["a.npy", "int64", "float"], "objects": ["a.npy", "objects"],
+                  "shape": ["a.npy", "(rows, width)"], "nan": ["a.npy", "NaN"], "no rows": ["a.npy", "(0, 8)"]}[case]
+
+
+@pytest.mark.parametrize("case", [
+    "no model", "no autoencoder", "foreign model", "truncated autoencoder", "broken tokenizer", "no data set", "empty data set",
+    "short data set", "damaged archive", "no gpt2 vocabulary", "heads", "zero size", "negative size", "vocabulary", "recipe", "site",
+    "layer", "feature", "feature, no number", "unknown flag", "device", "out_dir", "batch", "no .npy", "truncated .npy", "widths",
+    "integers", "objects", "shape", "nan", "no rows"])
+def test_a_mistake_is_one_line_and_harms_nothing(trained, tmp_path, case, monkeypatch):
+    out = tmp_path / "out"
+    shutil.copytree(trained, out)
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # nothing listens there: offline
+    command, words = spoil(case, out, tmp_path)
+    before = hashes(out)
+    done = script(*command)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    for word in words:
+        assert word in done.stderr
+    assert hashes(out) == before
