@@ -20,10 +20,12 @@ import math
 import os
 import re
 import sys
+import tempfile
 import time
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 
+import numpy as np
 import tiktoken
 import torch
 import torch.nn as nn
@@ -160,7 +162,7 @@ def load_gpt(out_dir, device="cpu"):
         raise UserError(f"{path} is not a checkpoint of this project's GPT: {hint}")
     tokenizer = load_tokenizer(os.path.join(out_dir, "tokenizer.json"))
     if tokenizer.n_vocab != gpt.config.vocab_size:
-        raise UserError(f"{out_dir}: gpt.pt has {gpt.config.vocab_size} tokens, tokenizer.json {tokenizer.n_vocab}: {hint}")
+        raise UserError(f"{path} has {gpt.config.vocab_size} tokens, tokenizer.json {tokenizer.n_vocab}: {hint}")
     return gpt.eval().requires_grad_(False), tokenizer
 
 
@@ -257,6 +259,15 @@ def save_tokenizer(path, tokenizer):
     save_json(path, saved)
 
 
+def load_tokens(out_dir, split):
+    """out_dir/train.bin or val.bin, as train_gpt.py left them -> memory-mapped token ids (n,) uint16."""
+    path = os.path.join(out_dir, f"{split}.bin")
+    try:
+        return np.memmap(path, dtype=np.uint16, mode="r")
+    except (FileNotFoundError, ValueError):
+        raise UserError(f"{path} is missing or empty: run python train_gpt.py first")
+
+
 def load_tokenizer(path):
     saved = load_json(path, "run python train_gpt.py first")
     if saved.get("kind") == "gpt2":
@@ -300,7 +311,7 @@ def make_parser(doc):
     parser.error = error
     group = parser.add_argument_group("common")
     group.add_argument("--out_dir", default="out", help="folder of everything that is written")
-    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: cuda when there is one, else cpu")
+    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: cuda if there is one")
     group.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
                        help="of matrix products; weights stay float32; auto: bfloat16 on cuda, else float32")
     group.add_argument("--compile", default="auto", choices=["auto", "yes", "no"], help="torch.compile; auto: on cuda")
@@ -331,9 +342,7 @@ def setup(args):
         raise UserError(f"--device={args.device} is not to be had here: {str(error).splitlines()[0]}")
     try:
         os.makedirs(args.out_dir, exist_ok=True)
-        with open(os.path.join(args.out_dir, ".writable"), "w"):
-            pass
-        os.remove(os.path.join(args.out_dir, ".writable"))
+        tempfile.TemporaryFile(dir=args.out_dir).close()
     except OSError as error:
         raise UserError(f"cannot write to --out_dir={args.out_dir}: {error.strerror}")
     torch.manual_seed(args.seed)
@@ -344,15 +353,7 @@ def setup(args):
 
 
 class Progress:
-    """
-    One line every few seconds: label, done of total, rate, time left, and whatever note the caller adds.
-
-        progress = Progress("training", total=1000, unit="steps")
-        for step in range(1000):
-            ...
-            if progress.due():
-                progress.show(step + 1, f"loss {loss.item():.3f}")
-    """
+    """Every few seconds, when due(), show(done, note) prints one line: done of total, the note, rate, time left."""
     def __init__(self, label, total, unit, every=5.0):
         self.label, self.total, self.unit, self.every = label, total, unit, every
         self.start = self.last = time.time()
@@ -369,16 +370,14 @@ class Progress:
 
 
 def write_atomic(path, write):
-    """Calls write(temporary path), then moves the file into place: a reader never sees half a file."""
-    write(f"{path}.tmp")
+    """Calls write(binary file), then moves the file into place: a reader never sees half of one."""
+    with open(f"{path}.tmp", "wb") as f:
+        write(f)
     os.replace(f"{path}.tmp", path)
 
 
 def save_json(path, obj):
-    def write(tmp):
-        with open(tmp, "w", encoding="utf-8") as f:
-            json.dump(obj, f, ensure_ascii=False, indent=1)
-    write_atomic(path, write)
+    write_atomic(path, lambda f: f.write(json.dumps(obj, ensure_ascii=False, indent=1).encode()))
 
 
 def load_json(path, hint):
@@ -396,7 +395,7 @@ def load_json(path, hint):
 
 
 def save_checkpoint(path, **contents):
-    write_atomic(path, lambda tmp: torch.save(contents, tmp))
+    write_atomic(path, lambda f: torch.save(contents, f))
 
 
 def load_checkpoint(path, device, keys, hint):

@@ -7,10 +7,10 @@ The sparse autoencoder: three published recipes, the exact sparse step, and the 
 
 One activation vector x of width n becomes m feature activations f, most of them 0, and back:
 
-              f                                            x_hat             loss, averaged over the batch
-    tied      ReLU(x W_dec^T + b_enc)                      f W_dec           ||x - x_hat||^2 + lambda sum_i f_i
-    towards   ReLU((x - b_dec) W_enc + b_enc)              f W_dec + b_dec   ||x - x_hat||^2 + lambda sum_i f_i
-    scaling   ReLU(x W_enc + b_enc)                        f W_dec + b_dec   ||x - x_hat||^2 + lambda sum_i f_i ||W_dec_i||
+              f                                  x_hat             loss, averaged over the batch
+    tied      ReLU(x W_dec^T + b_enc)            f W_dec           ||x - x_hat||^2 + lambda sum_i f_i
+    towards   ReLU((x - b_dec) W_enc + b_enc)    f W_dec + b_dec   ||x - x_hat||^2 + lambda sum_i f_i
+    scaling   ReLU(x W_enc + b_enc)              f W_dec + b_dec   ||x - x_hat||^2 + lambda sum_i f_i ||W_dec_i||
 
 Both terms are sums over their axis (width, features) and means over the batch, so lambda means the same at any size.
 Row i of W_dec is feature i's direction: of unit norm in tied and towards, free in scaling.
@@ -56,7 +56,7 @@ class SparseStep(torch.autograd.Function):
             on = torch.from_numpy(np.flatnonzero((piece > -b_enc).numpy()))        # numpy's is the faster search
             where.append(on + i * m)
             values.append(piece.view(-1)[on])
-        where = torch.cat(where)                                                   # row * m + column of every active entry
+        where = torch.cat(where)                                                   # row * m + column, in order
         rows, columns = torch.searchsorted(where, torch.arange(0, B * m + 1, m)), where % m
         values = torch.cat(values) + b_enc[columns]
         f = torch.sparse_csr_tensor(rows, columns, values, (B, m), check_invariants=False)
@@ -293,7 +293,8 @@ class ActivationStore:
         self.width, self.seed = files[0][1].shape[1], seed
         for path, rows in files:
             if rows.shape[1] != self.width:
-                raise UserError(f"{path} has rows of width {rows.shape[1]}, {files[0][0]} of {self.width}: give files of one width")
+                raise UserError(f"{path} has rows of width {rows.shape[1]}, {files[0][0]} of {self.width}: "
+                                "give files of one width")
         total, before = sum(len(rows) for _, rows in files), 0
         first, last = int(part[0] * total), int(part[1] * total)
         self.slices = []  # (path, first row, last row + 1)
@@ -314,7 +315,7 @@ class ActivationStore:
         rows = np.load(path, mmap_mode="r", allow_pickle=False)[start:stop][pick]
         rows = rows.astype(np.float32) if rows.dtype == np.float64 else rows
         if not np.isfinite(rows).all():
-            raise UserError(f"{path} holds NaN or infinite activations in rows {start:,} to {stop:,}: mend or leave out the file")
+            raise UserError(f"{path} holds NaN or infinity in rows {start:,} to {stop:,}: mend it or leave it out")
         return rows
 
     def batch(self, position, n):
@@ -339,9 +340,10 @@ class ActivationStore:
         """n rows drawn evenly from all of them, without repetition -> tensor (n, width) in the files' own precision."""
         rng = np.random.default_rng(seed)
         shares = np.cumsum(self.sizes) * min(n, self.rows) / self.rows
-        counts = np.diff(np.floor(shares + rng.random()).astype(np.int64), prepend=0)  # a slice gives its share, unbiased
-        picks = [(i, np.sort(rng.choice(self.sizes[i], count, replace=False))) for i, count in enumerate(counts) if count]
-        return torch.from_numpy(np.concatenate([self.read(i, pick) for i, pick in picks]))
+        counts = np.diff(np.floor(shares + rng.random()).astype(np.int64), prepend=0)  # each slice gives its share
+        parts = [self.read(i, np.sort(rng.choice(self.sizes[i], count, replace=False)))
+                 for i, count in enumerate(counts) if count]
+        return torch.from_numpy(np.concatenate(parts))
 
 
 def open_npy(path):
@@ -352,7 +354,8 @@ def open_npy(path):
         raise UserError(f"{path} not found")
     except (ValueError, EOFError, OSError) as error:
         raise UserError(f"{path} is truncated, holds Python objects or is no .npy file ({error})")
-    if not isinstance(rows, np.ndarray) or rows.ndim != 2 or 0 in rows.shape or rows.dtype not in (np.float16, np.float32, np.float64):
+    floats = (np.float16, np.float32, np.float64)
+    if not isinstance(rows, np.ndarray) or rows.ndim != 2 or 0 in rows.shape or rows.dtype not in floats:
         found = f"{rows.dtype} of shape {rows.shape}" if isinstance(rows, np.ndarray) else "an archive"
         raise UserError(f"{path} holds {found}: give floats (float16, 32 or 64) of shape (rows, width)")
     return rows

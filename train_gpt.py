@@ -1,9 +1,9 @@
 """
 Text -> tokens -> a small trained transformer.
 
-    python train_gpt.py                                           # Python sources of this machine: offline, minutes on a CPU
-    python train_gpt.py --dataset=shakespeare --max_iters=500     # a public text by name
-    python train_gpt.py --dataset=my_folder,more.txt.xz           # your own text
+    python train_gpt.py                                          # this machine's Python sources: offline, minutes
+    python train_gpt.py --dataset=shakespeare --max_iters=500    # a public text by name
+    python train_gpt.py --dataset=my_folder,more.txt.xz          # your own text
     python train_gpt.py --tokenizer=gpt2 --block_size=256 --batch_size=64 --max_iters=20000    # with a GPU
 
 Writes to out_dir: tokenizer.json, train.bin and val.bin (uint16 token ids), gpt.pt, gpt.jsonl, gpt_loss.png.
@@ -16,7 +16,6 @@ import math
 import os
 import random
 import sysconfig
-import urllib.error
 import urllib.request
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -26,8 +25,8 @@ import numpy as np
 import torch
 
 from model import (END_OF_TEXT, GPT, GPTConfig, Progress, UserError, bpe_tokenizer, gpt2_tokenizer, learn_bpe,
-                   load_json, load_tokenizer, make_parser, not_negative, positive, run, save_checkpoint, save_json,
-                   save_tokenizer, setup)
+                   load_json, load_tokenizer, load_tokens, make_parser, not_negative, positive, run, save_checkpoint,
+                   save_json, save_tokenizer, setup)
 
 URLS = {
     "shakespeare": "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
@@ -110,7 +109,7 @@ def source_files(dataset, out_dir):
         elif os.path.isfile(source):
             paths.append(Path(source))
         else:
-            raise UserError(f"data set {source} not found: --dataset takes python, {', '.join(URLS)}, a file, a folder or a URL")
+            raise UserError(f"data set {source} not found: --dataset takes python, {', '.join(URLS)}, files, folders, URLs")
     random.Random(0).shuffle(paths)
     return paths
 
@@ -179,9 +178,8 @@ def prepare(args):
         tokenizer = gpt2_tokenizer()
     else:
         if not 257 <= args.vocab_size <= 65536:
-            raise UserError(f"--vocab_size must be 257 to 65,536 (256 bytes, {END_OF_TEXT}, merges), not {args.vocab_size}")
+            raise UserError(f"--vocab_size must be 257 to 65,536 (bytes, {END_OF_TEXT}, merges), not {args.vocab_size}")
         tokenizer = bpe_tokenizer(learn_bpe(texts("counting words"), args.vocab_size))
-    counts = {"train": 0, "val": 0}
     with open(file["train.bin"], "wb") as train, open(file["val.bin"], "wb") as val:
         pieces = 0
         for text in texts("tokenizing"):
@@ -198,8 +196,8 @@ def prepare(args):
     if skipped:
         print(f"data: skipped {len(skipped):,} documents that are not UTF-8 text")
     if min(counts.values()) <= args.block_size:
-        raise UserError(f"data set {args.dataset} has {counts['train']:,} tokens for training and {counts['val']:,} held out: "
-                        f"both must be more than --block_size={args.block_size}")
+        raise UserError(f"data set {args.dataset} has {counts['train']:,} tokens for training and {counts['val']:,} "
+                        f"held out: both must be more than --block_size={args.block_size}")
     save_tokenizer(file["tokenizer.json"], tokenizer)
     save_json(file["data.json"], {"made_from": described, "dataset": args.dataset, **counts})
     print(f"data: {counts['train']:,} tokens for training, {counts['val']:,} held out, "
@@ -224,7 +222,7 @@ def learning_rate(step, max_iters, peak):
 
 
 def make_optimizer(gpt, peak):
-    """AdamW; weight decay on matrices only (not on biases, LayerNorm gains and embeddings, which have no scale to lose)."""
+    """AdamW; weight decay on matrices only, not on biases, LayerNorm gains and embeddings."""
     decayed = [p for name, p in gpt.named_parameters() if p.dim() == 2 and "wte" not in name and "wpe" not in name]
     ids = {id(p) for p in decayed}
     rest = [p for p in gpt.parameters() if id(p) not in ids]
@@ -248,15 +246,15 @@ def plot_loss(log, path):
 def main():
     args = parse_args()
     device, autocast, compiled = setup(args)
-    config = GPTConfig(args.block_size, 257, args.n_layer, args.n_head, args.n_embd)  # refuses bad sizes before the work
+    config = GPTConfig(args.block_size, 257, args.n_layer, args.n_head, args.n_embd)  # refuses bad sizes at once
     tokenizer = prepare(args)
     config.vocab_size = tokenizer.n_vocab
-    data = {name: np.memmap(os.path.join(args.out_dir, f"{name}.bin"), dtype=np.uint16, mode="r") for name in ("train", "val")}
+    data = {split: load_tokens(args.out_dir, split) for split in ("train", "val")}
 
     gpt = GPT(config).to(device)
     optimizer = make_optimizer(gpt, args.learning_rate)
     loss_of = torch.compile(gpt) if compiled else gpt
-    print(f"gpt: {sum(p.numel() for p in gpt.parameters()):,} parameters, {args.batch_size * args.block_size:,} tokens a step, on {device}")
+    print(f"gpt: {sum(p.numel() for p in gpt.parameters()):,} parameters, on {device}")
 
     def loss_on(name, seed):
         x, y = get_batch(data[name], args, seed)

@@ -19,7 +19,8 @@ import shutil
 import numpy as np
 import torch
 
-from model import Progress, UserError, load_gpt, load_json, make_parser, not_negative, positive, run, save_json, setup
+from model import (Progress, UserError, load_gpt, load_json, load_tokens, make_parser, not_negative, positive, run,
+                   save_json, setup, write_atomic)
 from sae import (RECIPES, ActivationStore, SparseAutoencoder, l1_at, lr_at, resample_schedule, save_sae)
 
 SHARD_ROWS = 2**17  # rows of one .npy file; one of them is all that a dump ever holds in memory
@@ -29,27 +30,32 @@ def parse_args():
     parser = make_parser(__doc__)
     group = parser.add_argument_group("activations")
     group.add_argument("--site", default="mlp", choices=["mlp", "resid", "attn"],
-                       help="mlp: MLP activations after the ReLU; resid: residual stream after the block; attn: attention output")
+                       help="mlp: MLP activations after the ReLU; resid: residual stream after the block; "
+                       "attn: attention output")
     group.add_argument("--layer", type=int, default=0, help="which block, counted from 0")
-    group.add_argument("--n_acts", type=positive, default=2_000_000, help="activation vectors to keep on disk for training")
-    group.add_argument("--acts", default="gpt", help="gpt: dump them from out_dir/gpt.pt; toy: made from known directions; "
-                       "or a pattern of your own .npy files, quoted (their last twentieth is held out)")
+    group.add_argument("--n_acts", type=positive, default=2_000_000, help="training vectors to keep on disk")
+    group.add_argument("--acts", default="gpt",
+                       help="gpt: dump them from out_dir/gpt.pt; toy: made from known directions; or a pattern of your "
+                       "own .npy files, quoted (their last twentieth is held out)")
     group.add_argument("--input_norm", default="dataset", choices=["dataset", "token", "none"],
-                       help="what brings ||x||^2 to the width: one scalar for all vectors, each vector's own norm, nothing")
+                       help="what brings ||x||^2 to the width: one scalar for all, each vector's own norm, nothing")
     group = parser.add_argument_group("autoencoder")
     group.add_argument("--recipe", default="scaling", help=f"one of {', '.join(RECIPES)}")
     group.add_argument("--name", default="auto", help="folder under out_dir/sae; auto: the recipe")
     group.add_argument("--n_features", type=positive, default=2048, help="dictionary size")
-    group.add_argument("--decoder_norm", type=not_negative, default=0.3, help="scaling: norm of the decoder rows at the start")
+    group.add_argument("--decoder_norm", type=not_negative, default=0.3,
+                       help="scaling: norm of the decoder rows at the start")
     group.add_argument("--l1_coeff", type=not_negative, default=5.0, help="lambda, weight of the sparsity penalty")
     group = parser.add_argument_group("training")
     group.add_argument("--batch_size", type=positive, default=2048, help="activation vectors a step")
     group.add_argument("--max_iters", type=positive, default=1500, help="steps")
     group.add_argument("--learning_rate", type=not_negative, default=1e-3, help="of Adam")
-    group.add_argument("--resample", default="auto", help="steps after which dead features are resampled, with commas; none; "
-                       "auto: towards at 25,000, 50,000, 75,000 and 100,000, sooner in runs under 200,000 steps; else none")
-    group.add_argument("--dead_steps", default="auto", help="a feature is dead when it was silent for so many steps; "
-                       "auto: 12,500, fewer in runs under 200,000 steps")
+    group.add_argument("--resample", default="auto",
+                       help="steps after which dead features are resampled, with commas; none; auto: for towards 25,000, "
+                       "50,000, 75,000 and 100,000, earlier in runs of fewer than 200,000 steps; none for the others")
+    group.add_argument("--dead_steps", default="auto",
+                       help="a feature is dead when it was silent for so many steps; auto: 12,500, fewer in runs of fewer "
+                       "than 200,000 steps")
     group.add_argument("--log_interval", type=positive, default=50, help="steps between lines of log.jsonl")
     group.add_argument("--save_interval", type=positive, default=500, help="steps between checkpoints")
     return parser.parse_args()
@@ -72,10 +78,10 @@ def gpt_rows(gpt, tokens, site, rng, device):
             kept["x"] = x
     while True:
         starts = rng.integers(0, len(tokens) - T + 1, n_contexts)
-        idx = torch.from_numpy(np.stack([tokens[s:s + T] for s in starts]).astype(np.int64)).to(device)  # (n_contexts, T)
-        gpt.trunk(idx, hook)
+        idx = torch.from_numpy(np.stack([tokens[s:s + T] for s in starts]).astype(np.int64))  # (n_contexts, T)
+        gpt.trunk(idx.to(device), hook)
         pick = rng.permuted(np.tile(np.arange(T), (n_contexts, 1)), axis=1)[:, :math.ceil(T * 250 / 256)]
-        yield kept["x"].gather(1, torch.from_numpy(pick).to(device)[:, :, None].expand(-1, -1, kept["x"].shape[2])).flatten(0, 1)
+        yield kept["x"][np.arange(n_contexts)[:, None], pick].flatten(0, 1)
 
 
 def toy_rows(directions, rng, n_active=3.0):
@@ -90,7 +96,7 @@ def toy_rows(directions, rng, n_active=3.0):
         yield torch.from_numpy((on * rng.random(on.shape, dtype=np.float32)) @ directions)
 
 
-def write_shards(folder, split, rows_of, n_rows, width, rng, what):
+def write_shards(folder, split, rows_of, n_rows, width, rng):
     """n_rows rows of a generator -> folder/<split>-NNN.npy, float16, shuffled; one shard is in memory at a time."""
     progress = Progress(f"writing {folder}/{split}", n_rows, "rows")
     left, done = torch.empty(0, width), 0
@@ -103,14 +109,12 @@ def write_shards(folder, split, rows_of, n_rows, width, rng, what):
             rows, left = rows[:len(shard) - filled], rows[len(shard) - filled:]
             half = rows.half().cpu().numpy()
             if not np.isfinite(half).all():
-                raise UserError(f"activations of {what} are NaN or beyond float16 (65,504): this model cannot be dumped")
+                raise UserError(f"activations of {os.path.basename(folder)} are NaN or beyond float16 (65,504): train another model")
             shard[places[filled:filled + len(half)]] = half
             filled += len(half)
             if progress.due():
                 progress.show(done + filled)
-        path = os.path.join(folder, f"{split}-{number:03d}.npy")
-        np.save(f"{path}.tmp.npy", shard)
-        os.replace(f"{path}.tmp.npy", path)
+        write_atomic(os.path.join(folder, f"{split}-{number:03d}.npy"), lambda f: np.save(f, shard))
         done += len(shard)
 
 
@@ -129,43 +133,44 @@ def dump(folder, meta, train_rows, val_rows, n_acts, seed):
     old = glob.glob(os.path.join(glob.escape(folder), "*.npy"))
     need = (n_acts + n_val) * meta["width"] * 2
     free = shutil.disk_usage(folder).free + sum(map(os.path.getsize, old))
-    print(f"activations: {n_acts + n_val:,} rows of {meta['width']} need {need / 1e9:.2f} GB in {folder} ({free / 1e9:.1f} GB free)")
+    print(f"activations: {n_acts + n_val:,} rows of {meta['width']} need {need / 1e9:.2f} GB in {folder}, "
+          f"{free / 1e9:.1f} GB are free")
     if need > free:
         raise UserError(f"{folder} needs {need / 1e9:.2f} GB and {free / 1e9:.2f} GB are free: lower --n_acts")
     for name in old + [path] * os.path.exists(path):
         os.remove(name)
     for split, rows_of, n in (("val", val_rows, n_val), ("train", train_rows, n_acts)):
-        write_shards(folder, split, rows_of, n, meta["width"], np.random.default_rng((seed, split == "val")), os.path.basename(folder))
+        write_shards(folder, split, rows_of, n, meta["width"], np.random.default_rng((seed, split == "val")))
     save_json(path, meta)
 
 
 def prepare(args, device):
-    """--acts -> (ActivationStore of training rows, of held-out rows, dict that tells analyze.py where they come from)."""
-    def rngs():
-        return np.random.default_rng((args.seed, 2)), np.random.default_rng((args.seed, 3))
+    """--acts -> ActivationStore of training rows, of held-out rows, dict that tells analyze.py where they come from."""
+    rngs = np.random.default_rng((args.seed, 2)), np.random.default_rng((args.seed, 3))
     site = f"{args.site}.{args.layer}"
     if args.acts == "gpt":
         gpt, _ = load_gpt(args.out_dir, device)
         width, fingerprint = gpt.site_width(site), gpt.fingerprint()
         folder = os.path.join(args.out_dir, "acts", site)
-        tokens = [np.memmap(os.path.join(args.out_dir, f"{split}.bin"), dtype=np.uint16, mode="r") for split in ("train", "val")]
-        rows = [gpt_rows(gpt, t, site, rng, device) for t, rng in zip(tokens, rngs())]
-        dump(folder, {"site": args.site, "layer": args.layer, "width": width, "gpt": fingerprint}, *rows, args.n_acts, args.seed)
+        rows = [gpt_rows(gpt, load_tokens(args.out_dir, split), site, rng, device)
+                for split, rng in zip(("train", "val"), rngs)]
+        meta = {"site": args.site, "layer": args.layer, "width": width, "gpt": fingerprint}
+        dump(folder, meta, *rows, args.n_acts, args.seed)
         source = {"site": site, "gpt": fingerprint}
     elif args.acts == "toy":
         folder = os.path.join(args.out_dir, "acts", "toy")
         truth = np.random.default_rng((args.seed, 4)).standard_normal((256, 64), dtype=np.float32)
         truth /= np.linalg.norm(truth, axis=1, keepdims=True)
-        dump(folder, {"site": "toy", "width": 64}, *(toy_rows(truth, rng) for rng in rngs()), args.n_acts, args.seed)
+        dump(folder, {"site": "toy", "width": 64}, *(toy_rows(truth, rng) for rng in rngs), args.n_acts, args.seed)
         source = {"site": "toy", "truth": torch.from_numpy(truth)}
     else:
         paths = sorted(glob.glob(args.acts, recursive=True))
         if not paths:
-            raise UserError(f"no file matches --acts={args.acts}: it takes gpt, toy or a pattern of .npy files in quotes")
+            raise UserError(f"no file matches --acts={args.acts}: it takes gpt, toy or a quoted pattern of .npy files")
         return (ActivationStore(paths, args.seed, (0, 0.95)), ActivationStore(paths, args.seed, (0.95, 1)),
                 {"site": "own", "acts": [os.path.abspath(path) for path in paths]})
-    stores = [ActivationStore(sorted(glob.glob(os.path.join(glob.escape(folder), f"{split}-*.npy"))), args.seed) for split in ("train", "val")]
-    return *stores, source
+    paths = [sorted(glob.glob(os.path.join(glob.escape(folder), f"{split}-*.npy"))) for split in ("train", "val")]
+    return *(ActivationStore(p, args.seed) for p in paths), source
 
 
 # -----------------------------------------------------------------------------
@@ -213,11 +218,12 @@ def main():
 
     sae = SparseAutoencoder(store.width, args.n_features, args.recipe, args.input_norm, args.decoder_norm).to(device)
     sae.fit_to(store.sample(32768, (args.seed, 5)).to(device))
-    optimizer = torch.optim.Adam(sae.parameters(), lr=args.learning_rate, betas=(0.9, 0.999), fused=device.type != "mps")
+    optimizer = torch.optim.Adam(sae.parameters(), betas=(0.9, 0.999), fused=device.type != "mps")
     loss_of = torch.compile(sae.loss) if compiled else sae.loss
-    last_fired = torch.zeros(args.n_features, dtype=torch.long, device=device)  # the step after which it was last seen on
-    print(f"sae: {args.recipe}, {store.width} -> {args.n_features:,} features, {args.batch_size:,} of {store.rows:,} rows a step "
-          f"({args.max_iters * args.batch_size / store.rows:.2f} epochs), inputs x {sae.scale.item():.4g}, on {device}")
+    last_fired = torch.zeros(args.n_features, dtype=torch.long, device=device)  # in which step
+    print(f"sae: {args.recipe}, {store.width} -> {args.n_features:,} features, "
+          f"{args.max_iters * args.batch_size / store.rows:.2f} epochs of {store.rows:,} rows, "
+          f"inputs x {sae.scale.item():.4g}, on {device}")
 
     log = []
     progress = Progress("training", args.max_iters, "steps")
@@ -240,7 +246,7 @@ def main():
         last_fired[stats["fired"]] = done
         dead = done - last_fired >= dead_steps
         if done in resample_steps:
-            sample = store.sample(100 * args.batch_size, (args.seed, 6, step)).to(device)  # 819,200 at the paper's batch
+            sample = store.sample(100 * args.batch_size, (args.seed, 6, step)).to(device)  # the paper's 819,200
             n = sae.resample(dead, sample, optimizer, l1_coeff, torch.Generator().manual_seed(args.seed + done))
             last_fired[dead] = done
             print(f"step {done:,}: resampled {n:,} dead features")

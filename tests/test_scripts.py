@@ -156,7 +156,7 @@ def test_of_long_contexts_250_tokens_in_256_are_taken():
 def test_shards_hold_every_row_once_in_another_order(tmp_path, monkeypatch):
     monkeypatch.setattr(train_sae, "SHARD_ROWS", 100)
     source = (torch.arange(i, i + 37.0)[:, None] * torch.ones(3) for i in range(0, 10_000, 37))
-    train_sae.write_shards(str(tmp_path), "train", source, 250, 3, np.random.default_rng(0), "test")
+    train_sae.write_shards(str(tmp_path), "train", source, 250, 3, np.random.default_rng(0))
     shards = [np.load(tmp_path / f"train-{i:03d}.npy") for i in range(3)]
     assert [s.shape for s in shards] == [(100, 3), (100, 3), (50, 3)] and shards[0].dtype == np.float16
     rows = np.concatenate(shards)[:, 0]
@@ -167,9 +167,11 @@ def test_shards_hold_every_row_once_in_another_order(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("bad", [math.nan, 70_000.0])
 def test_what_float16_cannot_hold_is_an_error_that_names_the_site(tmp_path, bad):
+    folder = tmp_path / "mlp.0"
+    folder.mkdir()
     with pytest.raises(UserError, match=r"mlp\.0"):
-        train_sae.write_shards(str(tmp_path), "train", iter([torch.full((8, 2), bad)]), 8, 2, np.random.default_rng(0), "mlp.0")
-    assert not list(tmp_path.iterdir())
+        train_sae.write_shards(str(folder), "train", iter([torch.full((8, 2), bad)]), 8, 2, np.random.default_rng(0))
+    assert not list(folder.iterdir())
 
 
 def test_a_dump_too_large_for_the_disk_is_refused_before_anything_is_touched(tmp_path, monkeypatch):
