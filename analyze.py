@@ -1,26 +1,34 @@
 """
-A sparse autoencoder -> numbers, plots and readable features.
+A sparse autoencoder -> numbers, plots, a page to browse, and what the papers do with the features.
 
-    python analyze.py                             # report on out/sae/scaling: metrics, best and random features
-    python analyze.py report --name=towards       # another one
-    python analyze.py feature 1407                # one feature in full
-    python analyze.py toy --name=toy              # after train_sae.py --acts=toy: how many true directions were found
+    python analyze.py                                 # report on out/sae/scaling: metrics, features, features.html
+    python analyze.py feature 1407                    # one feature in full
+    python analyze.py cause --prompt="def __init__("  # which features cause the next token: ablation and attribution
+    python analyze.py steer --feature=304             # text written with a feature clamped to multiples of its maximum
+    python analyze.py search "import numpy as" --without "import os"
+    python analyze.py neurons                         # are features something else, and more explainable, than neurons?
+    python analyze.py complete --names=small,large    # which words have a feature of their own?
+    python analyze.py scaling --names=a,b,c           # loss against compute, from the logs of many runs
+    python analyze.py compare small large             # splitting; with a folder of another model, universality
+    python analyze.py toy --name=toy                  # after train_sae.py --acts=toy: how many directions were found
 
-Everything is measured on held-out tokens (val.bin). Writes metrics.json and PNG plots to out_dir/sae/<name>/.
+Everything is measured on held-out tokens (val.bin). Numbers and plots go to out_dir/sae/<name>/.
 """
 import json
 import math
 import os
+import re
 import shutil
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from model import Progress, UserError, load_gpt, make_parser, positive, run, save_json, setup
+from model import (BLUE, RED, Progress, UserError, figure, load_gpt, load_tokens, make_parser, positive, run, save_json,
+                   setup, write_atomic)
 from sae import ActivationStore, load_sae
 
 ULTRA_LOW = 1e-5  # density that sets apart the "ultra-low density cluster" of Towards Monosemanticity
@@ -28,36 +36,52 @@ ULTRA_LOW = 1e-5  # density that sets apart the "ultra-low density cluster" of T
 
 def parse_args():
     parser = make_parser(__doc__)
-    parser.add_argument("command", nargs="?", default="report", choices=["report", "feature", "toy"], help="what to do")
-    parser.add_argument("arguments", nargs="*", help="feature: its number")
+    parser.add_argument("command", nargs="?", default="report", choices=list(COMMANDS), help="what to do")
+    parser.add_argument("arguments", nargs="*", help="feature: number; search: texts; compare: two names or folders")
     group = parser.add_argument_group("analysis")
     group.add_argument("--name", default="scaling", help="folder under out_dir/sae")
+    group.add_argument("--names", default="", help="complete, scaling: several names, with commas between")
     group.add_argument("--eval_tokens", type=positive, default=2**18, help="held-out tokens to measure on, at most")
-    group.add_argument("--show", type=positive, default=10, help="report: how many best and how many random features to print")
+    group.add_argument("--show", type=positive, default=10, help="how many features to print (report: of each kind)")
+    group.add_argument("--prompt", default="", help="cause, steer: text to start from")
+    group.add_argument("--target", default="", help="cause: token to explain; default: the most likely one")
+    group.add_argument("--feature", type=int, default=-1, help="steer: which feature")
+    group.add_argument("--value", default="-2,0,1,2,4", help="steer: clamp to these multiples of its maximum")
+    group.add_argument("--without", nargs="*", default=[], help="search: texts that lack the concept")
+    group.add_argument("--words", default="", help="complete: file of words; default: words of the held-out text")
     return parser.parse_args()
 
 
-def load_run(args, device):
+# -----------------------------------------------------------------------------
+# loading
+
+def folder_of(args, name):
+    """A name under out_dir/sae, or a folder such as other_out/sae/scaling -> folder."""
+    return name if os.path.dirname(name) else os.path.join(args.out_dir, "sae", name)
+
+
+def load_run(args, device, name):
     """
-    -> namespace of what an analysis needs: sae (folded), folder, log, and either gpt, tokenizer, site and contexts
-    (N, T + 1) of held-out token ids, or for activations without a model rows, an ActivationStore of held-out ones.
+    -> namespace of what an analysis needs: folder, sae (folded), recipe, site, source, and for activations of a model
+    gpt, tokenizer, contexts (N, T + 1) and tokens (N T,) of held-out text; for one's own activations rows, a store.
     """
-    folder = os.path.join(args.out_dir, "sae", args.name)
+    folder = folder_of(args, name)
     sae = load_sae(os.path.join(folder, "sae.pt"), device)
-    source = sae.extra["source"]
-    this = SimpleNamespace(folder=folder, sae=sae.fold().requires_grad_(False), recipe=sae.recipe, site=source["site"], source=source, gpt=None)
-    if this.site == "toy":
-        return this
-    if this.site == "own":
+    source = sae.extra.get("source", {"site": "own", "acts": []})
+    this = SimpleNamespace(folder=folder, sae=sae.fold().requires_grad_(False), recipe=sae.recipe, gpt=None,
+                           site=source["site"], source=source, seed=args.seed, cache={})
+    if this.site == "own" and args.command == "report":
         this.rows = ActivationStore(source["acts"], sae.extra["args"]["seed"], (0.95, 1))
+    if this.site in ("own", "toy"):
         return this
-    this.gpt, this.tokenizer = load_gpt(args.out_dir, device)
+    out_dir = os.path.dirname(os.path.dirname(os.path.abspath(folder)))
+    this.gpt, this.tokenizer = load_gpt(out_dir, device)
     if this.gpt.fingerprint() != source["gpt"]:
-        raise UserError(f"{folder}/sae.pt was trained on another gpt.pt than {args.out_dir} has now: "
-                        f"run python train_sae.py --name={args.name} again")
-    tokens, T = np.fromfile(os.path.join(args.out_dir, "val.bin"), dtype=np.uint16).astype(np.int64), this.gpt.config.block_size
+        raise UserError(f"{folder}/sae.pt was trained on another gpt.pt than {out_dir} has now: run train_sae.py again")
+    tokens, T = torch.from_numpy(load_tokens(out_dir, "val").astype(np.int64)), this.gpt.config.block_size
     n = max(1, min(args.eval_tokens, len(tokens) - 1) // T)
-    this.contexts = torch.from_numpy(np.stack([tokens[i * T:(i + 1) * T + 1] for i in range(n)]))
+    this.contexts = tokens[:n * T + 1].unfold(0, T + 1, T)       # neighbours share one token: the last is a target only
+    this.tokens = tokens[:n * T].numpy()
     return this
 
 
@@ -65,13 +89,13 @@ def load_run(args, device):
 # measuring: one stream over the held-out tokens, sums kept, nothing of size (tokens x features)
 
 def batches(this, label, tokens_a_batch=4096):
-    """Yields (contexts (b, T + 1) or None, activations x (b, T, n) at the site) for all held-out data, with progress."""
+    """Yields (contexts (b, T + 1) or None, x (b, T, n) at the site, all sites) for all held-out data, with progress."""
     device = this.sae.W_dec.device
     if this.gpt is None:
         total = this.rows.rows
         progress = Progress(label, total, "rows")
         for start in range(0, total, tokens_a_batch):
-            yield None, this.rows.batch(start, min(tokens_a_batch, total - start)).to(device)[None]
+            yield None, this.rows.batch(start, min(tokens_a_batch, total - start)).to(device)[None], {}
             if progress.due():
                 progress.show(start)
         return
@@ -81,8 +105,7 @@ def batches(this, label, tokens_a_batch=4096):
         kept = {}
         contexts = contexts.to(device)
         this.gpt.trunk(contexts[:, :-1], lambda site, x: kept.update({site: x}))
-        this.sigma = (kept[f"resid.{this.gpt.config.n_layer - 1}"].var(-1, correction=0) + 1e-5).sqrt()  # the last LayerNorm's
-        yield contexts, kept[this.site]
+        yield contexts, kept[this.site], kept
         if progress.due():
             progress.show(i * max(1, tokens_a_batch // T) * T)
 
@@ -92,20 +115,19 @@ def splice(this, replace):
     return lambda site, x: replace(x) if site == this.site else None
 
 
-@torch.no_grad()
 def measure(this):
     """
     -> metrics (plain numbers), and per feature: density (share of tokens it is active on), max, energy (mean square).
 
-    variance explained = 1 - sum ||x - x_hat||^2 / sum ||x - mean||^2. Loss recovered = (zero - spliced) / (zero - plain)
-    with the model's loss as it is, with x_hat in the place of x, and with 0 in the place of x at the same site
-    (Towards Monosemanticity, "How much of the model does our interpretation explain?").
+    variance explained = 1 - sum ||x - x_hat||^2 / sum ||x - mean||^2; loss recovered = (zero - spliced) / (zero -
+    plain), the model's loss as it is, with x_hat, and with 0 in the place of x at the same site (Towards
+    Monosemanticity, "How much of the model does our interpretation explain?").
     """
     sae, m = this.sae, this.sae.n_features
-    active, largest, energy = torch.zeros(m), torch.zeros(m), torch.zeros(m, dtype=torch.float64)
+    active, largest, energy = torch.zeros(m, dtype=torch.long), torch.zeros(m), torch.zeros(m, dtype=torch.float64)
     total, squares, error, n_tokens = torch.zeros(sae.d_in, dtype=torch.float64), 0.0, 0.0, 0
-    losses, inverse_sigma = Counter(), 0.0
-    for contexts, x in batches(this, "measuring"):
+    losses = Counter()
+    for contexts, x, _ in batches(this, "measuring"):
         f = sae.encode(x)
         x_hat = sae.decode(f, sae.input_scale(x))
         rows, f = x.flatten(0, 1), f.flatten(0, 1)
@@ -118,7 +140,6 @@ def measure(this):
         error += (x_hat - x).double().square().sum().item()
         if contexts is not None:
             idx, targets = contexts[:, :-1], contexts[:, 1:]
-            inverse_sigma += (1 / this.sigma).sum().item()
             for name, hook in (("plain", None), ("spliced", splice(this, lambda _: x_hat)),
                                ("zero_ablated", splice(this, torch.zeros_like))):
                 losses[name] += this.gpt(idx, targets, hook)[1].item() * len(rows)
@@ -128,51 +149,104 @@ def measure(this):
                "ultra_low": ((active > 0) & (active < ULTRA_LOW * n_tokens)).sum().item() / m}
     if this.gpt is not None:
         mean = (total / n_tokens).to(sae.W_dec)
-        for contexts, x in batches(this, "mean ablation"):
+        for contexts, x, _ in batches(this, "mean ablation"):
             loss = this.gpt(contexts[:, :-1], contexts[:, 1:], splice(this, lambda x: mean.expand_as(x)))[1]
             losses["mean_ablated"] += loss.item() * x[..., 0].numel()
         metrics |= {f"loss_{name}": loss / n_tokens for name, loss in losses.items()}
         metrics["loss_recovered"] = ((metrics["loss_zero_ablated"] - metrics["loss_spliced"])
                                      / (metrics["loss_zero_ablated"] - metrics["loss_plain"]))
-        this.inverse_sigma = inverse_sigma / n_tokens
-    return metrics, SimpleNamespace(density=(active / n_tokens).numpy(), max=largest.numpy(), energy=(energy / n_tokens).numpy())
+    features = {"density": active / n_tokens, "max": largest, "energy": energy / n_tokens}
+    return metrics, SimpleNamespace(**{name: value.numpy() for name, value in features.items()})
 
 
-@torch.no_grad()
+def read(this, site=None):
+    """Activations x (tokens, n) of all held-out tokens at a site (default: the autoencoder's), kept in memory."""
+    site = site or this.site
+    if site not in this.cache:
+        parts = [kept[site].flatten(0, 1).cpu() for _, _, kept in batches(this, f"reading {site}")]
+        this.cache[site] = torch.cat(parts)
+    return this.cache[site]
+
+
 def activations_of(this, features):
-    """Activations of a few features on every held-out token -> (tokens, len(features)) float32."""
-    W, b = this.sae.W_enc[:, features], this.sae.b_enc[features]
-    parts, inverse_sigma = [], 0.0
-    for _, x in batches(this, "reading features"):
-        scale = this.sae.input_scale(x)
-        parts.append(F.relu(x * scale @ W + b).flatten(0, 1).cpu().numpy())
-        inverse_sigma += (1 / this.sigma).mean().item() * len(parts[-1])
-    this.inverse_sigma = inverse_sigma / sum(map(len, parts))
-    return np.concatenate(parts)
+    """Activations of some features on every held-out token -> (len(features), tokens) float32."""
+    x, W, b = read(this), this.sae.W_enc[:, features].cpu(), this.sae.b_enc[features].cpu()
+    if this.sae.input_norm == "token":
+        x = x * this.sae.input_scale(x)
+    return F.relu(torch.addmm(b[:, None], W.t(), x.t())).numpy()
 
 
-@torch.no_grad()
+def blocks(n, size=256):
+    """0 .. n in blocks, so that activations of a block of features on all tokens fit into memory."""
+    return [np.arange(i, min(i + size, n)) for i in range(0, n, size)]
+
+
 def logit_effects(this, directions):
     """
-    What directions (k, n) at the site do to the logits (k, vocab_size) per unit of activation, about their mean over the
-    vocabulary: through the site's output matrix and along the residual stream to the last LayerNorm, which is taken as
-    linear (centred, its gain, the mean 1 / sigma of held-out tokens; not applied to the bare direction), then through
-    the unembedding (Towards Monosemanticity, logit weights). Later blocks, if any, are passed by.
+    What directions (k, n) at the site do to the logits (k, vocab_size) per unit of activation, about their mean over
+    the vocabulary: through the site's output matrix and along the residual stream to the last LayerNorm, which is taken
+    as linear (centred, its gain, the mean 1 / sigma of held-out tokens; not applied to the bare direction), then
+    through the unembedding (Towards Monosemanticity, logit weights). Later blocks, if any, are passed by.
     """
     kind, layer = this.site.split(".")
+    if "inverse_sigma" not in this.cache:
+        stream = read(this, f"resid.{this.gpt.config.n_layer - 1}")
+        this.cache["inverse_sigma"] = (stream.var(1, correction=0) + this.gpt.ln_f.eps).rsqrt().mean().item()
     if kind == "mlp":
         directions = directions @ this.gpt.blocks[int(layer)].mlp_proj.weight.t()       # (k, n_embd)
     centred = directions - directions.mean(1, keepdim=True)
-    logits = this.gpt.lm_head(centred * this.gpt.ln_f.weight * this.inverse_sigma)
+    logits = this.gpt.lm_head(centred * this.gpt.ln_f.weight * this.cache["inverse_sigma"])
     return logits - logits.mean(1, keepdim=True)
 
 
 def neuron_directions(this):
-    """Unit vectors (n_neurons, n) of the layer's MLP neurons at the site: themselves, or what they write to the stream."""
+    """Unit vectors (n_neurons, n) of the layer's MLP neurons at the site: themselves, or what they write there."""
     kind, layer = this.site.split(".")
     if kind == "mlp":
         return torch.eye(this.sae.d_in, device=this.sae.W_dec.device)
     return F.normalize(this.gpt.blocks[int(layer)].mlp_proj.weight.t(), dim=1)
+
+
+def correlations(a, b):
+    """Pearson correlation of each row of a (k, tokens) with each row of b (l, tokens), by streamed sums -> (k, l)."""
+    mean_a, mean_b = a.mean(1, keepdims=True), b.mean(1, keepdims=True)
+    squares_a, squares_b, products = np.zeros(len(a)), np.zeros(len(b)), np.zeros((len(a), len(b)))
+    for i in range(0, a.shape[1], 8192):
+        x, y = a[:, i:i + 8192] - mean_a, b[:, i:i + 8192] - mean_b
+        squares_a += (x * x).sum(1)
+        squares_b += (y * y).sum(1)
+        products += x @ y.T
+    return products / np.sqrt(np.outer(squares_a, squares_b).clip(1e-30))
+
+
+def explained_by_tokens(this, acts):
+    """
+    How well an activation is predicted by its mean given the current token, and given the previous and the current
+    token -> R^2 (k, 2) of acts (k, tokens). Means are learned on every other context and judged on the rest; what was
+    not seen falls back to the coarser mean. High: "fires on this token (after that one)" says it all. It says nothing
+    of what a feature does, and a feature of a topic, which no one or two tokens show, scores low though it is clear.
+    """
+    T, V = this.contexts.shape[1] - 1, this.tokenizer.n_vocab
+    learn = np.arange(len(this.tokens)) // T % 2 == 0
+    previous = np.where(np.arange(len(this.tokens)) % T == 0, V, np.roll(this.tokens, 1))     # V: nothing comes before
+    pairs, group = np.unique(previous * V + this.tokens, return_inverse=True)
+    token_of, n = pairs % V, len(pairs)                                                     # sums over pairs do it all
+    counts, test_counts = np.bincount(group[learn], minlength=n), np.bincount(group[~learn], minlength=n)
+    token_counts = np.bincount(token_of, counts, V)
+    scores = np.full((len(acts), 2), np.nan)
+    for row, score in zip(acts, scores):
+        on = np.flatnonzero(row)
+        values, known = row[on].astype(np.float64), learn[on]
+        sums = np.bincount(group[on[known]], values[known], n)
+        test_sums, squares = np.bincount(group[on[~known]], values[~known], n), (values[~known] ** 2).sum()
+        total = squares - test_sums.sum() ** 2 / test_counts.sum()
+        token_means = np.bincount(token_of, sums, V) / token_counts.clip(1)
+        by_token = np.where(token_counts > 0, token_means, sums.sum() / learn.sum())[token_of]
+        by_pair = np.where(counts > 0, sums / counts.clip(1), by_token)
+        for k, guess in enumerate((by_token, by_pair)):
+            if total > 0:
+                score[k] = 1 - (squares - 2 * test_sums @ guess + test_counts @ guess ** 2) / total
+    return scores
 
 
 # -----------------------------------------------------------------------------
@@ -200,7 +274,7 @@ def bars(counts):
 
 
 def snippet(this, position, width):
-    """The held-out token at `position` (counted through all contexts), marked, within its context, `width` characters."""
+    """The held-out token at `position` (counted through all contexts), marked, within its context; width characters."""
     T = this.contexts.shape[1] - 1
     context, t = this.contexts[position // T], position % T
     left = "".join(token_text(this, token) for token in context[max(0, t - 40):t])
@@ -218,133 +292,791 @@ def examples(this, acts, n_top, n_intervals, each, rng):
     Monosemanticity, feature browser). acts: (tokens,) -> list of (label, position)
     """
     def around(position):  # two examples with the same tokens here show the same thing twice
-        return tuple(tokens[max(0, position - 4):position + 2])
-    tokens = this.contexts[:, :-1].reshape(-1).tolist()
+        return this.tokens[max(0, position - 4):position + 2].tobytes()
+    on = np.flatnonzero(acts)
     chosen, seen = [], set()
-    for position in np.argsort(-acts, kind="stable")[:max(200, 4 * n_top)]:
-        if acts[position] > 0 and around(position) not in seen and len(chosen) < n_top:
-            chosen.append(("top" if not chosen else "", int(position)))
+    for position in on[np.argsort(-acts[on], kind="stable")][:max(200, 4 * n_top)]:
+        if around(position) not in seen and len(chosen) < n_top:
+            chosen.append(("top", int(position)))
             seen.add(around(position))
     edges = np.linspace(0, acts.max(), n_intervals + 1)
     for k in reversed(range(n_intervals)):
-        inside = np.flatnonzero((acts > edges[k]) & (acts <= edges[k + 1]))
+        inside = on[(acts[on] > edges[k]) & (acts[on] <= edges[k + 1])]
         label = f"{100 * k // n_intervals}-{100 * (k + 1) // n_intervals}%"
-        for i, position in enumerate(rng.permutation(inside)[:each]):
-            chosen.append((label if i == 0 else "", int(position)))
+        chosen += [(label, int(position)) for position in rng.permutation(inside)[:each]]
     return chosen
 
 
-def print_feature(this, i, acts, n_top=5, n_intervals=4, each=1, n_tokens=8):
-    """Prints one feature: density, histogram, examples, tokens raised and lowered, nearest neurons. acts: (tokens,)"""
-    on = acts[acts > 0]
+def describe(this, i, acts, n_top, n_intervals, each, n_tokens=8):
+    """Everything that is shown of feature i, whose activations are acts (tokens,) -> namespace."""
+    places = np.flatnonzero(acts)
+    on = acts[places]
     if len(on) == 0:
-        print(f"\n{paint(f'feature {i}', '1')}  not active on any of {len(acts):,} held-out tokens")
+        return SimpleNamespace(density=0.0)
+    best = places[np.argsort(-on, kind="stable")[:50]]
+    effects = logit_effects(this, this.sae.W_dec[i:i + 1])[0] * float(on.max())
+    cosines = neuron_directions(this) @ this.sae.W_dec[i]
+
+    def largest(values, n):  # -> [(index, value)]
+        return [(j, values[j].item()) for j in values.topk(min(n, len(values))).indices.tolist()]
+    return SimpleNamespace(
+        density=len(on) / len(acts), max=float(on.max()), histogram=np.histogram(on, bins=24, range=(0, on.max()))[0],
+        token=Counter(this.tokens[best].tolist()).most_common(1)[0], n_best=len(best),
+        examples=examples(this, acts, n_top, n_intervals, each, np.random.default_rng(i)),
+        raised=largest(effects, n_tokens), lowered=[(t, -v) for t, v in largest(-effects, n_tokens)],
+        neurons=[(j, cosines[j].item()) for j, _ in largest(cosines.abs(), 6)])
+
+
+def title(this, i, d):
+    """One line on what a feature is about, from describe()."""
+    if not d.density:
+        return f"{paint(f'feature {i}', '1')}  not active on any of {len(this.tokens):,} held-out tokens"
+    return (f"{paint(f'feature {i}', '1')}  density {d.density:.2%}  max {d.max:.2f}  "
+            f"'{token_text(this, d.token[0])}' at {d.token[1]} of its top {d.n_best}  {paint(bars(d.histogram), '36')}")
+
+
+def print_feature(this, i, acts, n_top=5, n_intervals=4, each=1, n_tokens=8):
+    """Prints feature i: density, histogram, examples, tokens raised and lowered, nearest neurons. acts: (tokens,)"""
+    d = describe(this, i, acts, n_top, n_intervals, each, n_tokens)
+    print("\n" + title(this, i, d))
+    if not d.density:
         return
     width = min(160, shutil.get_terminal_size((120, 24)).columns) - 22
-    tokens = this.contexts[:, :-1].reshape(-1)
-    best = np.argsort(-acts, kind="stable")[:min(50, len(on))]
-    (token, count), = Counter(tokens[best].tolist()).most_common(1)
-    histogram, _ = np.histogram(on, bins=24, range=(0, on.max()))
-    print(f"\n{paint(f'feature {i}', '1')}  density {len(on) / len(acts):.2%}  max {on.max():.2f}  "
-          f"'{token_text(this, token)}' at {count} of its top {len(best)}  {paint(bars(histogram), '36')}")
-    for label, position in examples(this, acts, n_top, n_intervals, each, np.random.default_rng(i)):
-        print(f"  {label:>8} {acts[position]:8.2f}  {snippet(this, position, width)}")
-    effects = logit_effects(this, this.sae.W_dec[i:i + 1])[0] * float(on.max())
-    for label, order, colour in (("raises", effects.argsort(descending=True), "32"), ("lowers", effects.argsort(), "31")):
-        print(f"  {label:>8}  " + "  ".join(f"{paint(repr(token_text(this, t)), colour)} {effects[t]:+.1f}" for t in order[:n_tokens]))
-    cosines = neuron_directions(this) @ this.sae.W_dec[i]
-    print(f"  {'neurons':>8}  " + "  ".join(f"{n} {cosines[n]:+.2f}" for n in cosines.abs().argsort(descending=True)[:6].tolist()))
+    previous = ""
+    for label, position in d.examples:
+        print(f"  {label if label != previous else '':>8} {acts[position]:8.2f}  {snippet(this, position, width)}")
+        previous = label
+    for label, tokens, colour in (("raises", d.raised, "32"), ("lowers", d.lowered, "31")):
+        shown = (f"{paint(repr(token_text(this, t)), colour)} {effect:+.1f}" for t, effect in tokens)
+        print(f"  {label:>8}  " + "  ".join(shown))
+    print(f"  {'neurons':>8}  " + "  ".join(f"{n} {cosine:+.2f}" for n, cosine in d.neurons))
 
+
+def save(this, name, **numbers):
+    """Writes a command's numbers to the autoencoder's folder."""
+    save_json(os.path.join(this.folder, f"{name}.json"), numbers)
+
+
+def read_log(folder):
+    path = os.path.join(folder, "log.jsonl")
+    try:
+        with open(path, encoding="utf-8") as f:
+            return [json.loads(line) for line in f]
+    except (FileNotFoundError, ValueError):
+        raise UserError(f"{path} is missing or damaged: run python train_sae.py --name={os.path.basename(folder)}")
+
+
+# -----------------------------------------------------------------------------
+# commands: report, feature, toy
 
 def plots(this, metrics, features):
     """density.png: log10 histogram of feature density, the ultra-low ones marked. training.png: the log."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     alive = features.density[features.density > 0]
-    fig, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    low = min(math.log10(ULTRA_LOW) - 0.5, math.log10(alive.min()) - 0.1) if len(alive) else -6
-    bins = np.linspace(low, 0, 60)
-    for part, colour, label in ((alive[alive >= ULTRA_LOW], "#2a6f97", "alive"), (alive[alive < ULTRA_LOW], "#d1495b", "ultra-low")):
-        ax.hist(np.log10(part), bins=bins, color=colour, label=f"{label}: {len(part):,}")
-    ax.axvline(math.log10(ULTRA_LOW), color="#d1495b", lw=1, ls=":")
-    ax.plot([], [], " ", label=f"dead: {metrics['n_features'] - len(alive):,}")
-    ax.set(xlabel=f"log10 of feature density ({metrics['tokens']:,} held-out tokens)", ylabel="features", title=os.path.basename(this.folder))
-    ax.legend(frameon=False)
-    fig.savefig(os.path.join(this.folder, "density.png"), dpi=120)
-
-    with open(os.path.join(this.folder, "log.jsonl"), encoding="utf-8") as f:
-        log = [json.loads(line) for line in f]
-    fig, axes = plt.subplots(1, 3, figsize=(9, 2.8), layout="constrained")
-    for ax, key, label in zip(axes, ("variance_explained", "l0", "dead"), ("variance explained", "L0", "share of dead features")):
-        ax.plot([row["step"] for row in log], [row[key] for row in log], color="#2a6f97")
-        ax.set(xlabel="step", title=label, yscale="log" if key == "l0" else "linear")
-        ax.grid(alpha=0.3)
-    fig.savefig(os.path.join(this.folder, "training.png"), dpi=120)
+    with figure(os.path.join(this.folder, "density.png")) as ax:
+        bins = np.linspace(min(math.log10(ULTRA_LOW) - 0.5, np.log10(alive.min(initial=1)) - 0.1), 0, 60)
+        for which, colour, label in ((alive >= ULTRA_LOW, BLUE, "alive"), (alive < ULTRA_LOW, RED, "ultra-low")):
+            ax.hist(np.log10(alive[which]), bins=bins, color=colour, label=f"{label}: {which.sum():,}")
+        ax.axvline(math.log10(ULTRA_LOW), color=RED, lw=1, ls=":")
+        ax.plot([], [], " ", label=f"dead: {metrics['n_features'] - len(alive):,}")
+        ax.set(xlabel=f"log10 of feature density on {metrics['tokens']:,} held-out tokens", ylabel="features")
+    log = read_log(this.folder)
+    with figure(os.path.join(this.folder, "training.png"), panels=3, width=9, height=2.8) as axes:
+        for ax, key in zip(axes, ("variance_explained", "l0", "dead")):
+            ax.plot([row["step"] for row in log], [row[key] for row in log], color=BLUE)
+            ax.set(xlabel="step", title=key.replace("_", " "), yscale="log" if key == "l0" else "linear")
 
 
 def report(this, args):
     metrics, features = measure(this)
-    save_json(os.path.join(this.folder, "metrics.json"), metrics)
+    save(this, "metrics", **metrics)
     plots(this, metrics, features)
     m = metrics["n_features"]
-    print(f"\n{paint(os.path.basename(this.folder), '1')}: {this.recipe} recipe at {this.site}, {this.sae.d_in} -> {m:,} features, "
-          f"measured on {metrics['tokens']:,} held-out {'tokens' if this.gpt else 'rows'}")
+    headline = f"{os.path.basename(this.folder)} · {this.recipe} recipe · {this.site} · {m:,} features"
     rows = [("L0", f"{metrics['l0']:.1f}", "active features a token"),
             ("variance explained", f"{metrics['variance_explained']:.3f}", "about the mean"),
             ("dead", f"{metrics['dead']:.2%}", f"{round(m * metrics['dead']):,} of {m:,} never active here"),
-            ("ultra-low density", f"{metrics['ultra_low']:.2%}", f"active on fewer than 1 in {1 / ULTRA_LOW:,.0f} tokens")]
+            ("ultra-low density", f"{metrics['ultra_low']:.2%}", f"on at fewer than 1 in {1 / ULTRA_LOW:,.0f} tokens")]
     if this.gpt:
         rows += [("loss", f"{metrics['loss_plain']:.3f}", f"spliced {metrics['loss_spliced']:.3f}, mean-ablated "
                   f"{metrics['loss_mean_ablated']:.3f}, zero-ablated {metrics['loss_zero_ablated']:.3f} nats a token"),
                  ("loss recovered", f"{metrics['loss_recovered']:.3f}", "of what zero-ablation costs")]
+    print(f"\n{paint(headline, '1')}, on {metrics['tokens']:,} held-out {'tokens' if this.gpt else 'rows'}")
     for name, value, note in rows:
         print(f"  {name:<20}{paint(f'{value:>9}', '1;36')}   {note}")
-    print(f"\n  log10 density   -6 {bars(np.histogram(np.log10(features.density.clip(1e-6)), bins=48, range=(-6, 0))[0])} 0")
+    counts, _ = np.histogram(np.log10(features.density.clip(1e-6)), bins=48, range=(-6, 0))
+    print(f"\n  log10 density   -6 {bars(counts)} 0")
     if this.gpt:
         best = np.argsort(-features.energy, kind="stable")[:args.show]
-        alive = np.flatnonzero(features.density > 0)
-        drawn = np.random.default_rng(args.seed).permutation(alive)[:args.show]
-        acts = activations_of(this, np.concatenate([best, drawn]))
-        for k, i in enumerate(np.concatenate([best, drawn])):
-            if k in (0, len(best)):
-                title = "features that carry most of the reconstruction" if k == 0 else "features drawn at random"
-                print(f"\n{paint(f'{title:-^100}', '2')}")
-            print_feature(this, int(i), acts[:, k])
-    print(f"\nwrote metrics.json, density.png and training.png to {this.folder}")
+        drawn = np.random.default_rng(args.seed).permutation(np.flatnonzero(features.density > 0))[:args.show]
+        for heading, numbers in (("carry most of the reconstruction", best), ("drawn at random", drawn)):
+            print("\n" + paint(f" features {heading} ".center(100, "─"), "2"))
+            for i, acts in zip(numbers.tolist(), activations_of(this, numbers)):
+                print_feature(this, i, acts)
+        write_page(this, headline, rows)
+    print(f"\nwrote metrics.json, density.png, training.png{' and features.html' * bool(this.gpt)} to {this.folder}")
 
 
 def feature(this, args):
-    if this.gpt is None:
-        raise UserError("feature shows text, which only an autoencoder trained on this model's activations has")
     try:
         i, = map(int, args.arguments)
     except ValueError:
         raise UserError("feature takes one number, as in: python analyze.py feature 12")
+    print_feature(this, i, activations_of(this, [known(this, i)])[0], n_top=20, n_intervals=10, each=3, n_tokens=12)
+
+
+def known(this, i):
+    """Feature number i, or a UserError when there is none."""
     if not 0 <= i < this.sae.n_features:
         raise UserError(f"there is no feature {i}: {this.folder} has 0 to {this.sae.n_features - 1}")
-    print_feature(this, i, activations_of(this, [i])[:, 0], n_top=20, n_intervals=10, each=3, n_tokens=12)
+    return i
 
 
 def toy(this, args):
-    """How many of the true directions have a feature of their own: the highest cosine with any decoder row, over 0.9."""
+    """How many true directions have a feature of their own: the highest cosine with any decoder row is over 0.9."""
     if this.site != "toy":
-        raise UserError(f"{this.folder} was not trained on toy data: run python train_sae.py --acts=toy --name=toy first")
+        raise UserError(f"{this.folder} was not trained on toy data: run python train_sae.py --acts=toy --name=toy")
     cosines = (this.source["truth"].to(this.sae.W_dec) @ this.sae.W_dec.t()).amax(1).cpu().numpy()
     found = cosines > 0.9
-    save_json(os.path.join(this.folder, "metrics.json"), {"true_directions": len(found), "found": float(found.mean()),
-                                                          "mean_max_cosine": float(cosines.mean())})
+    save(this, "metrics", true_directions=len(found), found=float(found.mean()), mean_max_cosine=float(cosines.mean()))
     print(f"{found.sum()} of {len(found)} true directions found ({found.mean():.1%}): cosine with a feature over 0.9; "
           f"mean of the highest cosines {cosines.mean():.3f}")
-    for k, part in enumerate(np.array_split(found, 4)):
-        print(f"  {('most frequent', 'frequent', 'rare', 'rarest')[k]:>14} quarter  {part.mean():7.1%}")
+    for name, part in zip(("most frequent", "frequent", "rare", "rarest"), np.array_split(found, 4)):
+        print(f"  {name:>14} quarter  {part.mean():7.1%}")
+
+
+# -----------------------------------------------------------------------------
+# commands: cause, steer, search
+
+def logits_at(this, idx, p, remove=None):
+    """
+    Logits (b, vocab_size) at token p[b] of each context idx[b] (b, T); with remove (b, n), after that was subtracted
+    from the activations at the site and token, which ablates features and keeps the reconstruction error.
+    """
+    rows = torch.arange(len(idx), device=idx.device)
+
+    def hook(site, x):
+        if site == this.site:
+            x = x.clone()
+            x[rows, p] -= remove
+            return x
+    stream = this.gpt.trunk(idx[:, :int(p.max()) + 1], None if remove is None else hook)  # later tokens have no say
+    return this.gpt.lm_head(stream[rows, p])
+
+
+def effects(this, idx, p, targets):
+    """
+    What each feature that is active at token p[b] of context idx[b] (b, T) does there to the logit of targets[b],
+    measured against the mean logit (Towards Monosemanticity, Scaling Monosemanticity: ablations and attributions).
+    ablation: that logit minus the logit without the feature, f_i W_dec_i subtracted from x. attribution: its
+    first-order estimate f_i W_dec_i . gradient; one backward pass serves all features.
+    -> namespace of arrays (k,): row, feature, activation, attribution, ablation
+    """
+    rows, kept = torch.arange(len(idx), device=idx.device), {}
+
+    def leaf(site, x):
+        if site == this.site:
+            kept["x"] = x.detach().requires_grad_()
+            return kept["x"]
+
+    def contrast(logits, targets):
+        return logits.gather(1, targets[:, None])[:, 0] - logits.mean(1)
+    with torch.enable_grad():
+        before = contrast(this.gpt.lm_head(this.gpt.trunk(idx, leaf)[rows, p]), targets)
+        gradient, = torch.autograd.grad(before.sum(), kept["x"])
+    x = kept["x"].detach()[rows, p]
+    f = this.sae.encode(x)                                                           # (b, m)
+    row, feature = f.nonzero(as_tuple=True)
+    part = f[row, feature, None] * this.sae.W_dec[feature] / this.sae.input_scale(x)[row]   # (k, n), in raw units
+    progress = Progress("ablating", len(row), "features")
+    ablation = []
+    for some in torch.arange(len(row), device=idx.device).split(256):
+        after = logits_at(this, idx[row[some]], p[row[some]], part[some])
+        ablation.append(before[row[some]].detach() - contrast(after, targets[row[some]]))
+        if progress.due():
+            progress.show(int(some[-1]))
+    arrays = {"row": row, "feature": feature, "activation": f[row, feature], "ablation": torch.cat(ablation),
+              "attribution": (part * gradient[rows, p][row]).sum(1)}
+    return SimpleNamespace(**{name: value.cpu().numpy() for name, value in arrays.items()})
+
+
+def ranks(values):
+    return np.argsort(np.argsort(values))
+
+
+def encode_text(this, text):
+    """Text -> token ids (1, T); UserError when it is empty or longer than a context."""
+    ids = this.tokenizer.encode_ordinary(text)
+    if not 0 < len(ids) <= this.gpt.config.block_size:
+        raise UserError(f"{text[:40]!r} has {len(ids)} tokens: give 1 to {this.gpt.config.block_size}")
+    return torch.tensor([ids], device=this.sae.W_dec.device)
+
+
+def cause(this, args, n_tokens=400):
+    """Attribution and ablation of the features behind one prediction, and how well one stands for the other."""
+    if args.prompt:
+        idx = encode_text(this, args.prompt)
+        p = torch.tensor([idx.shape[1] - 1], device=idx.device)
+        probs = logits_at(this, idx, p).softmax(1)[0]
+        target = encode_text(this, args.target)[0, :1] if args.target else probs.argmax(keepdim=True)
+        e = effects(this, idx, p, target)
+        print(f"after {args.prompt!r}: {token_text(this, target)!r} with probability {probs[target].item():.3f}\n"
+              "its logit, by feature: activation, attribution, ablation")
+        top = np.argsort(-np.abs(e.ablation))[:args.show]
+        for k, acts in zip(top, activations_of(this, e.feature[top])):
+            print(f"  {e.activation[k]:6.2f}  {e.attribution[k]:+7.3f}  {e.ablation[k]:+7.3f}  "
+                  f"{title(this, e.feature[k], describe(this, int(e.feature[k]), acts, 0, 0, 0))}")
+        return
+    rng = np.random.default_rng(args.seed)
+    contexts = this.contexts[rng.integers(0, len(this.contexts), n_tokens)].to(this.sae.W_dec.device)
+    p = torch.from_numpy(rng.integers(0, contexts.shape[1] - 1, n_tokens)).to(contexts.device)
+    e = effects(this, contexts[:, :-1], p, contexts.gather(1, p[:, None] + 1)[:, 0])
+    numbers = {"tokens": n_tokens, "active_features": len(e.row)}
+    for name in ("attribution", "activation"):
+        pearson = float(np.corrcoef(getattr(e, name), e.ablation)[0, 1])
+        rank = float(np.corrcoef(ranks(getattr(e, name)), ranks(e.ablation))[0, 1])
+        numbers[name] = {"pearson": pearson, "rank": rank}
+        print(f"{name:>12} with ablation effect: Pearson {pearson:+.3f}, rank {rank:+.3f}")
+    save(this, "cause", **numbers)
+    with figure(os.path.join(this.folder, "cause.png"), panels=2, width=8) as axes:
+        for ax, name in zip(axes, ("attribution", "activation")):
+            ax.scatter(getattr(e, name), e.ablation, s=4, alpha=0.4, color=BLUE)
+            ax.set(xlabel=name, ylabel="ablation effect", title=f"rank correlation {numbers[name]['rank']:.2f}")
+    print(f"{len(e.row):,} active features at {n_tokens} held-out tokens; wrote cause.json, cause.png to {this.folder}")
+
+
+def clamp(this, i, value):
+    """
+    Hook that holds feature i at `value` on every token and keeps the reconstruction error: x + (value - f_i) W_dec_i is
+    SAE(x) with f_i clamped, plus x - SAE(x) (Scaling Monosemanticity, Methods: steering). value None: f_i's own.
+    """
+    def hook(site, x):
+        if site == this.site:
+            f = this.sae.encode(x)[..., i:i + 1]
+            target = f if value is None else value
+            return x + (target - f) * this.sae.W_dec[i] / this.sae.input_scale(x)
+    return hook
+
+
+def steer(this, args):
+    """Text with a feature clamped to multiples of its maximum, and how likely the token it raises most becomes."""
+    i = known(this, args.feature)
+    try:
+        multiples = [float(value) for value in args.value.split(",")]
+    except ValueError:
+        raise UserError(f"--value takes multiples of the feature's maximum with commas between, not {args.value}")
+    acts = activations_of(this, [i])[0]
+    d = describe(this, i, acts, 0, 0, 0)
+    print(title(this, i, d))
+    if not d.density:
+        return
+    token, device = d.raised[0][0], this.sae.W_dec.device
+    idx = this.contexts[:16, :-1].to(device)
+    start = encode_text(this, args.prompt) if args.prompt else this.contexts[:1, :16].to(device)
+    numbers = []
+    for multiple in [None] + multiples:
+        hook = None if multiple is None else clamp(this, i, multiple * d.max)
+        p = this.gpt(idx, hook=hook)[0].softmax(-1)[..., token].mean().item()
+        numbers.append({"multiple": multiple, "probability": p})
+        generator = torch.Generator(device).manual_seed(args.seed)
+        ids = this.gpt.generate(start, 60, hook=hook, generator=generator)[0, start.shape[1]:]
+        name = "unsteered" if multiple is None else f"{multiple:+g} x max"
+        print(f"\n{paint(f'{name:>12}', '1;36')}  {token_text(this, token)!r} has probability {p:.4f}\n"
+              f"{'':14}{''.join(token_text(this, t) for t in ids)}")
+    save(this, "steer", feature=i, token=token_text(this, token), clamped=numbers)
+
+
+def search_scores(this, texts, without=()):
+    """
+    -> scores (m,): a feature's activation on each text's token marked with «...» (else its last), plus its mean over
+    the text, averaged over the texts, minus the highest it reaches on any text without the concept.
+    """
+    def activations(text):
+        marked = re.search("«(.+?)»", text, re.S)
+        plain = text.replace("«", "").replace("»", "") if marked else text
+        idx, kept = encode_text(this, plain), {}
+        this.gpt.trunk(idx, lambda site, x: kept.update({site: x}))
+        at = idx.shape[1] - 1
+        if marked:  # the token that holds the last marked character
+            end = len(plain[:marked.end(1) - 1].encode()) - 1
+            lengths = [len(this.tokenizer.decode_single_token_bytes(t)) for t in idx[0].tolist()]
+            at = int(np.searchsorted(np.cumsum(lengths), end, side="right"))
+        return this.sae.encode(kept[this.site])[0], at
+    found = [f[at] + f.mean(0) for f, at in map(activations, texts)]
+    scores = torch.stack(found).mean(0)
+    for text in without:
+        scores = scores - activations(text)[0].amax(0) / len(without)
+    return scores.cpu().numpy()
+
+
+def search(this, args):
+    """The features that are most active on some texts, and less on others."""
+    if not args.arguments:
+        raise UserError('search takes texts, as in: python analyze.py search "import numpy" --without "import os"')
+    scores = search_scores(this, args.arguments, args.without)
+    hits = [int(i) for i in np.argsort(-scores, kind="stable")[:args.show] if scores[i] > 0]
+    save(this, "search", texts=args.arguments, without=args.without, hits=[[i, float(scores[i])] for i in hits])
+    if not hits:
+        print("no feature is active there" + (" and not on the texts without the concept" if args.without else ""))
+    for i, acts in zip(hits, activations_of(this, hits) if hits else ()):
+        print(f"\nscore {scores[i]:.2f}", end="")
+        print_feature(this, i, acts, n_top=4, n_intervals=0, each=0)
+
+
+# -----------------------------------------------------------------------------
+# commands: neurons, complete, scaling, compare
+
+def neurons(this, args, n_sample=256):
+    """
+    Are features something else than neurons, and more explainable? Each feature's highest Pearson correlation with any
+    MLP neuron of the layer (82% had 0.3 or less in Towards Monosemanticity), and explained_by_tokens for features,
+    neurons and random directions, the last two cut by a threshold to the features' median density.
+    """
+    rng, m = np.random.default_rng(args.seed), this.sae.n_features
+    mlp = read(this, "mlp." + this.site.split(".")[1]).t().contiguous().numpy()
+    best, density = np.zeros(m), np.zeros(m)
+    progress = Progress("correlating", m, "features")
+    for block in blocks(m):
+        acts = activations_of(this, block)
+        best[block], density[block] = correlations(acts, mlp).max(1), (acts > 0).mean(1)
+        if progress.due():
+            progress.show(int(block[-1]) + 1)
+    alive = np.flatnonzero(density > 0)
+    if not len(alive):
+        raise UserError(f"{this.folder}: every feature is dead on these tokens")
+    share = float((best[alive] <= 0.3).mean())
+    print(f"{share:.1%} of {len(alive):,} alive features have no neuron that they correlate with above 0.3; "
+          f"median of the highest correlations {np.median(best[alive]):.2f}")
+
+    keep = np.median(density[alive])
+
+    def cut(acts):  # to the same density
+        return np.maximum(acts - np.quantile(acts, 1 - keep, axis=1, keepdims=True), 0)
+    directions = rng.standard_normal((this.sae.d_in, n_sample)).astype(np.float32)
+    kinds = {"features": activations_of(this, rng.permutation(alive)[:n_sample]), "neurons": cut(mlp[:n_sample]),
+             "random directions": cut((read(this).numpy() @ directions).T)}
+    scores = {kind: explained_by_tokens(this, acts) for kind, acts in kinds.items()}
+    print(f"\nvariance of the activation that tokens explain (R^2 on unseen text), at a density of {keep:.2%}: median\n"
+          f"{'':24}current token   previous and current")
+    for kind, score in scores.items():
+        print(f"  {kind:<20}{np.nanmedian(score[:, 0]):15.2f}{np.nanmedian(score[:, 1]):23.2f}")
+    save(this, "neurons", share_at_most_03=share, median_correlation=float(np.median(best[alive])), density=float(keep),
+         explained={kind: np.nanmedian(score, axis=0).tolist() for kind, score in scores.items()})
+    with figure(os.path.join(this.folder, "neurons.png"), panels=2, width=9) as axes:
+        axes[0].hist(best[alive], bins=40, color=BLUE)
+        axes[0].axvline(0.3, color=RED, ls=":")
+        axes[0].set(xlabel="highest correlation with a neuron", ylabel="features", title=f"{share:.0%} at 0.3 or less")
+        for (kind, score), colour in zip(scores.items(), (BLUE, RED, "#888888")):
+            axes[1].plot(np.sort(score[:, 1]), np.linspace(0, 1, len(score)), color=colour, label=kind)
+        axes[1].set(xlabel="R^2 given previous and current token", ylabel="share at most that", xlim=(-0.2, 1))
+    print(f"wrote neurons.json and neurons.png to {this.folder}")
+
+
+
+def word_places(this, path, n_bins=12, n_each=20):
+    """
+    Words -> positions of their last token in the held-out text (a concept is a word with all its tokens): those of a
+    file, or n_each from each of n_bins intervals of frequency, evenly spaced in its log, down to 5 occurrences.
+    """
+    pieces = [this.tokenizer.decode_single_token_bytes(t) for t in this.tokens.tolist()]
+    ends, places = np.cumsum([len(piece) for piece in pieces]), defaultdict(list)
+    for match in re.finditer(rb"[A-Za-z]{2,}", b"".join(pieces)):
+        places[match.group().decode()].append(match.end() - 1)
+    if path:
+        with open(path, encoding="utf-8") as f:
+            wanted = [word for word in f.read().split() if word in places]
+    else:
+        words = sorted((word for word in places if len(places[word]) >= 5), key=lambda word: (-len(places[word]), word))
+        logs = np.log([len(places[word]) for word in words])
+        bins = np.digitize(logs, np.linspace(logs.min(), logs.max(), n_bins + 1)[1:-1])
+        rng = np.random.default_rng(0)
+        wanted = [words[j] for b in range(n_bins) for j in rng.permutation(np.flatnonzero(bins == b))[:n_each]]
+    return {word: np.searchsorted(ends, places[word], side="right") for word in wanted}
+
+
+def best_detectors(this, places):
+    """
+    For each word the feature that detects it best -> F1 (words,), feature (words,), number of alive features. A feature
+    detects a token when its activation is over 0, 1/4 or 1/2 of its maximum, whichever serves the word best.
+    """
+    f1, feature, alive = np.zeros(len(places)), np.zeros(len(places), dtype=int), 0
+    for block in blocks(this.sae.n_features):
+        acts = activations_of(this, block)
+        highest = acts.max(1, keepdims=True)
+        alive += int((highest > 0).sum())
+        for threshold in (0, 0.25, 0.5):
+            fired = acts > threshold * highest
+            n_fired = fired.sum(1)
+            for k, positions in enumerate(places.values()):
+                scores = 2 * fired[:, positions].sum(1) / (n_fired + len(positions))
+                if scores.max() > f1[k]:
+                    f1[k], feature[k] = scores.max(), block[scores.argmax()]
+    return f1, feature, alive
+
+
+def fit_sigmoid(x, y, n_iters=50):
+    """Logistic regression by Newton's method: y (n,) in {0, 1} -> a, b of P(y = 1) = 1 / (1 + exp(-(a + b x)))."""
+    X, w = np.stack([np.ones_like(x), x], axis=1), np.zeros(2)
+    for _ in range(n_iters):
+        p = 1 / (1 + np.exp(-(X @ w).clip(-30, 30)))
+        w = w + np.linalg.solve(X.T @ (X * (p * (1 - p))[:, None]) + 1e-6 * np.eye(2), X.T @ (y - p) - 1e-6 * w)
+    return w
+
+
+def complete(this, args, threshold=0.5):
+    """
+    Which words have a feature of their own (F1 over the threshold)? The share rises with the word's frequency and with
+    the number of alive features: a sigmoid in the log of their product (Scaling Monosemanticity, Feature Completeness).
+    """
+    results, places = {}, word_places(this, args.words)
+    if not places:
+        raise UserError("none of these words is in the held-out text")
+    frequency = np.array([len(positions) for positions in places.values()]) / len(this.tokens)
+    for name in args.names:
+        f1, feature, alive = best_detectors(load_run(args, this.sae.W_dec.device, name), places)
+        words = {word: {"frequency": n, "feature": int(i), "f1": float(score)}
+                 for word, n, i, score in zip(places, frequency, feature, f1)}
+        results[name] = {"alive": alive, "found": float((f1 > threshold).mean()), "words": words}
+        print(f"{name}: {results[name]['found']:.1%} of {len(f1)} words have a feature with F1 over {threshold} "
+              f"({alive:,} alive features)")
+    x = np.log10(np.concatenate([frequency * result["alive"] for result in results.values()]))
+    found = np.concatenate([[w["f1"] > threshold for w in result["words"].values()] for result in results.values()])
+    a, b = fit_sigmoid(x, found.astype(float))
+    print(f"P(found) = sigmoid({a:.2f} + {b:.2f} log10(frequency x alive features)): 1/2 at {10 ** (-a / b):.2g}")
+    save(this, "complete", threshold=threshold, a=a, b=b, runs=results)
+    last = results[args.names[-1]]["words"]
+    print("\n        word  frequency  feature     F1")
+    for word in sorted(last, key=lambda word: -last[word]["f1"])[:2 * args.show]:
+        print(f"{word:>12}  {last[word]['frequency']:9.5f}  {last[word]['feature']:7}  {last[word]['f1']:5.2f}")
+    with figure(os.path.join(this.folder, "complete.png")) as ax:
+        edges = np.linspace(np.log10(frequency.min()), np.log10(frequency.max()) + 1e-9, 7)
+        for name, result in results.items():
+            hit = np.array([w["f1"] > threshold for w in result["words"].values()])
+            which = np.digitize(np.log10(frequency), edges) - 1
+            line, = ax.plot(10 ** ((edges[1:] + edges[:-1]) / 2), [hit[which == k].mean() for k in range(6)], "o-",
+                            label=f"{name}: {result['alive']:,} alive")
+            grid = np.geomspace(frequency.min(), frequency.max(), 100)
+            ax.plot(grid, 1 / (1 + np.exp(-(a + b * np.log10(grid * result["alive"])))), ":", color=line.get_color())
+        ax.set(xscale="log", xlabel="frequency of the word", ylabel="share with a feature", ylim=(-0.02, 1.02))
+    print(f"\nwrote complete.json and complete.png to {this.folder}")
+
+
+def power_law(x, y):
+    """Least squares in logs: y = c x^k -> c, k."""
+    k, log_c = np.polyfit(np.log(x), np.log(y), 1)
+    return float(np.exp(log_c)), float(k)
+
+
+def frontier(runs, n_budgets=24):
+    """
+    The best of many runs for each budget: runs are dicts with compute and loss (arrays along the run) -> budgets, index
+    of the run with the lowest loss there, that loss.
+    """
+    budgets, best = np.geomspace(min(r["compute"][0] for r in runs), max(r["compute"][-1] for r in runs), n_budgets), []
+    for budget in budgets:
+        losses = [np.interp(np.log(budget), np.log(r["compute"]), r["loss"], left=np.inf, right=np.inf) for r in runs]
+        best.append((int(np.argmin(losses)), float(np.min(losses))))
+    return budgets, *map(np.array, zip(*best))
+
+
+def scaling(this, args):
+    """
+    Loss against compute from the logs of runs that differ in size, steps or learning rate (Scaling Monosemanticity,
+    Scaling Laws). compute = 12 d_in n_features rows: encoder and decoder, two operations a weight and row, and twice
+    that for their gradients. loss = mse + lambda l1 with the full lambda from the first step on.
+    """
+    runs = []
+    for name in args.names:
+        sae = load_sae(os.path.join(folder_of(args, name), "sae.pt"))
+        used, log = sae.extra["args"], read_log(folder_of(args, name))
+        l1_coeff, source = used["l1_coeff"], sae.extra["source"]
+        runs.append({"name": name, "n_features": sae.n_features, "learning_rate": used["learning_rate"],
+                     "same": (source.get("gpt"), source["site"], sae.recipe, sae.input_norm, l1_coeff),
+                     "compute": np.array([12.0 * sae.d_in * sae.n_features * row["rows"] for row in log]),
+                     "loss": np.array([row["mse"] + l1_coeff * row["l1"] for row in log])})
+    if len({run["same"] for run in runs}) > 1:
+        raise UserError("these runs differ in data, site, recipe, normalisation or lambda: give --names that agree")
+    print(f"{'run':>16}  features        lr   compute      loss")
+    for run in runs:
+        print(f"{run['name']:>16}  {run['n_features']:8,}  {run['learning_rate']:8.1e}  "
+              f"{run['compute'][-1]:.2e}  {run['loss'][-1]:8.3f}")
+    budgets, best, losses = frontier(runs)
+    sizes = np.array([runs[k]["n_features"] for k in best])
+    laws = {name: power_law(budgets, values)
+            for name, values in (("n_features", sizes), ("steps x batch", budgets / sizes), ("loss", losses))}
+    ends = defaultdict(list)  # best learning rate: among the runs that end at one budget
+    for run in runs:
+        ends[f"{run['compute'][-1]:.2g}"].append((run["loss"][-1], run["learning_rate"]))
+    rates = {float(budget): min(group)[1] for budget, group in ends.items() if len({lr for _, lr in group}) > 1}
+    if len(rates) > 1:
+        laws["learning_rate"] = power_law(np.array(list(rates)), np.array(list(rates.values())))
+    for name, (c, k) in laws.items():
+        print(f"best {name} for a budget C: {c:.3g} x C^{k:+.3f}")
+    save(this, "scaling", laws=laws, budgets=budgets.tolist(), best_sizes=sizes.tolist(), best_losses=losses.tolist())
+    with figure(os.path.join(this.folder, "scaling.png")) as ax:
+        for run in runs:
+            shade = 0.25 + 0.7 * np.argsort(np.argsort([r["n_features"] for r in runs]))[runs.index(run)] / len(runs)
+            ax.plot(run["compute"], run["loss"], color=(0.16, 0.44, 0.59, shade), label=run["name"])
+        ax.plot(budgets, losses, ":", color=RED, label="frontier")
+        ax.set(xscale="log", xlabel="compute (operations)", ylabel="loss")
+    print(f"wrote scaling.json and scaling.png to {this.folder}")
+
+
+def compare(this, args):
+    """
+    Two autoencoders. Of one model: how many features have a counterpart, by cosine, and into what the smaller one's
+    features split (Towards Monosemanticity, Feature Splitting). Of two models: each feature's highest activation
+    correlation with any of the other's on the same text, beside that of neurons (Universality).
+    """
+    if len(args.names) != 2:
+        raise UserError("compare takes two names, or folders such as other_out/sae/scaling")
+    a, b = sorted((this, load_run(args, this.sae.W_dec.device, args.names[1])), key=lambda run: run.sae.n_features)
+    if None in (a.gpt, b.gpt) or a.tokens.shape != b.tokens.shape or (a.tokens != b.tokens).any():
+        raise UserError("compare needs two autoencoders on models with the same tokenizer and held-out text")
+    names = [os.path.relpath(run.folder, args.out_dir) for run in (a, b)]
+    if a.source["gpt"] == b.source["gpt"] and a.site == b.site:
+        cosines = (a.sae.W_dec @ b.sae.W_dec.t()).cpu().numpy()
+        best = cosines.max(1)
+        shares = {f"{c}": float((best > c).mean()) for c in (0.5, 0.7, 0.9)}
+        print(f"{len(best):,} features of {names[0]} among {cosines.shape[1]:,} of {names[1]}: highest cosine over "
+              + ", ".join(f"{c} for {share:.1%}" for c, share in shares.items()) + f"; median {np.median(best):.2f}")
+        save(this, "compare", of=names, shares=shares, median=float(np.median(best)))
+        split = np.argsort(-(cosines > 0.5).sum(1), kind="stable")[:args.show]
+        for i, acts in zip(split.tolist(), activations_of(a, split)):
+            print("\n" + title(a, i, describe(a, i, acts, 0, 0, 0)))
+            near = np.argsort(-cosines[i])[:min(6, max(1, (cosines[i] > 0.5).sum()))]
+            for j, other in zip(near.tolist(), activations_of(b, near)):
+                print(f"   {cosines[i, j]:.2f}  {title(b, j, describe(b, j, other, 0, 0, 0))}")
+        return
+    best, n = {"features": []}, 2**16  # tokens: enough for a correlation, and their activations fit into memory
+    others = np.concatenate([activations_of(b, block)[:, :n] for block in blocks(b.sae.n_features)])
+    for block in blocks(a.sae.n_features):
+        acts = activations_of(a, block)[:, :n]
+        best["features"] += correlations(acts[acts.any(1)], others).max(1).tolist()
+    mlp = [read(run, "mlp." + run.site.split(".")[1]).t().contiguous().numpy() for run in (a, b)]
+    best["neurons"] = correlations(*mlp).max(1).tolist()
+    medians = {kind: float(np.median(values)) for kind, values in best.items()}
+    print(f"highest correlation with any of the other model's, median: features {medians['features']:.2f}, "
+          f"neurons {medians['neurons']:.2f}")
+    save(this, "compare", of=names, medians=medians)
+    with figure(os.path.join(this.folder, "compare.png")) as ax:
+        for (kind, values), colour in zip(best.items(), (BLUE, RED)):
+            ax.hist(values, bins=np.linspace(0, 1, 41), density=True, histtype="step", color=colour, label=kind)
+        ax.set(xlabel="highest activation correlation across models", ylabel="density")
+
+
+
+# -----------------------------------------------------------------------------
+# the page
+
+PAGE = r"""<!DOCTYPE html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>features</title>
+<meta http-equiv="Content-Security-Policy"
+      content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+<style>
+:root { color-scheme: light dark; --accent: light-dark(#a0480a, #f4a85c); --soft: light-dark(#666, #aaa); --heat: 240 135 40 }
+* { box-sizing: border-box } body { margin: 0; font: 15px/1.5 system-ui } :focus-visible { outline: 2px solid var(--accent) }
+header { display: flex; gap: 24px; padding: 12px 20px; font-weight: 600 } #title { flex: 1 }
+header, #head, .bars { border-bottom: 1px solid #8884 } h1 { margin: 0 } b { font-size: 20px }
+h2, p { font-size: 13px; font-weight: 400; margin: 24px 0 4px } h2, p, #head { color: var(--soft) }
+a { color: inherit; text-decoration: none } :is(a, button):hover, [aria-current=true] { color: var(--accent) }
+input, select, bdi, a.row:is(:hover, [aria-current=true]) { background: #8882; border: 0; border-radius: 4px }
+input, select { font: inherit; height: 34px; margin: 12px 0 12px 20px; padding: 0 8px }
+nav { height: 40vh; overflow-y: scroll; scroll-padding-top: 30px } main, #active { padding: 24px 20px }
+.row, .share, .text { font: 13px/26px ui-monospace, monospace; white-space: pre; color: inherit }
+.row, .share { display: flex; align-items: center; justify-content: space-between } .row { padding: 0 20px; height: 26px }
+.row { content-visibility: auto } .row bdi { margin-right: auto; overflow: clip }
+#head { position: sticky; top: 0; z-index: 1; background: Canvas }
+button { all: unset; cursor: pointer; width: 7ch; text-align: right } [data-arrow]::after { content: attr(data-arrow) }
+#i { width: 5ch; margin-right: auto } #d { width: 9ch }
+.share { background: linear-gradient(rgb(var(--heat)) 0 0) no-repeat 0 100% / calc(var(--a) * 100%) 2px }
+.panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 0 40px }
+.bars { display: flex; align-items: end; gap: 1px; height: 208px } i { flex: 1 }
+.text { margin: 4px 0; white-space: pre-wrap } .text bdi { background: none }
+bdi, .text a { unicode-bidi: isolate; line-height: 20px; padding: 2px 0; border-radius: 4px }
+.marked, .text [aria-current=true] { box-shadow: 0 0 0 1.5px }
+.text bdi[style], i { background: rgb(var(--heat) / calc(.1 + .6 * var(--a))) }
+bdi:is(:hover, :focus)::after { content: attr(aria-description); position: fixed; bottom: 20px; left: 20px; width: 230px;
+       padding: 6px 10px; white-space: pre-line; background: CanvasText; color: Canvas; border-radius: 6px }
+.reading :is(#browse, #feature), body:not(.reading) :is(#active, #texts) { display: none }
+@media (min-width: 900px) {
+  body { display: grid; grid: auto minmax(0, 1fr) / 440px minmax(0, 1fr); height: 100dvh }
+  aside { display: grid; grid: auto minmax(0, 1fr) / 1fr auto; border-right: 1px solid #8884 } nav { grid-column: 1 / 3 }
+  header { grid-column: 1 / 3 } main { overflow-y: auto; padding: 24px 40px } .text { margin-right: 170px }
+}
+</style>
+<header><a href="#" id="title"></a><a href="#texts">example texts</a></header>
+<aside id="browse">
+  <input id="search" type="search" placeholder="token text" aria-label="only features with this text in a token">
+  <select id="kind" aria-label="kind of feature"><option>all<option>alive<option>ultra-low<option>dead</select>
+  <nav aria-label="features"><div id="head" class="row"><button id="i">no.</button><button id="d">density</button><button
+    id="m">max</button><button id="e">R²</button><button id="n">neuron</button></div><div id="list"></div></nav></aside>
+<aside id="active" aria-label="active features"></aside><main><div id="feature"></div><div id="texts"></div></main>
+<script type="application/json" id="data">__DATA__</script>
+<script>
+const $ = id => document.getElementById(id), D = JSON.parse($("data").textContent);
+const vocab = D.vocab.map(text => text.replace(/(?! )[\p{C}\p{Z}]/gu, "·"));  // nothing unseen or turning lines round
+const number = x => x < 999 ? x.toPrecision(3) : x.toFixed(), fixed = x => x?.toFixed(2).replace("-", "−") ?? "–";
+const signed = x => (x > 0 ? "+" : "") + fixed(x);
+
+function make(tag, properties, ...children) {  // strings become text, never markup
+  const element = Object.assign(document.createElement(tag), properties);
+  element.append(...children);
+  return element;
+}
+const token = (id, properties) => make("bdi", properties, vocab[id]);
+const panel = (title, ...children) => make("section", {}, make("h2", {}, title), ...children);
+const link = (f, ...rest) => make("a", { href: `#${f.i}`, f }, `${f.i} `.padStart(6), f.d ? token(f.hint) : "", ...rest);
+const ranked = (list, label, show = signed) => list.map(([what, value]) => make("div",
+  { className: "share", style: `--a: ${Math.abs(value / list[0][1])}` }, label(what), show(value)));
+
+function example(f, [, tokens, marked, active]) {  // a line of text, shaded by the feature's activation
+  return make("p", { className: "text" }, ...tokens.map((id, k) => {
+    const [activation, effect] = active[k] ?? [0], className = k === marked ? "marked" : "";
+    const ariaDescription = `activation ${number(activation)}\nnext token's log-probability without it ${signed(effect)}`;
+    return token(id, { className, ...(active[k] && { ariaDescription, tabIndex: 0, style: `--a: ${activation / f.m}` }) });
+  }));
+}
+
+function page(f) {  // all there is to see of one feature
+  const title = make("h1", {}, `feature ${f.i}`);
+  if (!f.d) return [title, make("p", {}, "Dead: not active on any held-out token.")];
+  const height = n => 100 * Math.sqrt(n / Math.max(...f.h));  // a square root, so that small counts show
+  const bars = f.h.map((n, k) => make("i", { title: n, style: `--a: ${k / f.h.length}; height: ${height(n)}%` }));
+  const headlines = ["density", "largest activation", "explainability R²", "neuron correlation"];
+  const groups = Object.entries(Object.groupBy(f.x, ([label]) => label));
+  return [title, make("div", { className: "panels" },
+    ...headlines.map((name, k) => panel(name, make("b", {}, f.numbers[k]))),
+    panel(`activations, 0 to ${number(f.m)}`, make("div", { className: "bars" }, ...bars)),
+    panel("raised tokens, logits", ...ranked(f.up, token)), panel("lowered tokens, logits", ...ranked(f.down, token)),
+    panel("nearest neurons, cosine", ...ranked(f.near, n => make("span", {}, n)))),
+    ...groups.map(([label, list]) => panel(label, ...list.map(x => example(f, x))))];
+}
+
+D.features.forEach((f, i) => {
+  const { x = [], up = [] } = f, ids = [...x.map(([, tokens, marked]) => tokens[marked]), ...up.map(([id]) => id)];
+  const words = ids.map(id => vocab[id]).join("\n").toLowerCase();
+  const kinds = ["all", f.d ? "alive" : "dead", f.d && f.d < D.ultra && "ultra-low"];
+  const numbers = f.d ? [+(100 * f.d).toPrecision(2) + "%", number(f.m), fixed(f.e), fixed(f.n)] : ["dead"];
+  Object.assign(f, { i, hint: ids[0], words, kinds, numbers });
+  f.row = link(f, numbers.map((text, k) => text.padStart(k ? 7 : 9)).join(""));
+  Object.assign(f.row, { className: "row", tabIndex: -1 });
+});
+$("texts").append(...D.texts.map(([tokens, active], t) => make("p", { className: "text" }, ...tokens.map((id, k) =>
+  make("a", { href: `#texts/${t}/${k}`, tabIndex: -1, active: active[k] }, vocab[id].replaceAll("⏎", "⏎\n"))))));
+const places = new Map([...D.features.map(f => f.row), ...document.links].map(link => [link.hash, link]));
+let here, key, sign;
+
+function arrange({ target }) {  // the list: filtered and sorted
+  if (target.matches("button")) [key, sign] = [target.id, target.id === key ? -sign : -1];
+  const query = $("search").value.toLowerCase(), kind = $("kind").value;
+  const shown = D.features.filter(f => f.kinds.includes(kind) && f.words.includes(query));
+  shown.sort((f, g) => (f[key] == null) - (g[key] == null) || sign * (f[key] - g[key]));
+  $("list").replaceChildren(...shown.map(f => f.row));
+  for (const button of $("head").children) button.dataset.arrow = key === button.id ? " ↑↓".at(sign) : "";
+}
+
+function go() {  // to the place in the address
+  here?.setAttribute("aria-current", "false");
+  here = places.get(location.hash);
+  here?.setAttribute("aria-current", "true");
+  document.body.className = location.hash.startsWith("#texts") ? "reading" : "";
+  const overview = D.summary.map(([name, value, note]) => panel(name, make("b", {}, value), make("p", {}, note)));
+  $("feature").replaceChildren(...(here?.f ? page(here.f) : [make("div", { className: "panels"}, ...overview)]));
+  $("active").replaceChildren(panel("active features", ...ranked(here?.active ?? [], i => link(D.features[i]), number)));
+  here?.scrollIntoView({ block: "nearest" });
+}
+
+addEventListener("keydown", event => {  // arrows step through the list, or through the tokens of a text
+  const side = { ArrowLeft: "previous", ArrowUp: "previous", ArrowRight: "next", ArrowDown: "next" }[event.key];
+  const next = here?.closest("nav, .text") ? here[side + "ElementSibling"] : document.querySelector("a.row");
+  if (!side || !next || event.altKey || event.metaKey || event.target.matches("input, select")) return;
+  event.preventDefault();
+  next.click();
+});
+$("head").onclick = $("browse").oninput = arrange;
+document.title = $("title").textContent = D.title;
+onhashchange = go;
+$("d").click();
+go();
+</script>
+"""
+
+
+
+def write_page(this, headline, rows, n_texts=8):
+    """
+    features.html: every feature with its examples, and some held-out texts with every token's features, in one file
+    that loads nothing. The data is JSON in which no `<` is left, and the page's script shows it as text only.
+    """
+    T, features, marked = this.contexts.shape[1] - 1, [], []      # marked: (feature, example, position)
+    mlp = read(this, "mlp." + this.site.split(".")[1]).t().contiguous().numpy()
+
+    def short(x):  # three digits are enough to look at
+        return float(f"{x:.3g}") if np.isfinite(x) else None
+    progress = Progress("describing", this.sae.n_features, "features")
+    for block in blocks(this.sae.n_features):
+        acts = activations_of(this, block)
+        nearest, explained = correlations(acts, mlp).max(1), explained_by_tokens(this, acts)[:, 1]
+        for k, i in enumerate(block.tolist()):
+            d = describe(this, i, acts[k], n_top=6, n_intervals=4, each=1)
+            features.append({"d": short(d.density)})
+            if not d.density:
+                continue
+            shown = []
+            for label, position in d.examples:
+                first = position - position % T
+                start, stop = max(first, position - 15), min(first + T, position + 8)
+                on = {p - start: [short(acts[k, p]), None] for p in range(start, stop) if acts[k, p] > 0}
+                marked.append((i, len(shown), position))
+                shown.append([label, this.tokens[start:stop].tolist(), position - start, on])
+            pairs = {"near": d.neurons, "up": d.raised, "down": d.lowered}
+            features[i] |= {key: [[j, short(value)] for j, value in pair] for key, pair in pairs.items()}
+            features[i] |= {"m": short(d.max), "e": short(explained[k]), "n": short(nearest[k]),
+                            "h": d.histogram.tolist(), "x": shown}
+        if progress.due():
+            progress.show(len(features))
+    plain = torch.cat([this.gpt(contexts[:, :-1])[0].log_softmax(-1).gather(2, contexts[:, 1:, None]).flatten().cpu()
+                       for contexts, _, _ in batches(this, "log-probabilities")])       # of each next token
+    device, progress = this.sae.W_dec.device, Progress("ablating", len(marked), "examples")
+    marked.sort(key=lambda m: m[2] % T)                           # tokens after the last marked one need no computing
+    for part in range(0, len(marked), 256):
+        numbers, shown, positions = (torch.tensor(column, device=device) for column in zip(*marked[part:part + 256]))
+        contexts, p = this.contexts[positions.cpu() // T].to(device), positions % T
+        x = read(this)[positions.cpu()].to(device)
+        scale = this.sae.input_scale(x)
+        f = F.relu((x * scale * this.sae.W_enc[:, numbers].t()).sum(1) + this.sae.b_enc[numbers])
+        logits = logits_at(this, contexts[:, :-1], p, f[:, None] * this.sae.W_dec[numbers] / scale)
+        after = logits.log_softmax(1).gather(1, contexts.gather(1, p[:, None] + 1))[:, 0]
+        for i, k, change in zip(numbers.tolist(), shown.tolist(), (after - plain[positions.cpu()].to(device)).tolist()):
+            _, _, at, on = features[i]["x"][k]
+            on[at][1] = short(change)
+        if progress.due():
+            progress.show(part + 256)
+    texts = []
+    for k in np.linspace(0, len(this.contexts) - 1, n_texts).astype(int).tolist():
+        f = this.sae.encode(read(this)[k * T:(k + 1) * T].to(device)).sort(1, descending=True)
+        ranked = [[[j, short(v)] for j, v in zip(*row) if v > 0] for row in zip(f.indices.tolist(), f.values.tolist())]
+        texts.append([this.contexts[k, :-1].tolist(), ranked])
+    data = {"title": headline, "summary": rows, "features": features, "texts": texts, "ultra": ULTRA_LOW,
+            "vocab": [token_text(this, t) for t in range(this.tokenizer.n_vocab)]}
+    page = PAGE.replace("__DATA__", json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"))
+    write_atomic(os.path.join(this.folder, "features.html"), lambda f: f.write(page.encode("utf-8", "replace")))
+
+
+COMMANDS = {"report": report, "feature": feature, "cause": cause, "steer": steer, "search": search, "neurons": neurons,
+            "complete": complete, "scaling": scaling, "compare": compare, "toy": toy}
 
 
 def main():
     args = parse_args()
     device, _, _ = setup(args)
-    this = load_run(args, device)
-    {"report": report, "feature": feature, "toy": toy}[args.command](this, args)
+    args.names = args.arguments if args.command == "compare" else [name for name in args.names.split(",") if name]
+    this = load_run(args, device, args.names[0] if args.names else args.name)
+    args.names = args.names or [args.name]
+    if this.gpt is None and args.command not in ("report", "toy"):
+        raise UserError(f"{args.command} needs a model, and {this.folder} was not trained on a model's activations")
+    with torch.no_grad():
+        COMMANDS[args.command](this, args)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -83,7 +84,8 @@ class GPT(nn.Module):
     Initialisation: every matrix N(0, 1 / fan_in), which keeps the variance of what flows through it. Two exceptions:
     the matrices that write into the residual stream are divided by sqrt(2 n_layer), so that the stream's variance
     does not grow with depth (Radford et al. 2019), and the unembedding starts at a tenth, so that the first loss is
-    close to log(vocab_size), that of a model which has no opinion. Embeddings are N(0, 0.02), biases 0.
+    close to log(vocab_size), that of a model which has no opinion. Embeddings are N(0, 0.02): Adam's steps, all of one
+    size, soon outgrow that random start, and not one of N(0, 1) (final loss 4.06 instead of 3.76). Biases are 0.
     """
 
     def __init__(self, config):
@@ -409,3 +411,23 @@ def load_checkpoint(path, device, keys, hint):
     if not isinstance(checkpoint, dict) or not set(keys) <= set(checkpoint):
         raise UserError(f"{path} is damaged or not a checkpoint of this project: {hint}")
     return checkpoint
+
+
+BLUE, RED = "#2a6f97", "#d1495b"
+
+
+@contextmanager
+def figure(path, panels=1, width=6.0, height=3.6):
+    """with figure(path) as ax: draws on one panel (or a list of them); the picture is written at the end."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, axes = plt.subplots(1, panels, figsize=(width, height), layout="constrained")
+    yield axes
+    for ax in np.atleast_1d(axes):
+        ax.grid(alpha=0.25)
+        ax.spines[["top", "right"]].set_visible(False)
+        if ax.get_legend_handles_labels()[1]:
+            ax.legend(frameon=False, fontsize="small")
+    fig.savefig(path, dpi=120)
+    plt.close(fig)

@@ -120,9 +120,9 @@ class SparseAutoencoder(nn.Module):
             self.b_dec.copy_(geometric_median(x * self.input_scale(x)))
 
     def input_scale(self, x):
-        """What raw x (..., d_in) is multiplied by: `scale`, or with input_norm="token" sqrt(d_in) / ||x|| (..., 1)."""
+        """What raw x (..., d_in) is multiplied by: `scale`, or with input_norm="token" sqrt(d_in) / ||x||; (..., 1)."""
         if self.input_norm != "token":
-            return self.scale
+            return self.scale.expand(*x.shape[:-1], 1)
         return math.sqrt(self.d_in) / x.float().norm(dim=-1, keepdim=True).clamp_min(1e-8)
 
     def encoder_input(self, x):

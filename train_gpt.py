@@ -24,9 +24,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from model import (END_OF_TEXT, GPT, GPTConfig, Progress, UserError, bpe_tokenizer, gpt2_tokenizer, learn_bpe,
-                   load_json, load_tokenizer, load_tokens, make_parser, not_negative, positive, run, save_checkpoint,
-                   save_json, save_tokenizer, setup)
+from model import (BLUE, END_OF_TEXT, GPT, RED, GPTConfig, Progress, UserError, bpe_tokenizer, figure, gpt2_tokenizer,
+                   learn_bpe, load_json, load_tokenizer, load_tokens, make_parser, not_negative, positive, run,
+                   save_checkpoint, save_json, save_tokenizer, setup)
 
 URLS = {
     "shakespeare": "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
@@ -109,7 +109,7 @@ def source_files(dataset, out_dir):
         elif os.path.isfile(source):
             paths.append(Path(source))
         else:
-            raise UserError(f"data set {source} not found: --dataset takes python, {', '.join(URLS)}, files, folders, URLs")
+            raise UserError(f"data set {source} not found: --dataset takes python, {', '.join(URLS)}, files, folders")
     random.Random(0).shuffle(paths)
     return paths
 
@@ -230,19 +230,6 @@ def make_optimizer(gpt, peak):
     return torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.95), fused=decayed[0].device.type != "mps")
 
 
-def plot_loss(log, path):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    fig, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    for name in ("train", "val"):
-        ax.plot([row["step"] for row in log], [row[name] for row in log], label=f"{name} {log[-1][name]:.3f}")
-    ax.set(xlabel="step", ylabel="loss (nats a token)", title="language model")
-    ax.grid(alpha=0.3)
-    ax.legend()
-    fig.savefig(path, dpi=120)
-
-
 def main():
     args = parse_args()
     device, autocast, compiled = setup(args)
@@ -292,7 +279,10 @@ def main():
 
     with open(os.path.join(args.out_dir, "gpt.jsonl"), "w") as f:
         f.writelines(json.dumps(row) + "\n" for row in log)
-    plot_loss(log, os.path.join(args.out_dir, "gpt_loss.png"))
+    with figure(os.path.join(args.out_dir, "gpt_loss.png")) as ax:
+        for name, colour in (("train", BLUE), ("val", RED)):
+            ax.plot([row["step"] for row in log], [row[name] for row in log], color=colour, label=name)
+        ax.set(xlabel="step", ylabel="loss (nats a token)", title=f"language model: {log[-1]['val']:.3f} held out")
     start = torch.from_numpy(data["val"][None, :args.block_size // 4].astype(np.int64)).to(device)
     text = tokenizer.decode(gpt.eval().generate(start, 200)[0].tolist())
     print(f"\nsample, continued from {start.shape[1]} held-out tokens:\n{'-' * 80}\n{text}\n{'-' * 80}")

@@ -51,11 +51,11 @@ def parse_args():
     group.add_argument("--max_iters", type=positive, default=1500, help="steps")
     group.add_argument("--learning_rate", type=not_negative, default=1e-3, help="of Adam")
     group.add_argument("--resample", default="auto",
-                       help="steps after which dead features are resampled, with commas; none; auto: for towards 25,000, "
-                       "50,000, 75,000 and 100,000, earlier in runs of fewer than 200,000 steps; none for the others")
+                       help="steps after which dead features are resampled, with commas; none; auto: for towards "
+                       "25,000, 50,000, 75,000, 100,000 (earlier in runs of fewer than 200,000 steps), else none")
     group.add_argument("--dead_steps", default="auto",
-                       help="a feature is dead when it was silent for so many steps; auto: 12,500, fewer in runs of fewer "
-                       "than 200,000 steps")
+                       help="a feature is dead when it was silent for so many steps; auto: 12,500 (fewer in runs of "
+                       "fewer than 200,000 steps)")
     group.add_argument("--log_interval", type=positive, default=50, help="steps between lines of log.jsonl")
     group.add_argument("--save_interval", type=positive, default=500, help="steps between checkpoints")
     return parser.parse_args()
@@ -109,7 +109,8 @@ def write_shards(folder, split, rows_of, n_rows, width, rng):
             rows, left = rows[:len(shard) - filled], rows[len(shard) - filled:]
             half = rows.half().cpu().numpy()
             if not np.isfinite(half).all():
-                raise UserError(f"activations of {os.path.basename(folder)} are NaN or beyond float16 (65,504): train another model")
+                site = os.path.basename(folder)
+                raise UserError(f"activations of {site} are NaN or beyond float16 (65,504): train another model")
             shard[places[filled:filled + len(half)]] = half
             filled += len(half)
             if progress.due():
