@@ -41,7 +41,9 @@ def parse_args():
     group = parser.add_argument_group("analysis")
     group.add_argument("--name", default="scaling", help="folder under out_dir/sae")
     group.add_argument("--names", default="", help="complete, scaling: several names, with commas between")
-    group.add_argument("--eval_tokens", type=positive, default=2**18, help="held-out tokens to measure on, at most")
+    group.add_argument("--eval_tokens", type=positive, default=2**18, help="held-out tokens for the report's metrics")
+    group.add_argument("--read_tokens", type=positive, default=2**17,
+                       help="held-out tokens whose activations are kept in memory, for examples and all other analyses")
     group.add_argument("--show", type=positive, default=10, help="how many features to print (report: of each kind)")
     group.add_argument("--prompt", default="", help="cause, steer: text to start from")
     group.add_argument("--target", default="", help="cause: token to explain; default: the most likely one")
@@ -63,13 +65,14 @@ def folder_of(args, name):
 def load_run(args, device, name):
     """
     -> namespace of what an analysis needs: folder, sae (folded), recipe, site, source, and for activations of a model
-    gpt, tokenizer, contexts (N, T + 1) and tokens (N T,) of held-out text; for one's own activations rows, a store.
+    gpt, tokenizer, and held-out text: eval_contexts, the first of them contexts (N, T + 1) and their tokens (N T,);
+    for one's own activations rows, a store.
     """
     folder = folder_of(args, name)
     sae = load_sae(os.path.join(folder, "sae.pt"), device)
     source = sae.extra.get("source", {"site": "own", "acts": []})
     this = SimpleNamespace(folder=folder, sae=sae.fold().requires_grad_(False), recipe=sae.recipe, gpt=None,
-                           site=source["site"], source=source, seed=args.seed, cache={})
+                           eval_contexts=None, site=source["site"], source=source, seed=args.seed, cache={})
     if this.site == "own" and args.command == "report":
         this.rows = ActivationStore(source["acts"], sae.extra["args"]["seed"], (0.95, 1))
     if this.site in ("own", "toy"):
@@ -79,17 +82,17 @@ def load_run(args, device, name):
     if this.gpt.fingerprint() != source["gpt"]:
         raise UserError(f"{folder}/sae.pt was trained on another gpt.pt than {out_dir} has now: run train_sae.py again")
     tokens, T = torch.from_numpy(load_tokens(out_dir, "val").astype(np.int64)), this.gpt.config.block_size
-    n = max(1, min(args.eval_tokens, len(tokens) - 1) // T)
-    this.contexts = tokens[:n * T + 1].unfold(0, T + 1, T)       # neighbours share one token: the last is a target only
-    this.tokens = tokens[:n * T].numpy()
+    this.eval_contexts = tokens.unfold(0, T + 1, T)[:max(1, args.eval_tokens // T)]   # the last token is a target only
+    this.contexts = this.eval_contexts[:max(1, args.read_tokens // T)]
+    this.tokens = this.contexts[:, :-1].reshape(-1).numpy()
     return this
 
 
 # -----------------------------------------------------------------------------
 # measuring: one stream over the held-out tokens, sums kept, nothing of size (tokens x features)
 
-def batches(this, label, tokens_a_batch=4096):
-    """Yields (contexts (b, T + 1) or None, x (b, T, n) at the site, all sites) for all held-out data, with progress."""
+def batches(this, label, contexts=None, tokens_a_batch=4096):
+    """Yields contexts (b, T + 1), x (b, T, n) at the site, {site: x} of all sites; None, x, {} where no model is."""
     device = this.sae.W_dec.device
     if this.gpt is None:
         total = this.rows.rows
@@ -99,15 +102,15 @@ def batches(this, label, tokens_a_batch=4096):
             if progress.due():
                 progress.show(start)
         return
-    T = this.gpt.config.block_size
-    progress = Progress(label, len(this.contexts) * T, "tokens")
-    for i, contexts in enumerate(this.contexts.split(max(1, tokens_a_batch // T))):
+    contexts, T = this.contexts if contexts is None else contexts, this.gpt.config.block_size
+    progress, done = Progress(label, contexts[:, :-1].numel(), "tokens"), 0
+    for some in contexts.to(device).split(max(1, tokens_a_batch // T)):
         kept = {}
-        contexts = contexts.to(device)
-        this.gpt.trunk(contexts[:, :-1], lambda site, x: kept.update({site: x}))
-        yield contexts, kept[this.site], kept
+        this.gpt.trunk(some[:, :-1], lambda site, x: kept.update({site: x}))
+        yield some, kept[this.site], kept
+        done += some[:, :-1].numel()
         if progress.due():
-            progress.show(i * max(1, tokens_a_batch // T) * T)
+            progress.show(done)
 
 
 def splice(this, replace):
@@ -127,7 +130,7 @@ def measure(this):
     active, largest, energy = torch.zeros(m, dtype=torch.long), torch.zeros(m), torch.zeros(m, dtype=torch.float64)
     total, squares, error, n_tokens = torch.zeros(sae.d_in, dtype=torch.float64), 0.0, 0.0, 0
     losses = Counter()
-    for contexts, x, _ in batches(this, "measuring"):
+    for contexts, x, _ in batches(this, "measuring", this.eval_contexts):
         f = sae.encode(x)
         x_hat = sae.decode(f, sae.input_scale(x))
         rows, f = x.flatten(0, 1), f.flatten(0, 1)
@@ -149,7 +152,7 @@ def measure(this):
                "ultra_low": ((active > 0) & (active < ULTRA_LOW * n_tokens)).sum().item() / m}
     if this.gpt is not None:
         mean = (total / n_tokens).to(sae.W_dec)
-        for contexts, x, _ in batches(this, "mean ablation"):
+        for contexts, x, _ in batches(this, "mean ablation", this.eval_contexts):
             loss = this.gpt(contexts[:, :-1], contexts[:, 1:], splice(this, lambda x: mean.expand_as(x)))[1]
             losses["mean_ablated"] += loss.item() * x[..., 0].numel()
         metrics |= {f"loss_{name}": loss / n_tokens for name, loss in losses.items()}
@@ -335,10 +338,10 @@ def title(this, i, d):
             f"'{token_text(this, d.token[0])}' at {d.token[1]} of its top {d.n_best}  {paint(bars(d.histogram), '36')}")
 
 
-def print_feature(this, i, acts, n_top=5, n_intervals=4, each=1, n_tokens=8):
+def print_feature(this, i, acts, n_top=5, n_intervals=4, each=1, n_tokens=8, note=""):
     """Prints feature i: density, histogram, examples, tokens raised and lowered, nearest neurons. acts: (tokens,)"""
     d = describe(this, i, acts, n_top, n_intervals, each, n_tokens)
-    print("\n" + title(this, i, d))
+    print("\n" + title(this, i, d) + note)
     if not d.density:
         return
     width = min(160, shutil.get_terminal_size((120, 24)).columns) - 22
@@ -488,8 +491,8 @@ def effects(this, idx, p, targets):
     row, feature = f.nonzero(as_tuple=True)
     part = f[row, feature, None] * this.sae.W_dec[feature] / this.sae.input_scale(x)[row]   # (k, n), in raw units
     progress = Progress("ablating", len(row), "features")
-    ablation = []
-    for some in torch.arange(len(row), device=idx.device).split(256):
+    ablation = [before[:0].detach()]
+    for some in torch.arange(len(row), device=idx.device).split(256) if len(row) else ():
         after = logits_at(this, idx[row[some]], p[row[some]], part[some])
         ablation.append(before[row[some]].detach() - contrast(after, targets[row[some]]))
         if progress.due():
@@ -562,6 +565,8 @@ def steer(this, args):
     i = known(this, args.feature)
     try:
         multiples = [float(value) for value in args.value.split(",")]
+        if not np.isfinite(multiples).all():
+            raise ValueError
     except ValueError:
         raise UserError(f"--value takes multiples of the feature's maximum with commas between, not {args.value}")
     acts = activations_of(this, [i])[0]
@@ -588,7 +593,7 @@ def steer(this, args):
 def search_scores(this, texts, without=()):
     """
     -> scores (m,): a feature's activation on each text's token marked with «...» (else its last), plus its mean over
-    the text, averaged over the texts, minus the highest it reaches on any text without the concept.
+    the text, averaged over the texts; minus twice the highest it reaches on any text without the concept.
     """
     def activations(text):
         marked = re.search("«(.+?)»", text, re.S)
@@ -602,10 +607,8 @@ def search_scores(this, texts, without=()):
             at = int(np.searchsorted(np.cumsum(lengths), end, side="right"))
         return this.sae.encode(kept[this.site])[0], at
     found = [f[at] + f.mean(0) for f, at in map(activations, texts)]
-    scores = torch.stack(found).mean(0)
-    for text in without:
-        scores = scores - activations(text)[0].amax(0) / len(without)
-    return scores.cpu().numpy()
+    elsewhere = [f.amax(0) for f, _ in map(activations, without)] or [torch.zeros_like(found[0])]
+    return (torch.stack(found).mean(0) - 2 * torch.stack(elsewhere).amax(0)).cpu().numpy()
 
 
 def search(this, args):
@@ -618,8 +621,7 @@ def search(this, args):
     if not hits:
         print("no feature is active there" + (" and not on the texts without the concept" if args.without else ""))
     for i, acts in zip(hits, activations_of(this, hits) if hits else ()):
-        print(f"\nscore {scores[i]:.2f}", end="")
-        print_feature(this, i, acts, n_top=4, n_intervals=0, each=0)
+        print_feature(this, i, acts, n_top=4, n_intervals=0, each=0, note=f"  score {scores[i]:.2f}")
 
 
 # -----------------------------------------------------------------------------
@@ -682,10 +684,15 @@ def word_places(this, path, n_bins=12, n_each=20):
     for match in re.finditer(rb"[A-Za-z]{2,}", b"".join(pieces)):
         places[match.group().decode()].append(match.end() - 1)
     if path:
-        with open(path, encoding="utf-8") as f:
-            wanted = [word for word in f.read().split() if word in places]
+        try:
+            with open(path, encoding="utf-8") as f:
+                wanted = [word for word in f.read().split() if word in places]
+        except UnicodeDecodeError:
+            raise UserError(f"{path} is not UTF-8 text: --words takes a file of words")
     else:
         words = sorted((word for word in places if len(places[word]) >= 5), key=lambda word: (-len(places[word]), word))
+        if not words:
+            return {}
         logs = np.log([len(places[word]) for word in words])
         bins = np.digitize(logs, np.linspace(logs.min(), logs.max(), n_bins + 1)[1:-1])
         rng = np.random.default_rng(0)
@@ -729,10 +736,13 @@ def complete(this, args, threshold=0.5):
     """
     results, places = {}, word_places(this, args.words)
     if not places:
-        raise UserError("none of these words is in the held-out text")
+        raise UserError("the held-out text has none of these words" if args.words else "the held-out text is too short")
     frequency = np.array([len(positions) for positions in places.values()]) / len(this.tokens)
     for name in args.names:
-        f1, feature, alive = best_detectors(load_run(args, this.sae.W_dec.device, name), places)
+        run = load_run(args, this.sae.W_dec.device, name)
+        if run.source.get("gpt") != this.source["gpt"]:
+            raise UserError(f"{name} was trained on activations of another model than {args.names[0]}")
+        f1, feature, alive = best_detectors(run, places)
         words = {word: {"frequency": n, "feature": int(i), "f1": float(score)}
                  for word, n, i, score in zip(places, frequency, feature, f1)}
         results[name] = {"alive": alive, "found": float((f1 > threshold).mean()), "words": words}
@@ -752,8 +762,9 @@ def complete(this, args, threshold=0.5):
         for name, result in results.items():
             hit = np.array([w["f1"] > threshold for w in result["words"].values()])
             which = np.digitize(np.log10(frequency), edges) - 1
-            line, = ax.plot(10 ** ((edges[1:] + edges[:-1]) / 2), [hit[which == k].mean() for k in range(6)], "o-",
-                            label=f"{name}: {result['alive']:,} alive")
+            filled = np.unique(which)
+            centres, shares = (edges[1:] + edges[:-1]) / 2, [hit[which == k].mean() for k in filled]
+            line, = ax.plot(10 ** centres[filled], shares, "o-", label=f"{name}: {result['alive']:,} alive")
             grid = np.geomspace(frequency.min(), frequency.max(), 100)
             ax.plot(grid, 1 / (1 + np.exp(-(a + b * np.log10(grid * result["alive"])))), ":", color=line.get_color())
         ax.set(xscale="log", xlabel="frequency of the word", ylabel="share with a feature", ylim=(-0.02, 1.02))
@@ -768,14 +779,14 @@ def power_law(x, y):
 
 def frontier(runs, n_budgets=24):
     """
-    The best of many runs for each budget: runs are dicts with compute and loss (arrays along the run) -> budgets, index
-    of the run with the lowest loss there, that loss.
+    The best of many runs for each budget that any of them was at: runs are dicts with compute and loss (arrays along
+    the run) -> budgets, index of the run with the lowest loss there, that loss.
     """
-    budgets, best = np.geomspace(min(r["compute"][0] for r in runs), max(r["compute"][-1] for r in runs), n_budgets), []
-    for budget in budgets:
-        losses = [np.interp(np.log(budget), np.log(r["compute"]), r["loss"], left=np.inf, right=np.inf) for r in runs]
-        best.append((int(np.argmin(losses)), float(np.min(losses))))
-    return budgets, *map(np.array, zip(*best))
+    budgets = np.geomspace(min(r["compute"][0] for r in runs), max(r["compute"][-1] for r in runs), n_budgets)
+    losses = np.array([np.interp(np.log(budgets), np.log(r["compute"]), r["loss"], left=np.inf, right=np.inf)
+                       for r in runs])
+    some = np.isfinite(losses).any(0)
+    return budgets[some], losses.argmin(0)[some], losses.min(0)[some]
 
 
 def scaling(this, args):
@@ -793,19 +804,19 @@ def scaling(this, args):
                      "same": (source.get("gpt"), source["site"], sae.recipe, sae.input_norm, l1_coeff),
                      "compute": np.array([12.0 * sae.d_in * sae.n_features * row["rows"] for row in log]),
                      "loss": np.array([row["mse"] + l1_coeff * row["l1"] for row in log])})
-    if len({run["same"] for run in runs}) > 1:
+    if len({r["same"] for r in runs}) > 1:
         raise UserError("these runs differ in data, site, recipe, normalisation or lambda: give --names that agree")
     print(f"{'run':>16}  features        lr   compute      loss")
-    for run in runs:
-        print(f"{run['name']:>16}  {run['n_features']:8,}  {run['learning_rate']:8.1e}  "
-              f"{run['compute'][-1]:.2e}  {run['loss'][-1]:8.3f}")
+    for r in runs:
+        print(f"{r['name']:>16}  {r['n_features']:8,}  {r['learning_rate']:8.1e}  "
+              f"{r['compute'][-1]:.2e}  {r['loss'][-1]:8.3f}")
     budgets, best, losses = frontier(runs)
     sizes = np.array([runs[k]["n_features"] for k in best])
     laws = {name: power_law(budgets, values)
             for name, values in (("n_features", sizes), ("steps x batch", budgets / sizes), ("loss", losses))}
     ends = defaultdict(list)  # best learning rate: among the runs that end at one budget
-    for run in runs:
-        ends[f"{run['compute'][-1]:.2g}"].append((run["loss"][-1], run["learning_rate"]))
+    for r in runs:
+        ends[f"{r['compute'][-1]:.2g}"].append((r["loss"][-1], r["learning_rate"]))
     rates = {float(budget): min(group)[1] for budget, group in ends.items() if len({lr for _, lr in group}) > 1}
     if len(rates) > 1:
         laws["learning_rate"] = power_law(np.array(list(rates)), np.array(list(rates.values())))
@@ -813,9 +824,12 @@ def scaling(this, args):
         print(f"best {name} for a budget C: {c:.3g} x C^{k:+.3f}")
     save(this, "scaling", laws=laws, budgets=budgets.tolist(), best_sizes=sizes.tolist(), best_losses=losses.tolist())
     with figure(os.path.join(this.folder, "scaling.png")) as ax:
-        for run in runs:
-            shade = 0.25 + 0.7 * np.argsort(np.argsort([r["n_features"] for r in runs]))[runs.index(run)] / len(runs)
-            ax.plot(run["compute"], run["loss"], color=(0.16, 0.44, 0.59, shade), label=run["name"])
+        known_sizes = sorted({r["n_features"] for r in runs})
+        for n in known_sizes:  # the larger the darker
+            shade = (0.16, 0.44, 0.59, (1 + known_sizes.index(n)) / len(known_sizes))
+            for r in (r for r in runs if r["n_features"] == n):
+                ax.plot(r["compute"], r["loss"], color=shade, lw=1)
+            ax.plot([], [], color=shade, label=f"{n:,} features")
         ax.plot(budgets, losses, ":", color=RED, label="frontier")
         ax.set(xscale="log", xlabel="compute (operations)", ylabel="loss")
     print(f"wrote scaling.json and scaling.png to {this.folder}")
@@ -873,97 +887,90 @@ PAGE = r"""<!DOCTYPE html>
 <meta http-equiv="Content-Security-Policy"
       content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
 <style>
-:root { color-scheme: light dark; --accent: light-dark(#a0480a, #f4a85c); --soft: light-dark(#666, #aaa); --heat: 240 135 40 }
-* { box-sizing: border-box } body { margin: 0; font: 15px/1.5 system-ui } :focus-visible { outline: 2px solid var(--accent) }
-header { display: flex; gap: 24px; padding: 12px 20px; font-weight: 600 } #title { flex: 1 }
-header, #head, .bars { border-bottom: 1px solid #8884 } h1 { margin: 0 } b { font-size: 20px }
-h2, p { font-size: 13px; font-weight: 400; margin: 24px 0 4px } h2, p, #head { color: var(--soft) }
-a { color: inherit; text-decoration: none } :is(a, button):hover, [aria-current=true] { color: var(--accent) }
-input, select, bdi, a.row:is(:hover, [aria-current=true]) { background: #8882; border: 0; border-radius: 4px }
-input, select { font: inherit; height: 34px; margin: 12px 0 12px 20px; padding: 0 8px }
-nav { height: 40vh; overflow-y: scroll; scroll-padding-top: 30px } main, #active { padding: 24px 20px }
-.row, .share, .text { font: 13px/26px ui-monospace, monospace; white-space: pre; color: inherit }
-.row, .share { display: flex; align-items: center; justify-content: space-between } .row { padding: 0 20px; height: 26px }
-.row { content-visibility: auto } .row bdi { margin-right: auto; overflow: clip }
-#head { position: sticky; top: 0; z-index: 1; background: Canvas }
-button { all: unset; cursor: pointer; width: 7ch; text-align: right } [data-arrow]::after { content: attr(data-arrow) }
-#i { width: 5ch; margin-right: auto } #d { width: 9ch }
-.share { background: linear-gradient(rgb(var(--heat)) 0 0) no-repeat 0 100% / calc(var(--a) * 100%) 2px }
-.panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 0 40px }
-.bars { display: flex; align-items: end; gap: 1px; height: 208px } i { flex: 1 }
-.text { margin: 4px 0; white-space: pre-wrap } .text bdi { background: none }
-bdi, .text a { unicode-bidi: isolate; line-height: 20px; padding: 2px 0; border-radius: 4px }
-.marked, .text [aria-current=true] { box-shadow: 0 0 0 1.5px }
-.text bdi[style], i { background: rgb(var(--heat) / calc(.1 + .6 * var(--a))) }
-bdi:is(:hover, :focus)::after { content: attr(aria-description); position: fixed; bottom: 20px; left: 20px; width: 230px;
-       padding: 6px 10px; white-space: pre-line; background: CanvasText; color: Canvas; border-radius: 6px }
-.reading :is(#browse, #feature), body:not(.reading) :is(#active, #texts) { display: none }
-@media (min-width: 900px) {
-  body { display: grid; grid: auto minmax(0, 1fr) / 440px minmax(0, 1fr); height: 100dvh }
-  aside { display: grid; grid: auto minmax(0, 1fr) / 1fr auto; border-right: 1px solid #8884 } nav { grid-column: 1 / 3 }
-  header { grid-column: 1 / 3 } main { overflow-y: auto; padding: 24px 40px } .text { margin-right: 170px }
-}
+:root { color-scheme: light dark; --accent: light-dark(#a0480a, #f4a85c); --heat: 240 135 40; scroll-padding-top: 45vh }
+body { margin: 0; font: 15px/1.5 system-ui } header { display: flex; gap: 24px; padding: 12px 20px }
+header, #head, #active, .bars { border-bottom: 1px solid #8884 } #title { flex: 1; font-weight: 600 }
+h2, p { font: 13px/1.5 system-ui; margin: 24px 0 4px; color: light-dark(#666, #aaa) } b + p { margin: 0 }
+a, bdi, bdi::after, input, select { color: inherit; text-decoration: none; border: 0; border-radius: 4px }
+:is(a, button):hover, [aria-current=true] { color: var(--accent) } button::after { content: attr(data-arrow) }
+input, select, bdi, a.row:is(:hover, [aria-current=true]) { background: #8882 }
+input, select { font: inherit; height: 34px; margin: 12px 0 12px 20px; padding: 0 8px } select { margin-right: 20px }
+aside { display: grid; grid: auto minmax(0, 1fr) / minmax(0, 1fr) auto } nav { grid-column: 1 / 3 }
+nav, #active { max-height: 40vh; overflow-y: auto; scroll-padding-top: 27px } main, #active { padding: 0 20px 20px }
+#active, #head { position: sticky; top: 0; z-index: 1; background: Canvas } h1 { margin: 0; padding-top: 20px }
+button { all: unset; width: 7ch; text-align: end; cursor: pointer; outline: revert } #i { width: 5ch } #d { width: 9ch }
+.row, .share, .text { font: 13px/26px ui-monospace, monospace; white-space: pre }
+.row, .share { display: flex; justify-content: space-between; align-items: center; height: 26px }
+.row { padding: 0 20px; content-visibility: auto } .row bdi, .share *, #i { margin-right: auto; overflow: hidden }
+.share { background: linear-gradient(rgb(var(--heat) / .7) 0 0) no-repeat 0 100% / calc(var(--a) * 100%) 2px }
+.panels { display: grid; grid-template-columns: repeat(var(--columns, 2), minmax(0, 1fr)); gap: 0 40px }
+.bars { display: flex; align-items: end; height: 208px } i { flex: 1; margin-right: 1px } b { font-size: 20px }
+.text { white-space: pre-wrap; overflow-wrap: anywhere; margin: 4px 0; color: inherit } #texts p { margin: 20px 0 32px }
+bdi, .text a { unicode-bidi: isolate; line-height: 20px; padding: 2px 0 } .text bdi { background: none }
+bdi[style], i { background: rgb(var(--heat) / calc(.1 + .6 * var(--a))) }
+.marked, .text [aria-current=true] { box-shadow: 0 0 0 1.5px } nav::after { content: attr(aria-label); padding: 20px }
+[aria-description]:is(:hover, :focus)::after { content: attr(aria-description); background: CanvasText; color: Canvas }
+bdi::after { position: fixed; bottom: 20px; left: 20px; width: 230px; padding: 6px 10px; white-space: pre-line }
+.texts :is(#browse, #feature), body:not(.texts) :is(#active, #texts) { display: none }
+@media (min-width: 900px) { nav, #active { max-height: none } header { grid-column: 1 / 3 }
+  body { display: grid; grid: auto minmax(0, 1fr) / 440px minmax(0, 1fr); height: 100dvh; --columns: 4 }
+  main { position: relative; overflow-y: auto; padding: 0 40px 40px } .text { margin-right: 200px }
+  bdi::after { position: absolute; inset: auto; margin-top: 28px } aside { border-right: 1px solid #8884 } }
 </style>
 <header><a href="#" id="title"></a><a href="#texts">example texts</a></header>
 <aside id="browse">
   <input id="search" type="search" placeholder="token text" aria-label="only features with this text in a token">
   <select id="kind" aria-label="kind of feature"><option>all<option>alive<option>ultra-low<option>dead</select>
-  <nav aria-label="features"><div id="head" class="row"><button id="i">no.</button><button id="d">density</button><button
-    id="m">max</button><button id="e">R²</button><button id="n">neuron</button></div><div id="list"></div></nav></aside>
-<aside id="active" aria-label="active features"></aside><main><div id="feature"></div><div id="texts"></div></main>
+  <nav><div id="head" class="row"><button id="i">no.</button><button id="d">density</button><button id="m">max</button>
+    <button id="e">R²</button><button id="n">neuron</button></div><div id="list"></div></nav></aside>
+<aside id="active" aria-live="polite"></aside><main><div id="feature"></div><div id="texts"></div></main>
 <script type="application/json" id="data">__DATA__</script>
 <script>
 const $ = id => document.getElementById(id), D = JSON.parse($("data").textContent);
 const vocab = D.vocab.map(text => text.replace(/(?! )[\p{C}\p{Z}]/gu, "·"));  // nothing unseen or turning lines round
 const number = x => x < 999 ? x.toPrecision(3) : x.toFixed(), fixed = x => x?.toFixed(2).replace("-", "−") ?? "–";
 const signed = x => (x > 0 ? "+" : "") + fixed(x);
-
 function make(tag, properties, ...children) {  // strings become text, never markup
   const element = Object.assign(document.createElement(tag), properties);
   element.append(...children);
   return element;
 }
 const token = (id, properties) => make("bdi", properties, vocab[id]);
+const label = f => [`${f.i} `.padStart(6), f.x?.[0] ? token(f.x[0][1][f.x[0][2]]) : ""];
 const panel = (title, ...children) => make("section", {}, make("h2", {}, title), ...children);
-const link = (f, ...rest) => make("a", { href: `#${f.i}`, f }, `${f.i} `.padStart(6), f.d ? token(f.hint) : "", ...rest);
-const ranked = (list, label, show = signed) => list.map(([what, value]) => make("div",
-  { className: "share", style: `--a: ${Math.abs(value / list[0][1])}` }, label(what), show(value)));
+const ranked = (list, name, show = signed) => list.map(([what, value]) => make("div",
+  { className: "share", style: `--a: ${Math.abs(value / list[0][1])}` }, name(what), show(value)));
 
-function example(f, [, tokens, marked, active]) {  // a line of text, shaded by the feature's activation
+function example([, tokens, marked, active], max) {  // a line of text, shaded by the feature's activation
   return make("p", { className: "text" }, ...tokens.map((id, k) => {
     const [activation, effect] = active[k] ?? [0], className = k === marked ? "marked" : "";
-    const ariaDescription = `activation ${number(activation)}\nnext token's log-probability without it ${signed(effect)}`;
-    return token(id, { className, ...(active[k] && { ariaDescription, tabIndex: 0, style: `--a: ${activation / f.m}` }) });
+    const tip = `activation ${number(activation)}\nablated, next token's log-probability changes by ${signed(effect)}`;
+    const shade = { ariaDescription: tip, tabIndex: 0, style: `--a: ${activation / max}` };
+    return token(id, { className, ...(active[k] && shade) });
   }));
 }
 
-function page(f) {  // all there is to see of one feature
-  const title = make("h1", {}, `feature ${f.i}`);
-  if (!f.d) return [title, make("p", {}, "Dead: not active on any held-out token.")];
-  const height = n => 100 * Math.sqrt(n / Math.max(...f.h));  // a square root, so that small counts show
-  const bars = f.h.map((n, k) => make("i", { title: n, style: `--a: ${k / f.h.length}; height: ${height(n)}%` }));
-  const headlines = ["density", "largest activation", "explainability R²", "neuron correlation"];
-  const groups = Object.entries(Object.groupBy(f.x, ([label]) => label));
-  return [title, make("div", { className: "panels" },
-    ...headlines.map((name, k) => panel(name, make("b", {}, f.numbers[k]))),
-    panel(`activations, 0 to ${number(f.m)}`, make("div", { className: "bars" }, ...bars)),
-    panel("raised tokens, logits", ...ranked(f.up, token)), panel("lowered tokens, logits", ...ranked(f.down, token)),
-    panel("nearest neurons, cosine", ...ranked(f.near, n => make("span", {}, n)))),
-    ...groups.map(([label, list]) => panel(label, ...list.map(x => example(f, x))))];
+function show({ title, summary, d, m, h, up, down, near, x = [] }) {  // a feature, or the summary of all
+  const panels = summary.map(([name, value, note = ""]) => panel(name, make("b", {}, value), make("p", {}, note)));
+  const bar = (n, k) => make("i", { style: `--a: ${k / h.length}; height: ${100 * Math.sqrt(n / Math.max(...h))}%` });
+  if (d) panels.push(panel(`activations 0 to ${number(m)}, √ scale`, make("div", { className: "bars" }, ...h.map(bar))),
+    panel("raised tokens, logits", ...ranked(up, token)), panel("lowered tokens, logits", ...ranked(down, token)),
+    panel("nearest neurons, cosine", ...ranked(near, n => make("span", {}, n))));
+  $("feature").replaceChildren(make("h1", {}, title), make("div", { className: "panels" }, ...panels),
+    ...Object.entries(Object.groupBy(x, x => x[0])).map(([name, all]) => panel(name, ...all.map(x => example(x, m)))));
 }
 
 D.features.forEach((f, i) => {
   const { x = [], up = [] } = f, ids = [...x.map(([, tokens, marked]) => tokens[marked]), ...up.map(([id]) => id)];
-  const words = ids.map(id => vocab[id]).join("\n").toLowerCase();
-  const kinds = ["all", f.d ? "alive" : "dead", f.d && f.d < D.ultra && "ultra-low"];
-  const numbers = f.d ? [+(100 * f.d).toPrecision(2) + "%", number(f.m), fixed(f.e), fixed(f.n)] : ["dead"];
-  Object.assign(f, { i, hint: ids[0], words, kinds, numbers });
-  f.row = link(f, numbers.map((text, k) => text.padStart(k ? 7 : 9)).join(""));
-  Object.assign(f.row, { className: "row", tabIndex: -1 });
+  Object.assign(f, { i, title: `feature ${i}`, words: ids.map(id => vocab[id]).join("\n").toLowerCase() });
+  f.kinds = ["all", f.d ? "alive" : "dead", f.d && f.d < D.ultra && "ultra-low"];
+  f.summary = f.d ? [["density", +(100 * f.d).toPrecision(2) + "%"], ["largest activation", number(f.m)],
+    ["explainability R²", fixed(f.e)], ["neuron correlation", fixed(f.n)]] : [["density", "0%", "dead: never active"]];
+  f.row = make("a", { href: `#${i}`, className: "row", tabIndex: -1, f }, ...label(f),
+    f.summary.map(([, text], k) => text.padStart(k ? 7 : 9)).join(""));
 });
 $("texts").append(...D.texts.map(([tokens, active], t) => make("p", { className: "text" }, ...tokens.map((id, k) =>
   make("a", { href: `#texts/${t}/${k}`, tabIndex: -1, active: active[k] }, vocab[id].replaceAll("⏎", "⏎\n"))))));
-const places = new Map([...D.features.map(f => f.row), ...document.links].map(link => [link.hash, link]));
 let here, key, sign;
 
 function arrange({ target }) {  // the list: filtered and sorted
@@ -972,26 +979,27 @@ function arrange({ target }) {  // the list: filtered and sorted
   const shown = D.features.filter(f => f.kinds.includes(kind) && f.words.includes(query));
   shown.sort((f, g) => (f[key] == null) - (g[key] == null) || sign * (f[key] - g[key]));
   $("list").replaceChildren(...shown.map(f => f.row));
+  Object.assign($("list").parentNode, { scrollTop: 0, ariaLabel: `${shown.length} features` });
   for (const button of $("head").children) button.dataset.arrow = key === button.id ? " ↑↓".at(sign) : "";
 }
 
 function go() {  // to the place in the address
   here?.setAttribute("aria-current", "false");
-  here = places.get(location.hash);
+  here = [...D.features.map(f => f.row), ...document.links].find(a => a.hash === location.hash);
   here?.setAttribute("aria-current", "true");
-  document.body.className = location.hash.startsWith("#texts") ? "reading" : "";
-  const overview = D.summary.map(([name, value, note]) => panel(name, make("b", {}, value), make("p", {}, note)));
-  $("feature").replaceChildren(...(here?.f ? page(here.f) : [make("div", { className: "panels"}, ...overview)]));
-  $("active").replaceChildren(panel("active features", ...ranked(here?.active ?? [], i => link(D.features[i]), number)));
-  here?.scrollIntoView({ block: "nearest" });
+  document.body.className = location.hash.startsWith("#texts") ? "texts" : "";
+  show(here?.f ?? D);
+  const link = i => make("a", { href: `#${i}` }, ...label(D.features[i]));
+  $("active").replaceChildren(panel("features active on this token", ...ranked(here?.active ?? [], link, number)));
+  for (const element of [here, $("feature").firstChild]) element?.scrollIntoView({ block: "nearest" });
 }
 
 addEventListener("keydown", event => {  // arrows step through the list, or through the tokens of a text
   const side = { ArrowLeft: "previous", ArrowUp: "previous", ArrowRight: "next", ArrowDown: "next" }[event.key];
-  const next = here?.closest("nav, .text") ? here[side + "ElementSibling"] : document.querySelector("a.row");
-  if (!side || !next || event.altKey || event.metaKey || event.target.matches("input, select")) return;
+  const to = here?.closest("nav, p") ? here[side + "ElementSibling"] : document.querySelector("body:not(.texts) a.row");
+  if (!side || !to || event.altKey || event.metaKey || event.target.matches("input, select")) return;
   event.preventDefault();
-  next.click();
+  to.click();
 });
 $("head").onclick = $("browse").oninput = arrange;
 document.title = $("title").textContent = D.title;
@@ -1003,11 +1011,13 @@ go();
 
 
 
+def fill_page(data):
+    """The page with its data: JSON in which no `<` is left, so that nothing in it can end the script that holds it."""
+    return PAGE.replace("__DATA__", json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"))
+
+
 def write_page(this, headline, rows, n_texts=8):
-    """
-    features.html: every feature with its examples, and some held-out texts with every token's features, in one file
-    that loads nothing. The data is JSON in which no `<` is left, and the page's script shows it as text only.
-    """
+    """features.html: every feature with its examples, some held-out texts with every token's features, in one file."""
     T, features, marked = this.contexts.shape[1] - 1, [], []      # marked: (feature, example, position)
     mlp = read(this, "mlp." + this.site.split(".")[1]).t().contiguous().numpy()
 
@@ -1059,8 +1069,7 @@ def write_page(this, headline, rows, n_texts=8):
         texts.append([this.contexts[k, :-1].tolist(), ranked])
     data = {"title": headline, "summary": rows, "features": features, "texts": texts, "ultra": ULTRA_LOW,
             "vocab": [token_text(this, t) for t in range(this.tokenizer.n_vocab)]}
-    page = PAGE.replace("__DATA__", json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"))
-    write_atomic(os.path.join(this.folder, "features.html"), lambda f: f.write(page.encode("utf-8", "replace")))
+    write_atomic(os.path.join(this.folder, "features.html"), lambda f: f.write(fill_page(data).encode()))
 
 
 COMMANDS = {"report": report, "feature": feature, "cause": cause, "steer": steer, "search": search, "neurons": neurons,

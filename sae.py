@@ -22,7 +22,6 @@ Notable:
 - names and shapes of the weights are those of SAELens
 """
 import math
-import os
 import warnings
 
 import numpy as np

@@ -8,6 +8,7 @@ One process, the three in turn, medians: a whole training step (loss, gradients,
 sparse, and the encoder's product alone, which no exact step can do without. The absolute times are this machine's; the
 ratios carry over.
 """
+
 import argparse
 import os
 import sys
@@ -56,8 +57,11 @@ def main():
     l0, dense, sparse = step(False), gradients(False), gradients(True)
     worst = max(((a - b).norm() / b.norm()).item() for a, b in zip(sparse, dense))
     W_enc, out = sae.W_enc.detach(), torch.empty(args.batch_size, args.n_features)
-    runs = {"dense step": lambda: step(False), "sparse step": lambda: step(True),
-            "encoder product": lambda: torch.mm(x, W_enc, out=out)}
+    runs = {
+        "dense step": lambda: step(False),
+        "sparse step": lambda: step(True),
+        "encoder product": lambda: torch.mm(x, W_enc, out=out),
+    }
     times = {name: [] for name in runs}
     for _ in range(args.rounds):
         for name, fn in runs.items():
@@ -65,11 +69,15 @@ def main():
             fn()
             times[name].append(time.perf_counter() - start)
     medians = {name: float(np.median(t)) for name, t in times.items()}
-    print(f"{args.recipe}, {args.d_in} -> {args.n_features:,}, batch {args.batch_size:,}, L0 {l0:.1f}, "
-          f"{torch.get_num_threads()} threads, torch {torch.__version__}; gradients differ by {worst:.1e} (relative)")
+    print(
+        f"{args.recipe}, {args.d_in} -> {args.n_features:,}, batch {args.batch_size:,}, L0 {l0:.1f}, "
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}; gradients differ by {worst:.1e} (relative)"
+    )
     for name, t in medians.items():
-        print(f"  {name:<16}{t * 1e3:9.1f} ms   {medians['dense step'] / t:5.2f} x the dense step's speed   "
-              f"{t / medians['encoder product']:5.2f} x the encoder product's time")
+        print(
+            f"  {name:<16}{t * 1e3:9.1f} ms   {medians['dense step'] / t:5.2f} x the dense step's speed   "
+            f"{t / medians['encoder product']:5.2f} x the encoder product's time"
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """The language model, its hook, its tokenizer and its files, against references written out by hand."""
+
 import math
 import random
 
@@ -6,8 +7,19 @@ import numpy as np
 import pytest
 import torch
 
-from model import (END_OF_TEXT, GPT, GPTConfig, UserError, bpe_tokenizer, learn_bpe, load_checkpoint, load_gpt,
-                   load_tokenizer, save_checkpoint, save_tokenizer)
+from model import (
+    END_OF_TEXT,
+    GPT,
+    GPTConfig,
+    UserError,
+    bpe_tokenizer,
+    learn_bpe,
+    load_checkpoint,
+    load_gpt,
+    load_tokenizer,
+    save_checkpoint,
+    save_tokenizer,
+)
 
 
 def small_gpt(n_layer=2, seed=0):
@@ -20,7 +32,7 @@ def small_gpt(n_layer=2, seed=0):
 
 def layer_norm(x, gain, bias):
     x = x - x.mean(-1, keepdims=True)
-    return x / np.sqrt((x ** 2).mean(-1, keepdims=True) + 1e-5) * gain + bias
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * gain + bias
 
 
 def numpy_forward(gpt, idx, change=lambda site, x: x):
@@ -30,18 +42,18 @@ def numpy_forward(gpt, idx, change=lambda site, x: x):
     d = C // heads
     out = []
     for row in idx.numpy():
-        x = w["wte.weight"][row] + w["wpe.weight"][:len(row)]
+        x = w["wte.weight"][row] + w["wpe.weight"][: len(row)]
         for L in range(gpt.config.n_layer):
             b = f"blocks.{L}."
             h = layer_norm(x, w[b + "ln_1.weight"], w[b + "ln_1.bias"])
             qkv = h @ w[b + "c_attn.weight"].T + w[b + "c_attn.bias"]
             mixed = np.zeros_like(x)
             for head in range(heads):
-                q, k, v = (qkv[:, part * C + head * d: part * C + (head + 1) * d] for part in range(3))
+                q, k, v = (qkv[:, part * C + head * d : part * C + (head + 1) * d] for part in range(3))
                 for t in range(len(row)):
-                    scores = q[t] @ k[:t + 1].T / math.sqrt(d)
+                    scores = q[t] @ k[: t + 1].T / math.sqrt(d)
                     weights = np.exp(scores - scores.max())
-                    mixed[t, head * d:(head + 1) * d] = weights / weights.sum() @ v[:t + 1]
+                    mixed[t, head * d : (head + 1) * d] = weights / weights.sum() @ v[: t + 1]
             x = x + change(f"attn.{L}", mixed @ w[b + "attn_proj.weight"].T + w[b + "attn_proj.bias"])
             h = layer_norm(x, w[b + "ln_2.weight"], w[b + "ln_2.bias"])
             neurons = change(f"mlp.{L}", np.maximum(h @ w[b + "c_fc.weight"].T + w[b + "c_fc.bias"], 0))
@@ -72,7 +84,11 @@ def test_what_a_hook_returns_takes_the_place_of_the_activations_at_its_site_and_
 def test_a_hook_that_returns_nothing_sees_every_site_once_in_order_and_changes_nothing():
     gpt, idx, seen = small_gpt(), torch.randint(31, (2, 9)), []
     logits, _ = gpt(idx, hook=lambda site, x: seen.append((site, tuple(x.shape))))
-    assert seen == [(f"{kind}.{layer}", (2, 9, 32 if kind == "mlp" else 8)) for layer in range(2) for kind in ("attn", "mlp", "resid")]
+    assert seen == [
+        (f"{kind}.{layer}", (2, 9, 32 if kind == "mlp" else 8))
+        for layer in range(2)
+        for kind in ("attn", "mlp", "resid")
+    ]
     assert torch.equal(logits, gpt(idx)[0])
 
 
@@ -109,11 +125,13 @@ def test_impossible_sizes_are_refused(wrong):
 # -----------------------------------------------------------------------------
 # tokenizer
 
+
 def slow_bpe(text, n_merges):
     """Byte-pair encoding with no clever part: count all pairs anew for every merge. Cuts words as the fast one does."""
     import re
 
     from model import PATTERN
+
     words = [[bytes([b]) for b in word.encode()] for word in re.findall(PATTERN, text)]
     ranks = {bytes([i]): i for i in range(256)}
     for _ in range(n_merges):
@@ -127,7 +145,7 @@ def slow_bpe(text, n_merges):
             j = 0
             while j < len(word) - 1:
                 if (word[j], word[j + 1]) == (a, b):
-                    word[j:j + 2] = [a + b]
+                    word[j : j + 2] = [a + b]
                 j += 1
     return ranks
 
@@ -146,9 +164,21 @@ def test_learning_from_one_text_or_from_its_documents_gives_the_same_tokens():
 def test_every_string_survives_the_tokenizer():
     tokenizer = bpe_tokenizer(learn_bpe([TEXT], 300))
     rng = random.Random(0)
-    strings = ["", " ", "\n\n \t x", "👩‍👩‍👧 🏳️‍🌈", "\x00\x01\x7f\x85\u2028\ufeff\u202e", "²½Ⅷ٣", "'s 'S it's", END_OF_TEXT, "_a__b_1",
-               " " * 100_000 + "x", "a" * 100_000, "\n" * 1000,
-               "".join(chr(rng.choice([rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)])) for _ in range(5000))]
+    strings = [
+        "",
+        " ",
+        "\n\n \t x",
+        "👩‍👩‍👧 🏳️‍🌈",
+        "\x00\x01\x7f\x85\u2028\ufeff\u202e",
+        "²½Ⅷ٣",
+        "'s 'S it's",
+        END_OF_TEXT,
+        "_a__b_1",
+        " " * 100_000 + "x",
+        "a" * 100_000,
+        "\n" * 1000,
+        "".join(chr(rng.choice([rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)])) for _ in range(5000)),
+    ]
     for s in strings:
         assert tokenizer.decode(tokenizer.encode_ordinary(s)) == s
     assert tokenizer.eot_token == tokenizer.n_vocab - 1 not in tokenizer.encode_ordinary(END_OF_TEXT)
@@ -162,13 +192,17 @@ def test_a_saved_tokenizer_is_the_same_and_its_file_readable(tmp_path):
     tokenizer = bpe_tokenizer(learn_bpe([TEXT * 5], 400))
     save_tokenizer(tmp_path / "t.json", tokenizer)
     again = load_tokenizer(tmp_path / "t.json")
-    assert again.encode_ordinary(TEXT + "\xff🙂") == tokenizer.encode_ordinary(TEXT + "\xff🙂") and again.n_vocab == tokenizer.n_vocab
+    assert (
+        again.encode_ordinary(TEXT + "\xff🙂") == tokenizer.encode_ordinary(TEXT + "\xff🙂")
+        and again.n_vocab == tokenizer.n_vocab
+    )
     text = (tmp_path / "t.json").read_text(encoding="utf-8")
     assert '"banana"' in text and "漢" in text
 
 
 # -----------------------------------------------------------------------------
 # files
+
 
 class Evil:
     def __init__(self, path):

@@ -1,4 +1,5 @@
 """The three scripts: their parts against hand-made references, then as a user runs them, mistakes included."""
+
 import gzip
 import hashlib
 import json
@@ -20,11 +21,12 @@ import train_gpt
 import train_sae
 from conftest import SMALL_GPT, SMALL_SAE, TEXT, script
 from model import END_OF_TEXT, GPT, GPTConfig, UserError, load_gpt
-from sae import SparseAutoencoder, load_sae, save_sae
+from sae import SparseAutoencoder, load_sae
 
 
 # -----------------------------------------------------------------------------
 # train_gpt.py: files -> documents -> tokens -> batches
+
 
 def texts_of(*sources):
     skipped = set()
@@ -58,14 +60,20 @@ def test_the_offline_default_has_ten_million_bytes_and_always_the_same_order():
 def test_token_files_hold_every_document_once_and_hold_out_a_twentieth(tmp_path):
     documents = [f"document {i} " + "word " * (i % 50) for i in range(400)]
     (tmp_path / "t.txt").write_text(f"\n{END_OF_TEXT}\n".join(documents), encoding="utf-8")
-    args = SimpleNamespace(dataset=str(tmp_path / "t.txt"), out_dir=str(tmp_path), tokenizer="bpe", vocab_size=300, block_size=8)
+    args = SimpleNamespace(
+        dataset=str(tmp_path / "t.txt"), out_dir=str(tmp_path), tokenizer="bpe", vocab_size=300, block_size=8
+    )
     tokenizer = train_gpt.prepare(args)
-    split = {name: tokenizer.decode(np.fromfile(tmp_path / f"{name}.bin", dtype=np.uint16).tolist()).split(END_OF_TEXT)[:-1]
-             for name in ("train", "val")}
+    split = {
+        name: tokenizer.decode(np.fromfile(tmp_path / f"{name}.bin", dtype=np.uint16).tolist()).split(END_OF_TEXT)[:-1]
+        for name in ("train", "val")
+    }
     assert Counter(text.rstrip("\n") for text in split["train"] + split["val"]) == Counter(documents)
     assert len(split["val"]) == 20 and split["val"][0].rstrip("\n") == documents[19]
     before = os.stat(tmp_path / "train.bin").st_mtime_ns
-    assert train_gpt.prepare(args).n_vocab == tokenizer.n_vocab and os.stat(tmp_path / "train.bin").st_mtime_ns == before
+    assert (
+        train_gpt.prepare(args).n_vocab == tokenizer.n_vocab and os.stat(tmp_path / "train.bin").st_mtime_ns == before
+    )
     args.vocab_size = 290
     assert train_gpt.prepare(args).n_vocab == 290
 
@@ -97,6 +105,7 @@ def test_weight_decay_is_for_matrices_alone():
 
 class Server:
     """Stands in for urllib: serves `body`, breaks off after `limit` bytes, honours Range."""
+
     def __init__(self, body, limit):
         self.body, self.limit, self.ranges = body, limit, []
 
@@ -104,10 +113,13 @@ class Server:
         start = request.get_header("Range")
         self.ranges.append(start)
         start = int(start[6:-1]) if start else 0
-        data = self.body[start:][:self.limit]
-        chunks = [data[i:i + 7] for i in range(0, len(data), 7)] + [b""]
-        response = SimpleNamespace(status=206 if start else 200, headers={"Content-Length": len(self.body) - start},
-                                   read=lambda n: chunks.pop(0))
+        data = self.body[start:][: self.limit]
+        chunks = [data[i : i + 7] for i in range(0, len(data), 7)] + [b""]
+        response = SimpleNamespace(
+            status=206 if start else 200,
+            headers={"Content-Length": len(self.body) - start},
+            read=lambda n: chunks.pop(0),
+        )
         return type("Response", (), {"__enter__": lambda self: response, "__exit__": lambda *a: None})()
 
 
@@ -127,6 +139,7 @@ def test_a_broken_download_is_reported_and_goes_on_where_it_stopped(tmp_path, mo
 # -----------------------------------------------------------------------------
 # train_sae.py: the dump
 
+
 def tiny_gpt():
     torch.manual_seed(0)
     return GPT(GPTConfig(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=8)).eval().requires_grad_(False)
@@ -139,7 +152,10 @@ def test_dumped_rows_are_what_the_hook_gives_each_token_of_a_context_at_most_onc
     n_contexts = 8192 // 16
     starts = np.random.default_rng(3).integers(0, len(tokens) - 16 + 1, n_contexts)
     kept = {}
-    gpt(torch.from_numpy(np.stack([tokens[s:s + 16] for s in starts]).astype(np.int64)), hook=lambda s, x: kept.update({s: x}))
+    gpt(
+        torch.from_numpy(np.stack([tokens[s : s + 16] for s in starts]).astype(np.int64)),
+        hook=lambda s, x: kept.update({s: x}),
+    )
     assert rows.shape == (n_contexts * 16, gpt.site_width(site))  # ceil(16 * 250 / 256) = 16 of every context
     for got, expected in zip(rows.view(n_contexts, 16, -1), kept[site]):
         distance = torch.cdist(got, expected)
@@ -149,7 +165,9 @@ def test_dumped_rows_are_what_the_hook_gives_each_token_of_a_context_at_most_onc
 def test_of_long_contexts_250_tokens_in_256_are_taken():
     torch.manual_seed(0)
     gpt = GPT(GPTConfig(block_size=128, vocab_size=50, n_layer=1, n_head=2, n_embd=8)).eval().requires_grad_(False)
-    rows = next(train_sae.gpt_rows(gpt, np.arange(2000, dtype=np.uint16) % 50, "resid.0", np.random.default_rng(0), "cpu"))
+    rows = next(
+        train_sae.gpt_rows(gpt, np.arange(2000, dtype=np.uint16) % 50, "resid.0", np.random.default_rng(0), "cpu")
+    )
     assert len(rows) == 64 * 125
 
 
@@ -178,6 +196,7 @@ def test_a_dump_too_large_for_the_disk_is_refused_before_anything_is_touched(tmp
     def dump(n):
         rows = iter([torch.ones(n + 1024, 2)] * 2)
         train_sae.dump(str(tmp_path), {"width": 2}, rows, rows, n, 0)
+
     dump(50)
     before = sorted((p.name, p.read_bytes()) for p in tmp_path.iterdir())
     monkeypatch.setattr(train_sae.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10))
@@ -198,6 +217,7 @@ def test_toy_features_are_as_rare_and_as_strong_as_they_should_be():
 # -----------------------------------------------------------------------------
 # analyze.py: the numbers
 
+
 def perfect_sae(width):
     """Reconstructs everything: one feature for each neuron's positive and one for its negative part."""
     sae = SparseAutoencoder(width, 2 * width)
@@ -208,8 +228,17 @@ def perfect_sae(width):
 
 
 def run_on(gpt, sae, site, contexts):
-    return SimpleNamespace(gpt=gpt, sae=sae.fold().requires_grad_(False), site=site, contexts=contexts, folder="unused",
-                           tokens=contexts[:, :-1].reshape(-1).numpy(), cache={}, seed=0)
+    return SimpleNamespace(
+        gpt=gpt,
+        sae=sae.fold().requires_grad_(False),
+        site=site,
+        contexts=contexts,
+        eval_contexts=contexts,
+        folder="unused",
+        tokens=contexts[:, :-1].reshape(-1).numpy(),
+        cache={},
+        seed=0,
+    )
 
 
 @pytest.mark.parametrize("site", ["attn.0", "mlp.0", "mlp.1", "resid.0"])
@@ -219,7 +248,9 @@ def test_a_perfect_autoencoder_changes_no_loss_and_an_empty_one_is_zero_ablation
     metrics, _ = analyze.measure(run_on(gpt, perfect_sae(width), site, contexts))
     assert metrics["loss_spliced"] == pytest.approx(metrics["loss_plain"], rel=1e-6)
     assert metrics["loss_plain"] == pytest.approx(gpt(contexts[:, :-1], contexts[:, 1:])[1].item(), rel=1e-5)
-    assert metrics["loss_recovered"] == pytest.approx(1, abs=1e-3) and metrics["variance_explained"] == pytest.approx(1, abs=1e-6)
+    assert metrics["loss_recovered"] == pytest.approx(1, abs=1e-3) and metrics["variance_explained"] == pytest.approx(
+        1, abs=1e-6
+    )
 
     empty = SparseAutoencoder(width, 4)
     with torch.no_grad():
@@ -231,7 +262,10 @@ def test_a_perfect_autoencoder_changes_no_loss_and_an_empty_one_is_zero_ablation
 
 
 def test_the_metrics_are_those_of_plain_numpy():
-    gpt, contexts = tiny_gpt(), torch.randint(50, (300, 17), generator=torch.Generator().manual_seed(1))  # several batches
+    gpt, contexts = (
+        tiny_gpt(),
+        torch.randint(50, (300, 17), generator=torch.Generator().manual_seed(1)),
+    )  # several batches
     torch.manual_seed(1)
     sae = SparseAutoencoder(32, 20)
     with torch.no_grad():
@@ -247,13 +281,18 @@ def test_the_metrics_are_those_of_plain_numpy():
     x_hat = (f @ W_dec + b_dec) / 3.0
     metrics, features = analyze.measure(run_on(gpt, sae, "mlp.0", contexts))
     assert metrics["tokens"] == 4800 and metrics["l0"] == pytest.approx((f > 0).sum(1).mean(), rel=1e-4)
-    assert metrics["variance_explained"] == pytest.approx(1 - ((x - x_hat) ** 2).sum() / ((x - x.mean(0)) ** 2).sum(), rel=1e-4)
+    assert metrics["variance_explained"] == pytest.approx(
+        1 - ((x - x_hat) ** 2).sum() / ((x - x.mean(0)) ** 2).sum(), rel=1e-4
+    )
     assert metrics["dead"] == ((f > 0).sum(0) == 0).mean() >= 1 / 20
     np.testing.assert_allclose(features.density, (f > 0).mean(0), atol=1e-3)
     np.testing.assert_allclose(features.max, f.max(0) * np.linalg.norm(W_dec, axis=1) / 3.0, rtol=1e-4, atol=1e-6)
     mean = torch.from_numpy(x.mean(0)).float()
-    for name, put in (("spliced", torch.from_numpy(x_hat).float().view(300, 16, 32)), ("zero_ablated", torch.zeros(300, 16, 32)),
-                      ("mean_ablated", mean.expand(300, 16, 32))):
+    for name, put in (
+        ("spliced", torch.from_numpy(x_hat).float().view(300, 16, 32)),
+        ("zero_ablated", torch.zeros(300, 16, 32)),
+        ("mean_ablated", mean.expand(300, 16, 32)),
+    ):
         loss = gpt(contexts[:, :-1], contexts[:, 1:], lambda s, _: put if s == "mlp.0" else None)[1].item()
         assert metrics[f"loss_{name}"] == pytest.approx(loss, rel=1e-5), name
     plain, spliced, zero = (metrics[f"loss_{name}"] for name in ("plain", "spliced", "zero_ablated"))
@@ -275,9 +314,16 @@ def test_logit_effects_are_the_directions_pushed_through_a_layernorm_linearised_
     if site == "mlp.1":
         directions = directions @ gpt.blocks[1].mlp_proj.weight.double().numpy().T
     centred = directions - directions.mean(1, keepdims=True)
-    expected = (1 / np.sqrt(stream.var(1) + 1e-5)).mean() * centred * gpt.ln_f.weight.double().numpy() @ gpt.lm_head.weight.double().numpy().T
+    expected = (
+        (1 / np.sqrt(stream.var(1) + 1e-5)).mean()
+        * centred
+        * gpt.ln_f.weight.double().numpy()
+        @ gpt.lm_head.weight.double().numpy().T
+    )
     expected -= expected.mean(1, keepdims=True)
-    np.testing.assert_allclose(analyze.logit_effects(this, this.sae.W_dec).detach().numpy(), expected, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(
+        analyze.logit_effects(this, this.sae.W_dec).detach().numpy(), expected, rtol=1e-3, atol=1e-5
+    )
 
 
 def test_interval_examples_are_evenly_spaced_in_activation_not_in_rank():
@@ -292,24 +338,45 @@ def test_interval_examples_are_evenly_spaced_in_activation_not_in_rank():
         assert low < acts[position] <= high
     counts = [int(((acts > k / 4 * acts.max()) & (acts <= (k + 1) / 4 * acts.max())).sum()) for k in (3, 2, 1, 0)]
     assert Counter(label for label, _ in rest) == {
-        label: min(3, count) for label, count in zip(["75-100%", "50-75%", "25-50%", "0-25%"], counts)}
+        label: min(3, count) for label, count in zip(["75-100%", "50-75%", "25-50%", "0-25%"], counts)
+    }
 
 
 # -----------------------------------------------------------------------------
 # as a user runs them
 
+
 def hashes(folder):
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(Path(folder).rglob("*"))
+        if p.is_file()
+    }
 
 
 def test_the_scripts_leave_what_the_interface_promises(trained):
-    for name in ("tokenizer.json", "train.bin", "val.bin", "gpt.pt", "gpt.jsonl", "gpt_loss.png", "acts/mlp.0/train-000.npy",
-                 "acts/mlp.0/val-000.npy", "acts/mlp.0/meta.json", "sae/scaling/sae.pt", "sae/scaling/log.jsonl"):
+    for name in (
+        "tokenizer.json",
+        "train.bin",
+        "val.bin",
+        "gpt.pt",
+        "gpt.jsonl",
+        "gpt_loss.png",
+        "acts/mlp.0/train-000.npy",
+        "acts/mlp.0/val-000.npy",
+        "acts/mlp.0/meta.json",
+        "sae/scaling/sae.pt",
+        "sae/scaling/log.jsonl",
+    ):
         assert (trained / name).stat().st_size > 0, name
     meta = json.loads((trained / "acts/mlp.0/meta.json").read_text())
     rows = np.load(trained / "acts/mlp.0/train-000.npy", allow_pickle=False)
     assert rows.dtype == np.float16 and rows.shape == (4000, 64) == (meta["rows"], meta["width"])
-    assert meta["gpt"] == load_gpt(trained)[0].fingerprint() and (meta["site"], meta["layer"], meta["seed"]) == ("mlp", 0, 1337)
+    assert meta["gpt"] == load_gpt(trained)[0].fingerprint() and (meta["site"], meta["layer"], meta["seed"]) == (
+        "mlp",
+        0,
+        1337,
+    )
     log = [json.loads(line) for line in (trained / "sae/scaling/log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in log] == [20, 40, 60] and log[-1]["rows"] == 60 * 128
     sae = load_sae(trained / "sae/scaling/sae.pt")
@@ -338,7 +405,9 @@ def test_the_same_seed_gives_the_same_bytes(trained, recipe, tmp_path):
     assert all(torch.equal(a["weights"][key], b["weights"][key]) for key in a["weights"])
     assert (out / "sae/a/log.jsonl").read_bytes() == (out / "sae/b/log.jsonl").read_bytes()
     if recipe == "scaling":  # the whole language model too
-        done = script("train_gpt.py", f"--out_dir={tmp_path / 'again'}", f"--dataset={trained.parent / 'text.txt'}", *SMALL_GPT)
+        done = script(
+            "train_gpt.py", f"--out_dir={tmp_path / 'again'}", f"--dataset={trained.parent / 'text.txt'}", *SMALL_GPT
+        )
         assert done.returncode == 0 and hashes(tmp_path / "again")["gpt.jsonl"] == hashes(out)["gpt.jsonl"]
         assert load_gpt(tmp_path / "again")[0].fingerprint() == load_gpt(out)[0].fingerprint()
 
@@ -348,7 +417,10 @@ def test_activations_are_reused_while_they_match_and_redone_when_the_model_chang
     shutil.copytree(trained, out)
     shard = out / "acts/mlp.0/train-000.npy"
     before = shard.stat().st_mtime_ns
-    assert "is there" in script("train_sae.py", f"--out_dir={out}", *SMALL_SAE).stdout and shard.stat().st_mtime_ns == before
+    assert (
+        "is there" in script("train_sae.py", f"--out_dir={out}", *SMALL_SAE).stdout
+        and shard.stat().st_mtime_ns == before
+    )
     checkpoint = torch.load(out / "gpt.pt", weights_only=True)
     checkpoint["model"]["wte.weight"] += 0.01
     torch.save(checkpoint, out / "gpt.pt")
@@ -380,7 +452,15 @@ def test_anybodys_own_activations_train_without_a_model(tmp_path, dtype):
 
 
 def test_toy_data_is_made_trained_on_and_judged(tmp_path):
-    flags = ("--acts=toy", "--name=toy", "--n_features=512", "--n_acts=20000", "--batch_size=512", "--max_iters=150", f"--out_dir={tmp_path}")
+    flags = (
+        "--acts=toy",
+        "--name=toy",
+        "--n_features=512",
+        "--n_acts=20000",
+        "--batch_size=512",
+        "--max_iters=150",
+        f"--out_dir={tmp_path}",
+    )
     assert script("train_sae.py", *flags).returncode == 0
     done = script("analyze.py", "toy", "--name=toy", f"--out_dir={tmp_path}")
     found = json.loads((tmp_path / "sae/toy/metrics.json").read_text())["found"]
@@ -423,7 +503,10 @@ def spoil(case, out, folder):
         (folder / "t.xz").write_bytes(b"not xz")
         return ("train_gpt.py", f"--out_dir={folder / 'new'}", f"--dataset={folder / 't.xz'}"), ["t.xz"]
     if case == "no gpt2 vocabulary":
-        return ("train_gpt.py", f"--out_dir={folder / 'new'}", "--tokenizer=gpt2", f"--dataset={text}"), ["gpt2", "--tokenizer=bpe"]
+        return ("train_gpt.py", f"--out_dir={folder / 'new'}", "--tokenizer=gpt2", f"--dataset={text}"), [
+            "gpt2",
+            "--tokenizer=bpe",
+        ]
     if case == "heads":
         return ("train_gpt.py", flag, "--n_embd=100", "--n_head=3"), ["n_embd", "n_head"]
     if case == "zero size":
@@ -431,7 +514,10 @@ def spoil(case, out, folder):
     if case == "negative size":
         return ("train_sae.py", flag, "--n_features=-5"), ["--n_features"]
     if case == "vocabulary":
-        return ("train_gpt.py", f"--out_dir={folder / 'new'}", "--vocab_size=100", f"--dataset={text}"), ["--vocab_size", "257"]
+        return ("train_gpt.py", f"--out_dir={folder / 'new'}", "--vocab_size=100", f"--dataset={text}"), [
+            "--vocab_size",
+            "257",
+        ]
     if case == "recipe":
         return ("train_sae.py", flag, "--recipe=topk"), ["topk", "towards"]
     if case == "site":
@@ -456,19 +542,61 @@ def spoil(case, out, folder):
         write_npy(folder, a=floats)
         (folder / "a.npy").write_bytes((folder / "a.npy").read_bytes()[:-50])
         return acts, ["a.npy", "truncated"]
-    arrays = {"widths": dict(a=floats, b=floats[:, :5]), "integers": dict(a=np.ones((300, 8), int)),
-              "objects": dict(a=np.array([[object()]])), "shape": dict(a=floats[0]), "nan": dict(a=np.where(floats > 0.9, np.nan, floats)),
-              "no rows": dict(a=floats[:0])}[case]
+    arrays = {
+        "widths": dict(a=floats, b=floats[:, :5]),
+        "integers": dict(a=np.ones((300, 8), int)),
+        "objects": dict(a=np.array([[object()]])),
+        "shape": dict(a=floats[0]),
+        "nan": dict(a=np.where(floats > 0.9, np.nan, floats)),
+        "no rows": dict(a=floats[:0]),
+    }[case]
     write_npy(folder, **arrays)
-    return acts, {"widths": ["b.npy", "5", "8"], "integers": ["a.npy", "int64", "float"], "objects": ["a.npy", "objects"],
-                  "shape": ["a.npy", "(rows, width)"], "nan": ["a.npy", "NaN"], "no rows": ["a.npy", "(0, 8)"]}[case]
+    return acts, {
+        "widths": ["b.npy", "5", "8"],
+        "integers": ["a.npy", "int64", "float"],
+        "objects": ["a.npy", "objects"],
+        "shape": ["a.npy", "(rows, width)"],
+        "nan": ["a.npy", "NaN"],
+        "no rows": ["a.npy", "(0, 8)"],
+    }[case]
 
 
-@pytest.mark.parametrize("case", [
-    "no model", "no autoencoder", "foreign model", "truncated autoencoder", "broken tokenizer", "no data set", "empty data set",
-    "short data set", "damaged archive", "no gpt2 vocabulary", "heads", "zero size", "negative size", "vocabulary", "recipe", "site",
-    "layer", "feature", "feature, no number", "unknown flag", "device", "out_dir", "batch", "no .npy", "truncated .npy", "widths",
-    "integers", "objects", "shape", "nan", "no rows"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "no model",
+        "no autoencoder",
+        "foreign model",
+        "truncated autoencoder",
+        "broken tokenizer",
+        "no data set",
+        "empty data set",
+        "short data set",
+        "damaged archive",
+        "no gpt2 vocabulary",
+        "heads",
+        "zero size",
+        "negative size",
+        "vocabulary",
+        "recipe",
+        "site",
+        "layer",
+        "feature",
+        "feature, no number",
+        "unknown flag",
+        "device",
+        "out_dir",
+        "batch",
+        "no .npy",
+        "truncated .npy",
+        "widths",
+        "integers",
+        "objects",
+        "shape",
+        "nan",
+        "no rows",
+    ],
+)
 def test_a_mistake_is_one_line_and_harms_nothing(trained, tmp_path, case, monkeypatch):
     out = tmp_path / "out"
     shutil.copytree(trained, out)

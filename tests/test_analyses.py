@@ -1,0 +1,598 @@
+"""What the papers do with the features: each against slow references and planted data, then as users run it."""
+
+import copy
+import json
+import math
+import re
+import shutil
+from collections import defaultdict
+from dataclasses import asdict
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+
+import analyze
+from conftest import SMALL_GPT, SMALL_SAE, script
+from model import GPT, GPTConfig, bpe_tokenizer, save_checkpoint, save_tokenizer
+from sae import SparseAutoencoder, load_sae, save_sae
+from test_scripts import hashes
+
+pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # a user would see numpy's warnings, too
+
+WORDS = (b"foo", b" foo", b" bar", b" baz")  # tokens besides the 256 bytes and the end of text
+TOKENIZER = bpe_tokenizer({bytes([i]): i for i in range(256)} | {word: 256 + i for i, word in enumerate(WORDS)})
+V = TOKENIZER.n_vocab
+
+
+# -----------------------------------------------------------------------------
+# models and autoencoders made by hand, on disk as the scripts leave them
+
+def load(out):
+    """What analyze.py's commands are given as `this`."""
+    given = []
+    with mock.patch.dict(analyze.COMMANDS, feature=lambda this, args: given.append(this)):
+        done = script("analyze.py", "feature", f"--out_dir={out}", "--device=cpu")
+    assert done.returncode == 0, done.stderr
+    return given[0]
+
+
+def made_run(out, gpt, sae, site, tokens):
+    """Writes an out_dir with this model, autoencoder and held-out tokens, and loads it."""
+    (out / "sae/scaling").mkdir(parents=True)
+    save_tokenizer(out / "tokenizer.json", TOKENIZER)
+    np.asarray(tokens, dtype=np.uint16).tofile(out / "val.bin")
+    save_checkpoint(out / "gpt.pt", model=gpt.state_dict(), config=asdict(gpt.config))
+    save_sae(out / "sae/scaling/sae.pt", sae, source={"site": site, "gpt": gpt.fingerprint()}, args={"seed": 0})
+    return load(out)
+
+
+def random_run(out, site="mlp.0", recipe="scaling", input_norm="dataset", tokens=range(200), block_size=8):
+    """A run of random weights, none of them 0 or 1, and its autoencoder before it was folded."""
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(block_size, V, n_layer=2, n_head=2, n_embd=8))
+    sae = SparseAutoencoder(gpt.site_width(site), 14, recipe, input_norm)
+    with torch.no_grad():
+        for p in gpt.parameters():
+            p += 0.3 * torch.randn_like(p)
+        sae.scale.fill_(3.0)
+        sae.W_enc += 0.2 * torch.randn_like(sae.W_enc)
+        sae.b_enc.uniform_(-0.5, 0.5)
+        sae.b_dec.uniform_(-0.3, 0.3)
+    return made_run(out, gpt, sae, site, tokens), sae
+
+
+def lookup_run(out, text, table):
+    """
+    A run whose feature k has activation table[t, k] at every token t, whatever stands around it: the residual stream
+    of its model is the token's one-hot vector.
+    """
+    torch.manual_seed(0)
+    gpt, sae = GPT(GPTConfig(32, V, 1, 1, V)), SparseAutoencoder(V, table.shape[1], "towards", "none")
+    with torch.no_grad():
+        for p in (gpt.wpe.weight, gpt.blocks[0].attn_proj.weight, gpt.blocks[0].mlp_proj.weight):
+            p.zero_()
+        gpt.wte.weight.copy_(torch.eye(V))
+        sae.W_enc.copy_(torch.from_numpy(table))
+    return made_run(out, gpt, sae, "resid.0", TOKENIZER.encode_ordinary(text))
+
+
+def fires(features, n_features=300):
+    """{feature: {token as text: activation}} -> table for lookup_run (V, n_features)."""
+    table = np.zeros((V, n_features))
+    for k, activations in features.items():
+        for text, value in activations.items():
+            t, = TOKENIZER.encode_ordinary(text)
+            table[t, k] = value
+    return table
+
+
+def by_hand(sae, x):
+    """x (..., n) raw -> f_i ||W_dec_i|| (..., m), directions (m, n), what one unit of f adds along them (..., 1)."""
+    W_enc, b_enc, W_dec, b_dec = (getattr(sae, name).detach().double().numpy()
+                                  for name in ("W_enc", "b_enc", "W_dec", "b_dec"))
+    norms, scale = np.linalg.norm(W_dec, axis=1), np.full(x.shape[:-1] + (1,), sae.scale.item())
+    if sae.input_norm == "token":
+        scale = np.sqrt(x.shape[-1]) / np.linalg.norm(x, axis=-1, keepdims=True)
+    f = np.maximum((x * scale - b_dec * (sae.recipe == "towards")) @ W_enc + b_enc, 0) * norms
+    if sae.input_norm == "token":
+        return f, W_dec / norms[:, None], 1 / scale
+    return f / scale, W_dec / norms[:, None], np.ones_like(scale)
+
+
+def activations_at(gpt, idx, site):
+    """What the model's hook shows at a site: (B, T, n) float64."""
+    kept = {}
+    gpt(idx, hook=lambda name, x: kept.update({name: x}))
+    return kept[site].double().numpy()
+
+
+def all_by_hand(this):
+    """Every feature and every neuron of the first MLP on every held-out token: (m, tokens), (n_neurons, tokens)."""
+    x, neurons = (activations_at(this.gpt, this.contexts[:, :-1], site) for site in (this.site, "mlp.0"))
+    return by_hand(this.sae, x)[0].reshape(-1, this.sae.n_features).T, neurons.reshape(-1, neurons.shape[2]).T
+
+
+# -----------------------------------------------------------------------------
+# cause: ablation and attribution
+
+IDX = torch.randint(V, (3, 8), generator=torch.Generator().manual_seed(0))
+P, TARGETS = torch.tensor([7, 0, 4]), torch.tensor([5, 250, 31])
+
+
+def contrast_by_hand(gpt, site, b, changes):
+    """Logit of TARGETS[b] over the mean logit at token P[b] of IDX[b] after each of changes (k, n) to it -> (k,)."""
+    def hook(name, x):
+        if name == site:
+            x = x.clone()
+            x[:, P[b]] += torch.from_numpy(changes)
+            return x
+    logits = gpt(IDX[b].expand(len(changes), -1), hook=hook)[0][:, P[b]].numpy()
+    return logits[:, TARGETS[b]] - logits.mean(1)
+
+
+@pytest.mark.parametrize("recipe, input_norm", [("scaling", "dataset"), ("towards", "token")])
+@pytest.mark.parametrize("site", ["attn.0", "mlp.0", "resid.0", "attn.1", "mlp.1", "resid.1"])
+def test_ablation_is_a_pass_without_the_feature_and_attribution_its_slope(tmp_path, site, recipe, input_norm):
+    """Against float64 passes without f_i W_dec_i at one token, the error kept, and against a central difference."""
+    this, sae = random_run(tmp_path, site, recipe, input_norm)
+    e, exact = analyze.effects(this, IDX, P, TARGETS), copy.deepcopy(this.gpt).double()
+    x, n_active = activations_at(exact, IDX, site), 0
+    for b in range(3):
+        f, directions, unit = by_hand(sae, x[b, P[b]])
+        on, mine = np.flatnonzero(f), np.flatnonzero(e.row == b)
+        mine = mine[np.argsort(e.feature[mine])]
+        assert e.feature[mine].tolist() == on.tolist()  # each active one once, none that is off
+        parts = f[on, None] * directions[on] * unit
+        plain = contrast_by_hand(exact, site, b, 0 * parts[:1])
+        ablation = plain - contrast_by_hand(exact, site, b, -parts)
+        slope = sum(sign * contrast_by_hand(exact, site, b, sign * 1e-4 * parts) for sign in (1, -1)) / 2e-4
+        np.testing.assert_allclose(e.activation[mine], f[on], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(e.ablation[mine], ablation, rtol=1e-3, atol=1e-4 * np.abs(ablation).max())
+        np.testing.assert_allclose(e.attribution[mine], slope, rtol=1e-3, atol=1e-4 * np.abs(slope).max())
+        n_active += len(on)
+    assert 0 < n_active == len(e.row) < 3 * sae.n_features
+
+
+@pytest.mark.parametrize("site", ["mlp.1", "resid.1"])
+def test_attribution_is_ablation_where_all_that_follows_is_linear(tmp_path, site):
+    this, _ = random_run(tmp_path, site)
+    e = analyze.effects(this, IDX, P, TARGETS)
+    assert np.abs(e.attribution - e.ablation).max() > 0.01 * np.abs(e.ablation).max()  # the last LayerNorm is not
+    this.gpt.ln_f = torch.nn.Identity()
+    e = analyze.effects(this, IDX, P, TARGETS)
+    np.testing.assert_allclose(e.attribution, e.ablation, rtol=1e-3, atol=1e-4 * np.abs(e.ablation).max())
+
+
+def test_what_raises_all_logits_alike_has_no_effect(tmp_path):
+    """One vector added to every row of the unembedding adds the same to every logit: effects are about their mean."""
+    this, _ = random_run(tmp_path)
+    before = analyze.effects(this, IDX, P, TARGETS)
+    this.gpt.lm_head.weight += torch.randn(8)
+    after = analyze.effects(this, IDX, P, TARGETS)
+    np.testing.assert_allclose(after.ablation, before.ablation, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(after.attribution, before.attribution, rtol=1e-3, atol=1e-4)
+
+
+def test_where_no_feature_is_active_there_are_no_effects(tmp_path):
+    this, _ = random_run(tmp_path)
+    this.sae.b_enc.fill_(-1e6)
+    e = analyze.effects(this, IDX, P, TARGETS)
+    assert {name: len(values) for name, values in vars(e).items()} == dict.fromkeys(vars(e), 0)
+
+
+@pytest.mark.parametrize("site", ["attn.0", "mlp.1", "resid.0"])
+def test_logits_at_a_token_are_the_whole_models_with_and_without_a_removal(tmp_path, site):
+    this, _ = random_run(tmp_path, site)
+    plain, remove = this.gpt(IDX)[0][range(3), P], torch.randn(3, this.sae.d_in)
+
+    def hook(name, x):
+        return x - torch.zeros_like(x).index_put((torch.arange(3), P), remove) if name == site else None
+    without = this.gpt(IDX, hook=hook)[0][range(3), P]
+    assert (without - plain).abs().amax(1).min() > 0.01
+    np.testing.assert_allclose(analyze.logits_at(this, IDX, P), plain, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(analyze.logits_at(this, IDX, P, remove), without, rtol=1e-4, atol=1e-5)
+
+
+# -----------------------------------------------------------------------------
+# steer and search
+
+@pytest.mark.parametrize("recipe, input_norm", [("scaling", "dataset"), ("towards", "token")])
+@pytest.mark.parametrize("value", [None, 0.0, 2.5, -1.0])
+def test_clamping_replaces_one_activation_and_keeps_the_error(tmp_path, value, recipe, input_norm):
+    """x becomes decode(f with f_i = value) + x - decode(f); at its own activation, value None, nothing changes."""
+    this, sae = random_run(tmp_path, "resid.0", recipe, input_norm)
+    x = torch.randn(2, 5, 8)
+    f, directions, unit = by_hand(sae, x.double().numpy())
+    assert 0 < (f[..., :5] > 0).mean() < 1
+    for i in range(5):
+        hook, clamped = analyze.clamp(this, i, value), f.copy()
+        if value is not None:
+            clamped[..., i] = value
+        expected = x.double().numpy() + (clamped @ directions - f @ directions) * unit
+        np.testing.assert_allclose(hook("resid.0", x), expected, rtol=1e-4, atol=1e-5)
+        for site in ("resid.1", "mlp.0"):
+            y = hook(site, x)
+            assert y is None or torch.equal(y, x)
+
+
+@pytest.mark.parametrize("text, read", [
+    ("foo bar", " bar"), ("« foo» bar", " foo"), ("é 世«界 foo» bar baz", " foo"), ("é «foo» bar baz", " foo"),
+    ("é 世界 «fo»o baz", " foo"), ("«zap» foo", "p"), ("ü« bar\n» 世", "\n")])
+def test_search_reads_the_token_of_the_last_marked_character_and_the_mean_over_the_text(tmp_path, text, read):
+    """Each token has a feature of its own, so the scores tell which was read; several texts are averaged."""
+    table = np.diag(1 + np.arange(V) / 100)
+    this = lookup_run(tmp_path, "foo bar baz\n" * 20, table)
+    ids = TOKENIZER.encode_ordinary(re.sub("[«»]", "", text))
+    at, = [t for t in ids if TOKENIZER.decode([t]) == read]
+    expected = table[at] + table[ids].mean(0)
+    np.testing.assert_allclose(analyze.search_scores(this, [text]), expected, rtol=1e-5, atol=1e-6)
+    x = table[ord("x")]  # a text of one token: read, and the mean
+    np.testing.assert_allclose(analyze.search_scores(this, [text, "x"]), (expected + 2 * x) / 2, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rival", [
+    dict.fromkeys(["x", "y", "z", "~", " foo", " bar", " baz"], 5.0), {" foo": 1.5, " baz": 1.5}],
+    ids=["everywhere", "in one of the texts without"])
+def test_search_finds_a_concept_behind_stronger_features_that_texts_without_it_have_too(tmp_path, rival):
+    this = lookup_run(tmp_path, "foo bar baz\n" * 20, fires({7: {" foo": 1.0}, 280: rival}))
+    texts, without = ["x foo", "~ bar« foo» bar"], ["x bar", "y bar baz", "~ bar", "z"]
+    assert analyze.search_scores(this, texts).argmax() == 280
+    assert analyze.search_scores(this, texts, without).argmax() == 7
+
+
+def test_search_prints_the_planted_feature_first_and_says_when_there_is_none(tmp_path):
+    lookup_run(tmp_path, "foo bar baz\n" * 20, fires({7: {" foo": 1.0}, 280: {" bar": 1.0, " foo": 0.5}}))
+    done = script("analyze.py", "search", "x foo", "y« foo» bar", f"--out_dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert [int(i) for i in re.findall(r"feature (\d+) ", done.stdout)] == [7, 280]
+    done = script("analyze.py", "search", "xyz", f"--out_dir={tmp_path}")
+    assert done.returncode == 0 and done.stderr == ""
+    assert re.fullmatch(r"no feature is active [^\n]+\n", done.stdout)
+
+
+# -----------------------------------------------------------------------------
+# correlations, and what tokens explain
+
+@pytest.mark.parametrize("n", [2, 1000, 20_011])
+def test_correlations_are_numpys_even_far_from_zero(n):
+    rng = np.random.default_rng(0)
+    a = rng.standard_normal((5, n))
+    b = rng.standard_normal((3, n)) + np.stack([a[0], -2 * a[1], 0 * a[2]])
+    a, b = (1e3 + a).astype(np.float32), (300 * b - 1e5).astype(np.float32)
+    expected = np.corrcoef(a.astype(np.float64), b.astype(np.float64))[:5, 5:]
+    np.testing.assert_allclose(analyze.correlations(a, b), expected, atol=2e-4)
+
+
+@pytest.mark.parametrize("constant", [0.0, 0.1, 1000.1])
+def test_what_is_constant_correlates_with_nothing(constant):
+    a = np.random.default_rng(0).standard_normal((2, 10_001)).astype(np.float32)
+    b = np.stack([np.full(10_001, constant, dtype=np.float32), a[0]])
+    found = analyze.correlations(a, b)
+    np.testing.assert_allclose(found[:, 0], 0, atol=0.1)
+    assert found[0, 1] == pytest.approx(1, abs=1e-4)
+    assert np.abs(analyze.correlations(b[:1], b[:1])).max() <= 1.001  # 0 by 0 is finite, too
+
+
+def explained_by_hand(tokens, acts):
+    """tokens, acts (contexts, T): means learned on contexts 0, 2, 4 ..., R^2 on 1, 3, 5 ... -> given token, pair."""
+    def keys(c, t):
+        return (tokens[c, t - 1] if t else "nothing", tokens[c, t]), tokens[c, t], "any"
+    seen = defaultdict(list)
+    for c in range(0, len(tokens), 2):
+        for t in range(tokens.shape[1]):
+            for key in keys(c, t):
+                seen[key].append(acts[c, t])
+    truth, guesses = [], ([], [])
+    for c in range(1, len(tokens), 2):
+        for t in range(tokens.shape[1]):
+            truth.append(acts[c, t])
+            for guess, names in zip(guesses, (keys(c, t)[1:], keys(c, t))):
+                guess.append(np.mean(seen[next(name for name in names if name in seen)]))
+    truth = np.array(truth)
+    return [1 - ((truth - guess) ** 2).sum() / ((truth - truth.mean()) ** 2).sum() for guess in map(np.array, guesses)]
+
+
+def test_explained_by_tokens_is_a_dictionary_of_means_learned_on_even_and_judged_on_odd_contexts(tmp_path):
+    """Rare tokens make odd contexts hold tokens and pairs that were never seen; each context starts after nothing."""
+    rng = np.random.default_rng(0)
+    tokens = np.minimum(rng.geometric(0.08, (61, 7)), 200)
+    assert set(tokens[1::2].flat) - set(tokens[::2].flat)
+    this, _ = random_run(tmp_path, tokens=[*tokens.flat, 0], block_size=7)
+    noise, strength = rng.random((4, 61, 7)), rng.random(201)
+    pair = strength[tokens] * strength[np.roll(tokens, 1, axis=1)]
+    acts = [strength[tokens] + 0.3 * noise[0], pair + 0.1 * noise[1], noise[2], strength[tokens] * (noise[3] > 0.9)]
+    acts = np.stack(acts).astype(np.float32)
+    found = analyze.explained_by_tokens(this, acts.reshape(4, -1))
+    expected = [explained_by_hand(tokens, row.astype(np.float64)) for row in acts]
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind, expected", [("token", (1, 1)), ("pair", (0, 1)), ("noise", (0, 0))])
+def test_what_the_token_or_the_pair_decides_is_explained_and_noise_is_not(tmp_path, kind, expected):
+    """0 0 1 1 0 holds every pair once, so in "is it the token before again?" a token tells nothing, a pair all."""
+    tokens = np.tile([0, 0, 1, 1, 0], (400, 1))
+    acts = {"token": 1 + 2.0 * tokens, "pair": np.tile([0.5, 1, 0, 1, 0], (400, 1)),
+            "noise": np.random.default_rng(0).random((400, 5))}[kind].astype(np.float32)
+    this, _ = random_run(tmp_path, tokens=[*tokens.flat, 0], block_size=5)
+    found, = analyze.explained_by_tokens(this, acts.reshape(1, -1))
+    np.testing.assert_allclose(found, expected, atol=0.02 if kind == "noise" else 1e-9)
+
+
+# -----------------------------------------------------------------------------
+# complete and scaling
+
+LINE = "foo bar foo, baz\n"  # six tokens: "foo", " bar", " foo", ",", " baz", end of line
+
+
+def test_a_word_is_where_its_last_token_is(tmp_path):
+    """Words of one token and of several, after characters of several bytes, at marks and at line ends."""
+    text = "foo (bar) é世 quux foo\nbaz_quux foo1 fooquux naïve " * 12
+    this, path = lookup_run(tmp_path, text, np.zeros((V, 4))), tmp_path / "words.txt"
+    path.write_text("foo quux bar\nfooquux nowhere oo")
+    pieces = [TOKENIZER.decode_single_token_bytes(t) for t in this.tokens]
+    places = analyze.word_places(this, str(path))
+    assert set(places) == {"foo", "quux", "bar", "fooquux"}
+    for word, positions in places.items():
+        expected = []
+        for match in re.finditer(rb"(?<![A-Za-z])%b(?![A-Za-z])" % word.encode(), b"".join(pieces)):
+            expected.append(next(p for p in range(len(pieces)) if len(b"".join(pieces[:p + 1])) >= match.end()))
+        assert list(positions) == expected and len(expected) > 5
+    assert {pieces[p] for p in places["quux"]} == {b"x"} and {pieces[p] for p in places["foo"]} == {b"foo", b" foo"}
+
+
+def test_without_a_file_words_are_those_that_occur_five_times(tmp_path):
+    this = lookup_run(tmp_path, "qu " * 4 + "fo " * 5 + "foo\n" * 60, np.zeros((V, 4)))
+    n_foo = sum(TOKENIZER.decode([t]).strip() == "foo" for t in this.tokens)
+    places = analyze.word_places(this, "")
+    assert {word: len(positions) for word, positions in places.items()} == {"fo": 5, "foo": n_foo} and n_foo > 40
+
+
+def test_the_best_detector_of_a_word_has_the_f1_that_one_counts_by_hand(tmp_path):
+    """
+    On 32 lines: feature 290 is " bar" alone. Feature 7 leaks, but at 0.3 of its maximum. Feature 5 has half of the foos
+    and fires at two wrong tokens for each: 32 right of 96, of 64: F1 = 2 x 32 / (96 + 64). Feature 11 is dead.
+    """
+    table = fires({290: {" bar": 2.0}, 7: {" baz": 1.0, ",": 0.3, "\n": 0.3}, 11: {"~": 1.0},
+                   5: {" foo": 1.0, ",": 1.0, "\n": 1.0}})
+    this = lookup_run(tmp_path, LINE * 33, table)
+    assert len(this.tokens) == 32 * 6
+    (tmp_path / "words.txt").write_text("foo bar baz")
+    places = analyze.word_places(this, str(tmp_path / "words.txt"))
+    f1, feature, alive = analyze.best_detectors(this, places)
+    assert dict(zip(places, zip(feature, f1.round(6)))) == {"foo": (5, 0.4), "bar": (290, 1.0), "baz": (7, 1.0)}
+    assert alive == 3
+    done = script("analyze.py", "complete", f"--words={tmp_path / 'words.txt'}", f"--out_dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert numbers_in(tmp_path / "sae/scaling/complete.json")["runs"]["scaling"]["found"] == pytest.approx(2 / 3)
+
+
+def test_the_sigmoid_that_was_drawn_from_is_found():
+    rng = np.random.default_rng(0)
+    x = rng.uniform(-4, 3, 40_000)
+    a, b = analyze.fit_sigmoid(x, (rng.random(40_000) < 1 / (1 + np.exp(-(0.7 + 1.8 * x)))).astype(float))
+    assert a == pytest.approx(0.7, abs=0.1) and b == pytest.approx(1.8, abs=0.1)
+
+
+@pytest.mark.parametrize("found", [lambda x: x > 0, lambda x: x > -9, lambda x: x > 9], ids=["some", "all", "none"])
+def test_a_sigmoid_through_what_needs_none_is_finite_and_right(found):
+    x = np.linspace(-2, 2.1, 50)
+    a, b = analyze.fit_sigmoid(x, found(x).astype(float))
+    assert math.isfinite(a) and math.isfinite(b)
+    np.testing.assert_array_equal(a + b * x > 0, found(x))
+
+
+def test_a_power_law_is_found():
+    x = np.geomspace(3, 5e12, 9)
+    assert analyze.power_law(x, 7.5 * x ** -0.4) == pytest.approx((7.5, -0.4))
+
+
+def test_the_frontier_has_the_lowest_loss_among_the_runs_that_were_at_a_budget():
+    """Straight in log compute: the first two cross at 1,000; the third is best, but ends at 10; the last is never."""
+    def curve(start, stop, loss_of):
+        compute = np.geomspace(start, stop, 5)
+        return {"compute": compute, "loss": loss_of(np.log10(compute))}
+    runs = [curve(1, 1e5, lambda c: 10 - c), curve(10, 1e6, lambda c: 13 - 2 * c), curve(1, 10, lambda c: 1 + 0 * c),
+            curve(1, 1e6, lambda c: 50 - c)]
+    budgets, best, losses = analyze.frontier(runs)
+    assert budgets[0] == pytest.approx(1) and budgets[-1] == pytest.approx(1e6)
+    np.testing.assert_allclose(np.diff(np.log(budgets)), np.log(budgets[1] / budgets[0]))
+    assert list(best) == [2 if c <= 10 else 0 if c < 1000 else 1 for c in budgets]
+    np.testing.assert_allclose(losses, [1 if c <= 10 else min(10 - np.log10(c), 13 - 2 * np.log10(c)) for c in budgets])
+
+
+# -----------------------------------------------------------------------------
+# as a user runs them
+
+def numbers_in(path):
+    """A command's JSON, which must hold no NaN or Infinity: they are no JSON."""
+    return json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} in {path.name}"))
+
+
+def trained_sae(out, *flags):
+    done = script("train_sae.py", f"--out_dir={out}", *SMALL_SAE, *flags)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def out(trained, tmp_path_factory):
+    """
+    `trained` with a smaller autoencoder and, made from the first, one whose features are in another order, one that
+    says of itself another lambda, one of somebody's own activations; beside it `twin`, trained from another seed.
+    """
+    out = tmp_path_factory.mktemp("runs") / "out"
+    shutil.copytree(trained, out)
+    trained_sae(out, "--name=small", "--n_features=48")
+    sae = load_sae(out / "sae/scaling/sae.pt")
+    for name in ("shuffled", "lambda1", "own", "brief"):
+        shutil.copytree(out / "sae/scaling", out / f"sae/{name}")
+    save_sae(out / "sae/lambda1/sae.pt", sae, **sae.extra | {"args": sae.extra["args"] | {"l1_coeff": 1.0}})
+    save_sae(out / "sae/own/sae.pt", sae, **sae.extra | {"source": {"site": "own", "acts": []}})
+    order = torch.randperm(96, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        sae.W_enc.copy_(sae.W_enc[:, order].clone())
+        sae.b_enc.copy_(sae.b_enc[order].clone())
+        sae.W_dec.copy_(sae.W_dec[order].clone())
+    save_sae(out / "sae/shuffled/sae.pt", sae, **sae.extra)
+    text, twin = trained.parent / "text.txt", out.parent / "twin"
+    done = script("train_gpt.py", f"--out_dir={twin}", f"--dataset={text}", *SMALL_GPT, "--seed=7")
+    assert done.returncode == 0, done.stderr
+    trained_sae(twin, "--seed=7")
+    return out
+
+
+def log_of(out, name):
+    return [json.loads(line) for line in (out / f"sae/{name}/log.jsonl").read_text().splitlines()]
+
+
+def analyzed(out, *arguments):
+    """Runs a command that must succeed -> what it printed."""
+    done = script("analyze.py", *arguments, f"--out_dir={out}", "--device=cpu")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return done.stdout
+
+
+def test_cause_measures_how_well_attribution_stands_for_ablation_and_explains_a_prompt(out):
+    printed, numbers = analyzed(out, "cause"), numbers_in(out / "sae/scaling/cause.json")
+    l0 = (all_by_hand(load(out))[0] > 0).sum(0).mean()
+    assert numbers["active_features"] == pytest.approx(numbers["tokens"] * l0, rel=0.3)
+    for name in ("attribution", "activation"):
+        for kind in ("pearson", "rank"):
+            assert abs(numbers[name][kind]) <= 1 and f"{kind} {numbers[name][kind]:+.3f}" in printed.lower()
+    assert (out / "sae/scaling/cause.png").stat().st_size > 1000
+    printed = analyzed(out, "cause", "--prompt=def add_7(self", "--target=,", "--show=4")
+    ablations = [abs(float(ablation)) for ablation in re.findall(r"[-+]\d+\.\d+ +([-+]\d+\.\d+) .*feature \d", printed)]
+    assert 0 < len(ablations) <= 4 and ablations == sorted(ablations, reverse=True) and "','" in printed
+
+
+def test_steer_clamps_to_multiples_of_the_maximum(out):
+    f, _ = all_by_hand(load(out))
+    i = int(f.max(1).argmax())
+    printed = analyzed(out, "steer", f"--feature={i}", "--value=-1,0.5,3", "--prompt=def add")
+    numbers = numbers_in(out / "sae/scaling/steer.json")
+    assert numbers["feature"] == i and f"feature {i} " in printed
+    assert [row["multiple"] for row in numbers["clamped"]] == [None, -1, 0.5, 3]
+    chances = [row["probability"] for row in numbers["clamped"]]
+    assert all(0 < chance < 1 for chance in chances) and len(set(chances)) == 4
+    assert printed.count("has probability") == 4 and all(f"{chance:.4f}" in printed for chance in chances)
+
+
+def test_neurons_counts_the_features_that_no_neuron_is_like(out):
+    printed = analyzed(out, "neurons")
+    numbers = numbers_in(out / "sae/scaling/neurons.json")
+    features, neurons = all_by_hand(load(out))
+    features, neurons = features[features.any(1)], neurons[neurons.any(1)]
+    highest = np.corrcoef(features, neurons)[:len(features), len(features):].max(1)
+    assert numbers["share_at_most_03"] == pytest.approx((highest <= 0.3).mean(), abs=1e-6)
+    assert numbers["median_correlation"] == pytest.approx(np.median(highest), abs=1e-3)
+    assert f"{numbers['share_at_most_03']:.1%}" in printed and (out / "sae/scaling/neurons.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("words", ["", "def self return add nowhere"], ids=["words of the text", "words of a file"])
+def test_complete_counts_the_words_with_a_feature_in_every_run(out, tmp_path, words):
+    (tmp_path / "words.txt").write_text(words)
+    printed = analyzed(out, "complete", "--names=scaling,small", *[f"--words={tmp_path / 'words.txt'}"] * bool(words))
+    numbers = numbers_in(out / "sae/scaling/complete.json")
+    assert list(numbers["runs"]) == ["scaling", "small"]
+    for name, run in numbers["runs"].items():
+        assert not words or set(run["words"]) == {"def", "self", "return", "add"}
+        assert run["found"] == np.mean([word["f1"] > numbers["threshold"] for word in run["words"].values()])
+        assert 0 < run["alive"] <= {"scaling": 96, "small": 48}[name] and f"{run['alive']} alive" in printed
+    assert (out / "sae/scaling/complete.png").stat().st_size > 1000
+
+
+def test_scaling_reads_loss_and_compute_from_the_logs(out):
+    printed = analyzed(out, "scaling", "--names=scaling,small")
+    numbers, last = numbers_in(out / "sae/scaling/scaling.json"), log_of(out, "scaling")[-1]
+    assert numbers["budgets"][-1] == pytest.approx(12 * 64 * 96 * 60 * 128)
+    assert numbers["budgets"][0] == pytest.approx(12 * 64 * 48 * 20 * 128)
+    assert numbers["best_losses"][-1] == pytest.approx(last["mse"] + 5 * last["l1"])
+    assert set(numbers["best_sizes"]) <= {48, 96} and numbers["best_sizes"][0] == 48
+    for law in numbers["laws"].values():
+        assert f"{law[1]:+.3f}" in printed
+    assert (out / "sae/scaling/scaling.png").stat().st_size > 1000
+
+
+def test_scaling_copes_with_budgets_that_no_run_was_at(out):
+    """A run that ended before the other's first line of the log leaves a gap."""
+    rows = [row | {"rows": row["rows"] // 100} for row in log_of(out, "scaling")]
+    (out / "sae/brief/log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    analyzed(out, "scaling", "--names=brief,scaling")
+    numbers = numbers_in(out / "sae/brief/scaling.json")
+    assert np.isfinite(numbers["best_losses"]).all() and len(numbers["best_losses"]) == len(numbers["budgets"]) > 1
+
+
+def test_a_shuffled_copy_is_found_identical(out):
+    printed, numbers = analyzed(out, "compare", "shuffled", "scaling"), numbers_in(out / "sae/shuffled/compare.json")
+    assert set(numbers["shares"].values()) == {1.0} and numbers["median"] == pytest.approx(1, abs=1e-5)
+    assert "100.0%" in printed and printed.count("feature ") >= 20
+
+
+@pytest.mark.parametrize("names", [("scaling", "small"), ("small", "scaling")])
+def test_the_smaller_of_two_dictionaries_is_looked_up_in_the_larger(out, names):
+    analyzed(out, "compare", *names)
+    small, large = (load_sae(out / f"sae/{name}/sae.pt").W_dec.detach().double() for name in ("small", "scaling"))
+    cosines = torch.cosine_similarity(small[:, None], large[None], dim=2).amax(1).numpy()
+    numbers = numbers_in(out / f"sae/{names[0]}/compare.json")
+    assert numbers["median"] == pytest.approx(np.median(cosines), abs=1e-5)
+    assert len(numbers["shares"]) > 1
+    for threshold, share in numbers["shares"].items():
+        assert share == pytest.approx((cosines > float(threshold)).mean())
+
+
+def test_two_models_are_compared_by_activation_features_beside_neurons(out):
+    printed = analyzed(out, "compare", "scaling", str(out.parent / "twin/sae/scaling"))
+    numbers = numbers_in(out / "sae/scaling/compare.json")["medians"]
+    (features, neurons), (others, other_neurons) = map(all_by_hand, (load(out), load(out.parent / "twin")))
+    for kind, a, b in (("features", features, others), ("neurons", neurons, other_neurons)):
+        a, b = a[a.any(1)], b[b.any(1)]
+        highest = np.corrcoef(a, b)[:len(a), len(a):].max(1)
+        assert numbers[kind] == pytest.approx(np.median(highest), abs=5e-3), kind
+        assert f"{kind} {numbers[kind]:.2f}" in printed
+    assert (out / "sae/scaling/compare.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (("steer", "--feature=96"), ["96", "0 to 95"]),
+    (("steer",), ["feature"]),
+    (("steer", "--feature=ALIVE", "--value=much"), ["--value", "much"]),
+    (("steer", "--feature=ALIVE", "--value=1,,2"), ["--value"]),
+    (("steer", "--feature=ALIVE", "--value=nan"), ["--value", "nan"]),
+    (("search",), ["search", "texts"]),
+    (("search", ""), ["0 tokens"]),
+    (("cause", "--prompt=" + "word " * 50), ["tokens", "1 to 32"]),
+    (("complete", "--names=scaling,nobody"), ["nobody", "train_sae.py"]),
+    (("complete", "--names=scaling,own"), ["own", "model"]),
+    (("complete", "--words=nowhere.txt"), ["words", "held-out"]),
+    (("complete", "--words=latin.txt"), ["latin.txt"]),
+    (("complete", "--words=missing.txt"), ["missing.txt"]),
+    (("scaling", "--names=scaling,nobody"), ["nobody", "train_sae.py"]),
+    (("scaling", "--names=scaling,lambda1"), ["lambda", "--names"]),
+    (("compare",), ["compare", "two"]),
+    (("compare", "small"), ["compare", "two"]),
+    (("compare", "small", "scaling", "shuffled"), ["compare", "two"]),
+    (("compare", "small", "nobody"), ["nobody", "train_sae.py"]),
+    (("compare", "scaling", "own"), ["compare", "model"]),
+], ids=lambda value: " ".join(value)[:40] if isinstance(value, tuple) else "")
+def test_a_mistake_is_one_line_and_harms_nothing(out, tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nowhere.txt").write_text("nowhere, neither")
+    (tmp_path / "latin.txt").write_bytes("café self".encode("latin-1"))
+    if "--feature=ALIVE" in arguments:
+        alive = all_by_hand(load(out))[0].max(1).argmax()
+        arguments = [argument.replace("ALIVE", str(alive)) for argument in arguments]
+    before = hashes(out)
+    done = script("analyze.py", *arguments, f"--out_dir={out}", "--device=cpu")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    for word in words:
+        assert word in done.stderr
+    assert hashes(out) == before
+
+
+def test_a_text_without_frequent_words_is_a_mistake_too(tmp_path):
+    lookup_run(tmp_path, "1 2 3 4 " * 40, fires({7: {"1": 1.0}}))
+    done = script("analyze.py", "complete", f"--out_dir={tmp_path}", "--device=cpu")
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr

@@ -1,0 +1,540 @@
+"""The page of features in a real headless browser, with mouse and keyboard. Skipped where no Chromium is installed."""
+
+import itertools
+import json
+import os
+import re
+import select
+import shutil
+import subprocess
+import time
+
+import pytest
+
+from analyze import fill_page
+from conftest import SMALL_GPT, SMALL_SAE, script
+
+PROGRAM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(PROGRAM is None, reason="no chromium or google-chrome on the path")
+
+# -----------------------------------------------------------------------------
+# data with a bit of everything: dead, ultra-low and unexplained features, and tokens that would like to be markup
+
+HOSTILE = [
+    "<script>window.hacked=1</script>",
+    "</script><script>window.hacked=1</script>",
+    "\"'",
+    "</textarea>",
+    "&lt;",
+    "<img src=x onerror=window.hacked=1>",
+    "__DATA__",
+    "\u202eevil",
+    "\x00\x1b[2J",
+    "�",
+    "a\u2028b",
+    "x" * 300,
+]
+VOCAB = ["def", " self", "⏎    ", "Return", " ", *HOSTILE]
+SEEN = [re.sub("[\u202e\x00\x1b\u2028]", "·", text) for text in VOCAB]  # what is invisible becomes a dot
+#           density, max, explainability, neuron correlation, marked token, raised token
+FEATURES = [
+    (0.02, 3.0, 0.5, 0.30, 0, 3),
+    (0.3, 1.5, None, 0.90, 1, 0),
+    None,
+    (4e-6, 9.0, 0.1, 0.20, 2, 4),
+    (0.001, 0.0456, 0.8, None, 3, 4),
+    (0.05, 1234.0, -0.02, 0.10, 4, 2),
+    None,
+    *((1e-4 * token, 2.0 + token, 0.01 * token, 0.05, token, token) for token in range(5, len(VOCAB))),
+]
+COLUMNS = {
+    "i": range(len(FEATURES)),
+    "d": [f[0] if f else 0 for f in FEATURES],
+    **{key: [f and f[k] for f in FEATURES] for key, k in (("m", 1), ("e", 2), ("n", 3))},
+}
+
+
+def alive(density, m, explained, neuron, marked, raised):
+    examples = [
+        [label, [0, 1, marked, 2, 3], 2, {"2": [m * share, -0.25], "3": [m / 10, None]}]
+        for label, share in (("top", 1), ("top", 0.75), ("50-75%", 0.5), ("0-25%", 0.125))
+    ]
+    return {
+        "d": density,
+        "m": m,
+        "e": explained,
+        "n": neuron,
+        "h": [4**k for k in reversed(range(24))],
+        "x": examples,
+        "up": [[raised, 2.5], [9, 1.25]],
+        "down": [[0, -3.0], [3, -0.004]],
+        "near": [[77, -0.5], [8, 0.25]],
+    }
+
+
+DATA = {
+    "title": "tiny · mlp.0",
+    "summary": [["L0", "10.5", "active features a token"]],
+    "vocab": VOCAB,
+    "ultra": 1e-5,
+    "features": [alive(*f) if f else {"d": 0} for f in FEATURES],
+    "texts": [
+        [[0, 1, 2, 3], [[[1, 2.0], [0, 0.5]], [], [[5, 617.25]], [[4, 0.01], [2, 0.001]]]],
+        [list(range(len(VOCAB))), [[[0, 1.0]]] * len(VOCAB)],
+    ],
+}
+
+
+# -----------------------------------------------------------------------------
+# the browser
+
+
+class Browser:
+    """A page of headless Chromium, spoken to over two pipes: JSON messages that end in a zero byte."""
+
+    def __init__(self, folder):
+        (theirs, self.to), (self.back, out) = os.pipe(), os.pipe()
+
+        def wire():  # in the child, which is to read from 3 and write to 4; both are taken, so dup gives other numbers
+            a, b = os.dup(theirs), os.dup(out)
+            os.dup2(a, 3), os.dup2(b, 4)
+
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
+        command = [PROGRAM, *flags, "--remote-debugging-pipe", f"--user-data-dir={folder}"]
+        self.process = subprocess.Popen(command, preexec_fn=wire, pass_fds=(3, 4), stderr=subprocess.DEVNULL)
+        os.close(theirs), os.close(out)
+        self.numbers, self.rest, self.events, self.session = itertools.count(), b"", [], {}
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self.session = {"sessionId": self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.call(f"{domain}.enable")
+
+    def read(self):
+        while b"\0" not in self.rest:
+            assert select.select([self.back], [], [], 30)[0], "the browser says nothing"
+            self.rest += os.read(self.back, 2**16) or pytest.fail("the browser is gone")
+        message, self.rest = self.rest.split(b"\0", 1)
+        return json.loads(message)
+
+    def call(self, method, **params):
+        message = {"id": next(self.numbers), "method": method, "params": params} | self.session
+        os.write(self.to, json.dumps(message).encode() + b"\0")
+        while (answer := self.read()).get("id") != message["id"]:
+            self.events.append(answer)
+        return answer["result"]
+
+    def js(self, expression):
+        done = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in done, done
+        return done["result"].get("value")
+
+    def expect(self, expression, expected):
+        """Asserts that the expression has the expected value, at the latest in a while."""
+        end = time.monotonic() + 2
+        while (value := self.js(expression)) != expected and time.monotonic() < end:
+            time.sleep(0.01)
+        assert value == expected
+
+    def open(self, place=""):
+        self.events.clear()
+        self.url = f"{self.path.as_uri()}?{next(self.numbers)}"  # never the same, so that it loads anew
+        self.call("Page.navigate", url=self.url + place)
+        while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
+            self.events.append(self.read())
+
+    def mouse(self, selector, nth=0, kinds=("mouseMoved",)):
+        x, y = self.js(f"""(element => {{ element.scrollIntoView({{ block: "center" }});
+            const box = element.getClientRects()[0]; return [box.x + box.width / 2, box.y + box.height / 2];
+            }})(document.querySelectorAll({json.dumps(selector)})[{nth}])""")
+        for kind in kinds:
+            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
+    def click(self, selector, nth=0):
+        self.mouse(selector, nth, ("mouseMoved", "mousePressed", "mouseReleased"))
+
+    def key(self, key, modifiers=0):
+        code = {"Tab": 9, "Enter": 13, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}[key]
+        for kind in ("rawKeyDown", "keyUp"):
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=code, modifiers=modifiers)
+
+    def filter(self, text="", kind="all"):
+        self.js(f"kind.value = {json.dumps(kind)}; kind.dispatchEvent(new Event('input', {{ bubbles: true }}))")
+        self.js("search.focus(); search.select(); document.execCommand('delete')")
+        self.call("Input.insertText", text=text)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("a page with # and ünicode")
+    browser = Browser(folder / "profile")
+    browser.path = folder / "features.html"
+    browser.path.write_text(fill_page(DATA), encoding="utf-8")
+    yield browser
+    browser.process.terminate()
+    browser.process.wait(20)
+
+
+@pytest.fixture
+def page(browser):
+    """The page, newly opened. After every test: nothing failed in it, and it has asked for nothing but itself."""
+    browser.open()
+    yield browser
+    events = [(event["method"], event["params"]) for event in browser.events if "method" in event]
+    assert [p for name, p in events if name == "Runtime.exceptionThrown"] == []
+    assert [p for name, p in events if name == "Runtime.consoleAPICalled" and p["type"] in ("error", "assert")] == []
+    assert [p for name, p in events if name == "Log.entryAdded" and p["entry"]["level"] == "error"] == []
+    assert {p["request"]["url"] for name, p in events if name == "Network.requestWillBeSent"} <= {browser.url}
+
+
+HEADING, ROWS = "document.querySelector('h1').textContent", "[...list.children].map(a => +a.hash.slice(1))"
+CURRENT = "[...document.querySelectorAll('[aria-current=true]')].map(a => a.hash)"
+ACTIVE = """[...document.querySelectorAll('#active .share')].map(line =>
+    [line.querySelector('a').hash, line.lastChild.textContent, +line.style.getPropertyValue('--a')])"""
+
+
+def ordered(key, sign, among=range(len(FEATURES))):
+    """The features `among` as a list sorted by a column is to show them: those without a value come last."""
+    values = COLUMNS[key]
+    return sorted(among, key=lambda i: (values[i] is None, sign * (values[i] or 0), i))
+
+
+# -----------------------------------------------------------------------------
+# opening it
+
+
+def test_it_opens_as_a_file_with_the_summary_and_all_features_by_density(page):
+    sent = [
+        event["params"]["request"]["url"] for event in page.events if event.get("method") == "Network.requestWillBeSent"
+    ]
+    assert sent == [page.url] and page.url.startswith("file:")
+    assert page.js("document.title") == page.js(HEADING) == "tiny · mlp.0"
+    assert page.js("feature.querySelector('section').innerText.split(/\\n+/)") == [
+        "L0",
+        "10.5",
+        "active features a token",
+    ]
+    assert page.js(ROWS) == ordered("d", -1)
+
+
+def test_it_may_load_nothing_from_anywhere(page):
+    blocked = page.js("""Promise.race([new Promise(stop => setTimeout(stop, 2000)), new Promise(stop => {
+        addEventListener("securitypolicyviolation", event => stop(event.violatedDirective));
+        new Image().src = "picture.png"; })])""")
+    assert blocked == "img-src"
+    page.events.clear()  # the error that this has caused
+
+
+def test_an_address_selects_its_feature(page):
+    page.open("#4")
+    assert page.js(HEADING) == "feature 4" and page.js(CURRENT) == ["#4"]
+    assert page.js("[...document.querySelectorAll('b')].map(b => b.textContent)") == ["0.1%", "0.0456", "0.80", "–"]
+    page.js("location.hash = '#5'")
+    page.expect(HEADING, "feature 5")
+    assert page.js(CURRENT) == ["#5"]
+    assert page.js("[...document.querySelectorAll('b')].map(b => b.textContent)") == ["5%", "1234", "−0.02", "0.10"]
+
+
+def test_an_address_that_there_is_not_shows_the_summary_and_does_no_harm(page):
+    page.open("#99")
+    for place in ("", "#-1", "#04", "#1e0", "#length", "#__proto__", "#%E0%A4%A", "#<img src=x>'\""):
+        assert page.js(HEADING) == "tiny · mlp.0" and page.js(ROWS) == ordered("d", -1)
+        page.js("location.hash = '#4'")
+        page.expect(HEADING, "feature 4")
+        page.js(f"location.hash = {json.dumps(place)}")
+        page.expect(HEADING, "tiny · mlp.0")
+
+
+def test_an_address_of_no_token_shows_the_texts(page):
+    for place in ("#texts/9/0", "#texts/0/99", "#texts/0", "#texts/item/0", "#texts/0/0/0"):
+        page.js(f"location.hash = {json.dumps(place)}")
+        page.expect("texts.checkVisibility() && !feature.checkVisibility()", True)
+        assert page.js(ACTIVE) == []
+        page.js("location.hash = ''")
+        page.expect("feature.checkVisibility()", True)
+
+
+def test_back_and_forward_go_to_the_places_visited(page):
+    for place in ("#1", "#3", "#texts", "#texts/0/0"):
+        page.js(f"location.hash = '{place}'")
+    page.expect(CURRENT, ["#texts/0/0"])
+    for step, place in ((-1, "#texts"), (-1, "#3"), (-1, "#1"), (1, "#3")):
+        page.js(f"history.go({step})")
+        page.expect(CURRENT, [place])
+    assert page.js(HEADING) == "feature 3" and page.js("feature.checkVisibility() && !texts.checkVisibility()")
+
+
+# -----------------------------------------------------------------------------
+# the list
+
+
+@pytest.mark.parametrize("key", COLUMNS)
+def test_a_click_on_a_heading_sorts_by_it_and_another_the_other_way(page, key):
+    if key == "d":
+        page.click("#i")
+    page.click(f"#{key}")
+    assert page.js(ROWS) == ordered(key, -1)
+    page.click(f"#{key}")
+    assert page.js(ROWS) == ordered(key, 1)
+    assert page.js("[...document.querySelectorAll('button')].filter(b => b.dataset.arrow).map(b => b.id)") == [key]
+
+
+def test_text_keeps_the_features_with_it_in_a_marked_or_raised_token(page):
+    tokens = [f and [SEEN[token].lower() for token in (f[4], f[5], 9)] for f in FEATURES]
+    for text in ("SELF", " s", "turn", "⏎", "<SCRIPT>", "·", "hacked=1</s", "no such token", " "):
+        kept = [i for i, own in enumerate(tokens) if own and any(text.lower() in token for token in own)]
+        assert len(kept) < 10, "the text has to filter something out"
+        page.filter(text)
+        assert page.js(ROWS) == ordered("d", -1, kept)
+    page.filter("")
+    assert page.js(ROWS) == ordered("d", -1)
+
+
+def test_a_kind_keeps_its_features(page):
+    dead, low = {2, 6}, {3}
+    for kind, kept in (
+        ("alive", set(COLUMNS["i"]) - dead),
+        ("ultra-low", low),
+        ("dead", dead),
+        ("all", set(COLUMNS["i"])),
+    ):
+        page.filter("", kind)
+        assert page.js(ROWS) == ordered("d", -1, sorted(kept))
+    page.filter("self", "dead")
+    assert page.js(ROWS) == []
+
+
+def test_arrow_keys_step_through_the_list_as_it_is_sorted_and_filtered(page):
+    page.click("#m")
+    page.filter("hacked")
+    order = ordered("m", -1, [7, 8, 12])
+    page.js("document.activeElement.blur()")
+    for key, at in (
+        ("ArrowDown", 0),
+        ("ArrowRight", 1),
+        ("ArrowDown", 2),
+        ("ArrowDown", 2),
+        ("ArrowUp", 1),
+        ("ArrowLeft", 0),
+    ):
+        page.key(key)
+        page.expect(HEADING, f"feature {order[at]}")
+        assert page.js(CURRENT) == [f"#{order[at]}"]
+    page.filter("")
+    page.js("document.activeElement.blur()")
+    page.key("ArrowRight")  # the feature has other neighbours now
+    page.expect(HEADING, f"feature {ordered('m', -1)[ordered('m', -1).index(order[0]) + 1]}")
+
+
+def test_arrow_keys_do_not_step_while_typing_or_with_alt(page):
+    page.open("#0")
+    page.js("visited = []; addEventListener('hashchange', () => visited.push(location.hash))")
+    page.filter("lt")
+    order = page.js(ROWS)
+    page.key("ArrowLeft")
+    page.js("kind.focus()")
+    page.key("ArrowRight")
+    page.js("document.activeElement.blur()")
+    page.key("ArrowRight", modifiers=1)
+    page.key("ArrowRight")  # this one does
+    page.expect("visited", [f"#{order[order.index(0) + 1]}"])
+
+
+# -----------------------------------------------------------------------------
+# a feature
+
+
+def test_a_feature_shows_its_effects_neurons_and_histogram(page):
+    page.open("#0")
+    panels = page.js("""Object.fromEntries([...feature.querySelectorAll("section")].map(panel => [
+        panel.querySelector("h2").textContent, [...panel.querySelectorAll(".share")].map(line => [...line.childNodes].map(
+        part => part.textContent).concat(+line.style.getPropertyValue("--a")))]))""")
+    assert panels["raised tokens, logits"] == [["Return", "+2.50", 1], ["&lt;", "+1.25", 0.5]]
+    assert panels["lowered tokens, logits"] == [["def", "−3.00", 1], ["Return", "−0.00", pytest.approx(0.004 / 3)]]
+    assert panels["nearest neurons, cosine"] == [["77", "−0.50", 1], ["8", "+0.25", 0.5]]
+    heights = page.js("[...document.querySelectorAll('.bars i')].map(bar => bar.getBoundingClientRect().height)")
+    assert heights[0] > 100 and heights[:8] == pytest.approx([heights[0] / 2**k for k in range(8)], abs=0.5)  # a root
+
+
+def test_examples_stand_in_groups_shaded_by_activation_with_the_marked_token_outlined(page):
+    page.open("#3")
+    groups = page.js("""[...feature.querySelectorAll("section")].filter(group => group.querySelector(".text")).map(group => [
+        group.querySelector("h2").textContent, [...group.querySelectorAll(".text")].map(line => line.textContent)])""")
+    line = "def self⏎    ⏎    Return"
+    assert groups == [["top", [line, line]], ["50-75%", [line]], ["0-25%", [line]]]
+    shading = "[...feature.querySelectorAll('.text')].map(line => [...line.children].map(t => +t.style.getPropertyValue('--a')))"
+    assert page.js(shading) == [[0, 0, share, 0.1, 0] for share in (1, 0.75, 0.5, 0.125)]
+    ink = "(getComputedStyle(t).backgroundColor.match(/[\\d.]+/g) ?? [])[3] ?? 1"
+    alphas = page.js(f"[...feature.querySelectorAll('.text')].map(line => [...line.children].map(t => +({ink})))")
+    assert all(a == 0 for line in alphas for a in (line[0], line[1], line[4]))
+    assert alphas[0][2] > alphas[1][2] > alphas[2][2] > alphas[3][2] > alphas[3][3] > 0.05
+    outlined = "[...feature.querySelector('.text').children].map(t => getComputedStyle(t).boxShadow !== 'none')"
+    assert page.js(outlined) == [False, False, True, False, False]
+
+
+@pytest.mark.parametrize("how", ["mouse", "keyboard"])
+def test_a_tooltip_tells_activation_and_effect(page, how):
+    page.open("#0")
+    tips = "[...feature.querySelectorAll('.text')[1].children].map(t => getComputedStyle(t, '::after').content)"
+    assert page.js(tips) == ["none"] * 5
+    page.click(".text:nth-of-type(2) > bdi", nth=0)  # from here, Tab goes to the next that is active
+    for nth, activation, effect in ((2, "2.25", "−0.25"), (3, "0.300", "–")):
+        if how == "mouse":
+            page.mouse(".text:nth-of-type(2) > bdi", nth)
+        else:
+            page.key("Tab")
+        shown = page.js(tips)
+        assert shown[nth].startswith(f'"activation {activation}\\a ') and shown[nth].endswith(f' {effect}"')
+        assert [tip for k, tip in enumerate(shown) if k != nth] == ["none"] * 4
+
+
+def test_a_dead_feature_says_so(page):
+    page.open("#2")
+    assert page.js(HEADING) == "feature 2" and "dead: never active" in page.js("feature.innerText")
+    assert page.js("feature.querySelectorAll('.text, .share, i').length") == 0
+
+
+def test_a_new_feature_is_shown_from_its_top(page):
+    page.call("Emulation.setDeviceMetricsOverride", width=1200, height=500, deviceScaleFactor=1, mobile=False)
+    page.open("#0")
+    page.js("document.querySelector('main').scrollTop = 200")
+    page.key("ArrowDown")
+    page.expect("document.querySelector('main').scrollTop", 0)
+    page.call("Emulation.clearDeviceMetricsOverride")
+
+
+# -----------------------------------------------------------------------------
+# the example texts
+
+
+def test_a_click_on_a_token_lists_its_features_and_a_click_on_one_goes_there(page):
+    page.click("header a", nth=1)
+    page.expect("texts.checkVisibility()", True)
+    page.click("#texts a", nth=0)
+    page.expect(ACTIVE, [["#1", "2.00", 1], ["#0", "0.500", 0.25]])
+    assert page.js(CURRENT) == ["#texts/0/0"]
+    page.click("#texts a", nth=1)
+    page.expect(ACTIVE, [])
+    page.click("#texts a", nth=3)
+    page.expect(ACTIVE, [["#4", "0.0100", 1], ["#2", "0.00100", 0.1]])
+    page.click("#active a", nth=0)
+    page.expect(HEADING, "feature 4")
+    assert page.js("feature.checkVisibility() && !texts.checkVisibility()")
+    page.js("history.back()")
+    page.expect(CURRENT, ["#texts/0/3"])
+    assert page.js(ACTIVE)[0][0] == "#4"
+
+
+def test_arrow_keys_step_through_the_tokens_of_a_text(page):
+    page.open("#texts")
+    page.key("ArrowDown")  # no token is chosen yet: this scrolls
+    page.click("#texts a", nth=1)
+    page.expect(CURRENT, ["#texts/0/1"])
+    for key, place in (("ArrowRight", "#texts/0/2"), ("ArrowLeft", "#texts/0/1"), ("ArrowUp", "#texts/0/0")):
+        page.key(key)
+        page.expect(CURRENT, [place])
+
+
+# -----------------------------------------------------------------------------
+# tokens that would like to be more
+
+
+def test_hostile_tokens_stay_text_wherever_they_are_shown(page):
+    page.open("#texts/1/0")
+    assert page.js("[...texts.children[1].children].map(a => a.textContent)") == [t.replace("⏎", "⏎\n") for t in SEEN]
+    for i in range(7, len(FEATURES)):
+        page.js(f"location.hash = '#{i}'")
+        page.expect(HEADING, f"feature {i}")
+        text = SEEN[FEATURES[i][4]]
+        assert page.js("document.querySelector('#list [aria-current=true] bdi').textContent") == text
+        assert page.js("feature.querySelector('.share bdi').textContent") == text
+        assert page.js("[...feature.querySelector('.text').children].map(t => t.textContent)") == [
+            "def",
+            " self",
+            text,
+            "⏎    ",
+            "Return",
+        ]
+        assert (
+            page.js("document.querySelectorAll('img, textarea, script').length") == 2
+        )  # the page's own data and script
+    assert page.js("'hacked' in window") is False
+
+
+@pytest.mark.parametrize("place", ["#14", "#texts/1/0"])
+def test_every_token_is_isolated_and_has_room_on_the_page(page, place):
+    page.open(place)
+    tokens = "[...document.querySelectorAll('bdi, .text a')].filter(t => t.checkVisibility())"
+    styles = page.js(f"{tokens}.map(t => [getComputedStyle(t).unicodeBidi, t.getBoundingClientRect().width > 5])")
+    assert len(styles) > 15 and all(style == ["isolate", True] for style in styles)
+    blanks = page.js(
+        f"{tokens}.filter(t => t.textContent[0] === ' ').map(t => getComputedStyle(t).whiteSpace.slice(0, 3))"
+    )
+    assert set(blanks) == {"pre"}
+    assert page.js("/[^\\P{C}\\n]|[\\u2028\\u2029]/u.test(document.body.innerText)") is False
+
+
+# -----------------------------------------------------------------------------
+# how it looks
+
+
+@pytest.mark.parametrize("place", ["", "#0", "#2", "#18", "#texts/1/16"])
+def test_nothing_is_wider_than_a_phone(page, place):
+    page.call("Emulation.setDeviceMetricsOverride", width=390, height=844, deviceScaleFactor=2, mobile=True)
+    page.open(place)
+    assert page.js("[innerWidth, document.scrollingElement.scrollWidth]") == [390, 390]
+    assert page.js("[...document.querySelectorAll('main, aside, nav, .text')].every(e => e.scrollWidth <= 390)")
+    page.call("Emulation.clearDeviceMetricsOverride")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_stands_out_in_light_and_dark(page, scheme):
+    def luminance(rgb):
+        return sum(
+            w * (c / 3294.6 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4)
+            for w, c in zip((0.2126, 0.7152, 0.0722), rgb)
+        )
+
+    def contrast(text, over, alpha, under):
+        low, high = sorted((luminance(text), luminance([alpha * a + (1 - alpha) * b for a, b in zip(over, under)])))
+        return (high + 0.05) / (low + 0.05)
+
+    def colours(selector):
+        style = f"getComputedStyle(document.querySelector({json.dumps(selector)}))"
+        both = page.js(f"[{style}.color, {style}.backgroundColor]")
+        return [[float(x) for x in re.findall(r"[\d.]+", colour)] for colour in both]
+
+    page.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+    page.open("#0")
+    paper = colours("#head")[1]
+    assert (luminance(paper) > 0.5) == (scheme == "light")
+    for selector in ("h1", "h2", "#list a", "#list [aria-current=true]", "bdi[style]", ".share bdi", "input"):
+        text, over = colours(selector)
+        assert contrast(text, over[:3], over[3] if len(over) > 3 else 1, paper) >= 4.5, selector
+    page.call("Emulation.setEmulatedMedia", features=[])
+
+
+def test_a_hostile_corpus_runs_nothing_from_text_to_page(browser, tmp_path, monkeypatch):
+    lines = [
+        "<script>window.hacked = 1</script>",
+        "</textarea>\"'`<img src=x onerror=window.hacked=1>",
+        "\u202eevil\u2066 \x07\x1b[31m",
+    ]
+    (tmp_path / "text.txt").write_text(
+        "".join(f"{line} {i % 9}\n" for i in range(600) for line in lines), encoding="utf-8"
+    )
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe no utf-8")
+    flags = (f"--out_dir={tmp_path / 'out'}",)
+    for command in (
+        ("train_gpt.py", f"--dataset={tmp_path / 'text.txt'},{tmp_path / 'bytes.txt'}", *SMALL_GPT),
+        ("train_sae.py", *SMALL_SAE),
+        ("analyze.py", "--show=2"),
+    ):
+        done = script(*command, *flags)
+        assert done.returncode == 0, done.stderr
+    assert "\x1b" not in done.stdout and "\u202e" not in done.stdout  # the terminal is spared, too
+    monkeypatch.setattr(browser, "path", tmp_path / "out" / "sae" / "scaling" / "features.html")
+    browser.open("#texts")
+    assert "<script>" in browser.js("document.getElementById('texts').textContent")
+    assert browser.js("typeof window.hacked") == "undefined"
+    troubles = ("Runtime.exceptionThrown", "Log.entryAdded", "Runtime.consoleAPICalled")
+    assert not [event for event in browser.events if event.get("method") in troubles]
