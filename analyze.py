@@ -677,7 +677,7 @@ def neurons(this, args, n_sample=256):
 def word_places(this, path, n_bins=12, n_each=20):
     """
     Words -> positions of their last token in the held-out text (a concept is a word with all its tokens): those of a
-    file, or n_each from each of n_bins intervals of frequency, evenly spaced in its log, down to 5 occurrences.
+    file, or n_each from each of n_bins intervals of frequency, evenly spaced in its log, down to 3 occurrences.
     """
     pieces = [this.tokenizer.decode_single_token_bytes(t) for t in this.tokens.tolist()]
     ends, places = np.cumsum([len(piece) for piece in pieces]), defaultdict(list)
@@ -690,7 +690,7 @@ def word_places(this, path, n_bins=12, n_each=20):
         except UnicodeDecodeError:
             raise UserError(f"{path} is not UTF-8 text: --words takes a file of words")
     else:
-        words = sorted((word for word in places if len(places[word]) >= 5), key=lambda word: (-len(places[word]), word))
+        words = sorted((word for word in places if len(places[word]) >= 3), key=lambda word: (-len(places[word]), word))
         if not words:
             return {}
         logs = np.log([len(places[word]) for word in words])
