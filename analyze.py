@@ -679,7 +679,8 @@ def word_places(this, path, n_bins=12, n_each=20):
     Words -> positions of their last token in the held-out text (a concept is a word with all its tokens): those of a
     file, or n_each from each of n_bins intervals of frequency, evenly spaced in its log, down to 3 occurrences.
     """
-    pieces = [this.tokenizer.decode_single_token_bytes(t) for t in this.tokens.tolist()]
+    pieces = [this.tokenizer.decode_single_token_bytes(t) if t != this.tokenizer.eot_token else b"\n"
+              for t in this.tokens.tolist()]
     ends, places = np.cumsum([len(piece) for piece in pieces]), defaultdict(list)
     for match in re.finditer(rb"[A-Za-z]{2,}", b"".join(pieces)):
         places[match.group().decode()].append(match.end() - 1)
@@ -900,14 +901,14 @@ nav, #active { max-height: 40vh; overflow-y: auto; scroll-padding-top: 27px } ma
 #active, #head { position: sticky; top: 0; z-index: 1; background: Canvas } h1 { margin: 0; padding-top: 20px }
 button { all: unset; width: 7ch; text-align: end; cursor: pointer; outline: revert } #i { width: 5ch } #d { width: 9ch }
 .row, .share, .text { font: 13px/26px ui-monospace, monospace; white-space: pre }
-.row, .share { display: flex; justify-content: space-between; align-items: center; height: 26px }
+.row, .share { outline-offset: -2px; display: flex; justify-content: space-between; align-items: center; height: 26px }
 .row { padding: 0 20px; content-visibility: auto } .row bdi, .share *, #i { margin-right: auto; overflow: hidden }
 .share { background: linear-gradient(rgb(var(--heat) / .7) 0 0) no-repeat 0 100% / calc(var(--a) * 100%) 2px }
 .panels { display: grid; grid-template-columns: repeat(var(--columns, 2), minmax(0, 1fr)); gap: 0 40px }
 .bars { display: flex; align-items: end; height: 208px } i { flex: 1; margin-right: 1px } b { font-size: 20px }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; margin: 4px 0; color: inherit } #texts p { margin: 20px 0 32px }
 bdi, .text a { unicode-bidi: isolate; line-height: 20px; padding: 2px 0 } .text bdi { background: none }
-bdi[style], i { background: rgb(var(--heat) / calc(.1 + .6 * var(--a))) }
+bdi[style], i { background: rgb(var(--heat) / calc(.15 + .55 * var(--a))) }
 .marked, .text [aria-current=true] { box-shadow: 0 0 0 1.5px } nav::after { content: attr(aria-label); padding: 20px }
 [aria-description]:is(:hover, :focus)::after { content: attr(aria-description); background: CanvasText; color: Canvas }
 bdi::after { position: fixed; bottom: 20px; left: 20px; width: 230px; padding: 6px 10px; white-space: pre-line }
@@ -917,8 +918,7 @@ bdi::after { position: fixed; bottom: 20px; left: 20px; width: 230px; padding: 6
   main { position: relative; overflow-y: auto; padding: 0 40px 40px } .text { margin-right: 200px }
   bdi::after { position: absolute; inset: auto; margin-top: 28px } aside { border-right: 1px solid #8884 } }
 </style>
-<header><a href="#" id="title"></a><a href="#texts">example texts</a></header>
-<aside id="browse">
+<header><a href="#" id="title"></a><a href="#texts">example texts</a></header><aside id="browse">
   <input id="search" type="search" placeholder="token text" aria-label="only features with this text in a token">
   <select id="kind" aria-label="kind of feature"><option>all<option>alive<option>ultra-low<option>dead</select>
   <nav><div id="head" class="row"><button id="i">no.</button><button id="d">density</button><button id="m">max</button>
@@ -927,7 +927,7 @@ bdi::after { position: fixed; bottom: 20px; left: 20px; width: 230px; padding: 6
 <script type="application/json" id="data">__DATA__</script>
 <script>
 const $ = id => document.getElementById(id), D = JSON.parse($("data").textContent);
-const vocab = D.vocab.map(text => text.replace(/(?! )[\p{C}\p{Z}]/gu, "·"));  // nothing unseen or turning lines round
+const vocab = D.vocab.map(text => text.replace(/(?! )[\p{C}\p{Z}]/gu, "·"));  // invisible and bidi characters
 const number = x => x < 999 ? x.toPrecision(3) : x.toFixed(), fixed = x => x?.toFixed(2).replace("-", "−") ?? "–";
 const signed = x => (x > 0 ? "+" : "") + fixed(x);
 function make(tag, properties, ...children) {  // strings become text, never markup
@@ -936,7 +936,7 @@ function make(tag, properties, ...children) {  // strings become text, never mar
   return element;
 }
 const token = (id, properties) => make("bdi", properties, vocab[id]);
-const label = f => [`${f.i} `.padStart(6), f.x?.[0] ? token(f.x[0][1][f.x[0][2]]) : ""];
+const label = f => [`${f.i} `.padStart(6), f.x?.[0] ? token(f.x[0][1][f.x[0][2]]) : ""];  // in lists
 const panel = (title, ...children) => make("section", {}, make("h2", {}, title), ...children);
 const ranked = (list, name, show = signed) => list.map(([what, value]) => make("div",
   { className: "share", style: `--a: ${Math.abs(value / list[0][1])}` }, name(what), show(value)));
@@ -953,9 +953,9 @@ function example([, tokens, marked, active], max) {  // a line of text, shaded b
 function show({ title, summary, d, m, h, up, down, near, x = [] }) {  // a feature, or the summary of all
   const panels = summary.map(([name, value, note = ""]) => panel(name, make("b", {}, value), make("p", {}, note)));
   const bar = (n, k) => make("i", { style: `--a: ${k / h.length}; height: ${100 * Math.sqrt(n / Math.max(...h))}%` });
-  if (d) panels.push(panel(`activations 0 to ${number(m)}, √ scale`, make("div", { className: "bars" }, ...h.map(bar))),
+  if (d) panels.push(panel(`√ histogram, 0 to ${number(m)}`, make("div", { className: "bars" }, ...h.map(bar))),
     panel("raised tokens, logits", ...ranked(up, token)), panel("lowered tokens, logits", ...ranked(down, token)),
-    panel("nearest neurons, cosine", ...ranked(near, n => make("span", {}, n))));
+    panel("neurons, cosine", ...ranked(near, n => make("span", {}, n))));
   $("feature").replaceChildren(make("h1", {}, title), make("div", { className: "panels" }, ...panels),
     ...Object.entries(Object.groupBy(x, x => x[0])).map(([name, all]) => panel(name, ...all.map(x => example(x, m)))));
 }
@@ -990,7 +990,7 @@ function go() {  // to the place in the address
   document.body.className = location.hash.startsWith("#texts") ? "texts" : "";
   show(here?.f ?? D);
   const link = i => make("a", { href: `#${i}` }, ...label(D.features[i]));
-  $("active").replaceChildren(panel("features active on this token", ...ranked(here?.active ?? [], link, number)));
+  $("active").replaceChildren(panel("click a token for its features", ...ranked(here?.active ?? [], link, number)));
   for (const element of [here, $("feature").firstChild]) element?.scrollIntoView({ block: "nearest" });
 }
 
@@ -999,6 +999,7 @@ addEventListener("keydown", event => {  // arrows step through the list, or thro
   const to = here?.closest("nav, p") ? here[side + "ElementSibling"] : document.querySelector("body:not(.texts) a.row");
   if (!side || !to || event.altKey || event.metaKey || event.target.matches("input, select")) return;
   event.preventDefault();
+  to.focus({ preventScroll: true });
   to.click();
 });
 $("head").onclick = $("browse").oninput = arrange;

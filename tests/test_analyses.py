@@ -233,7 +233,7 @@ def test_search_reads_the_token_of_the_last_marked_character_and_the_mean_over_t
 
 
 @pytest.mark.parametrize("rival", [
-    dict.fromkeys(["x", "y", "z", "~", " foo", " bar", " baz"], 5.0), {" foo": 1.5, " baz": 1.5}],
+    dict.fromkeys(["x", "y", "z", "~", " foo", " bar", " baz"], 5.0), {" foo": 3.0, " baz": 3.0}],
     ids=["everywhere", "in one of the texts without"])
 def test_search_finds_a_concept_behind_stronger_features_that_texts_without_it_have_too(tmp_path, rival):
     this = lookup_run(tmp_path, "foo bar baz\n" * 20, fires({7: {" foo": 1.0}, 280: rival}))
