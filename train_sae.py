@@ -5,7 +5,7 @@ GPT -> activations in .npy -> a sparse autoencoder.
     python train_sae.py --recipe=towards --name=t4096 --n_features=4096
     python train_sae.py --site=resid --l1_coeff=2
     python train_sae.py --acts='my/*.npy' --n_features=8192       # your own activations: no GPT needed
-    python train_sae.py --acts=toy --n_features=512 --l1_coeff=4  # made from known directions: does it find them?
+    python train_sae.py --acts=toy --n_features=512 --l1_coeff=3  # made from known directions: does it find them?
 
 Reads out_dir/gpt.pt and train.bin. Writes out_dir/acts/<site>.<layer>/*.npy (float16 rows, shuffled; reused while they
 match) and out_dir/sae/<name>/: sae.pt, log.jsonl.
