@@ -522,6 +522,9 @@ def cause(this, args, n_tokens=400):
         probs = logits_at(this, idx, p).softmax(1)[0]
         target = encode_text(this, args.target)[0, :1] if args.target else probs.argmax(keepdim=True)
         e = effects(this, idx, p, target)
+        if not len(e.row):
+            print(f"no feature is active after {args.prompt!r}")
+            return
         print(f"after {args.prompt!r}: {token_text(this, target)!r} with probability {probs[target].item():.3f}\n"
               "its logit, by feature: activation, attribution, ablation")
         top = np.argsort(-np.abs(e.ablation))[:args.show]
@@ -533,6 +536,8 @@ def cause(this, args, n_tokens=400):
     contexts = this.contexts[rng.integers(0, len(this.contexts), n_tokens)].to(this.sae.W_dec.device)
     p = torch.from_numpy(rng.integers(0, contexts.shape[1] - 1, n_tokens)).to(contexts.device)
     e = effects(this, contexts[:, :-1], p, contexts.gather(1, p[:, None] + 1)[:, 0])
+    if not len(e.row):
+        raise UserError(f"{this.folder}: every feature is dead on these tokens")
     numbers = {"tokens": n_tokens, "active_features": len(e.row)}
     for name in ("attribution", "activation"):
         pearson = float(np.corrcoef(getattr(e, name), e.ablation)[0, 1])
@@ -744,6 +749,8 @@ def complete(this, args, threshold=0.5):
         if run.source.get("gpt") != this.source["gpt"]:
             raise UserError(f"{name} was trained on activations of another model than {args.names[0]}")
         f1, feature, alive = best_detectors(run, places)
+        if not alive:
+            raise UserError(f"{run.folder}: every feature is dead on these tokens")
         words = {word: {"frequency": n, "feature": int(i), "f1": float(score)}
                  for word, n, i, score in zip(places, frequency, feature, f1)}
         results[name] = {"alive": alive, "found": float((f1 > threshold).mean()), "words": words}

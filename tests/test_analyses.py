@@ -455,28 +455,55 @@ def analyzed(out, *arguments):
 
 
 def test_cause_measures_how_well_attribution_stands_for_ablation_and_explains_a_prompt(out):
-    printed, numbers = analyzed(out, "cause"), numbers_in(out / "sae/scaling/cause.json")
-    l0 = (all_by_hand(load(out))[0] > 0).sum(0).mean()
-    assert numbers["active_features"] == pytest.approx(numbers["tokens"] * l0, rel=0.3)
+    """Its targets are the tokens that follow in the held-out text, its ranks those of a plain sort."""
+    with mock.patch.object(analyze, "effects", wraps=analyze.effects) as effects:
+        printed, numbers = analyzed(out, "cause"), numbers_in(out / "sae/scaling/cause.json")
+    this, (_, idx, p, targets) = load(out), effects.call_args.args
+    following = {tuple(context[:-1]): context for context in this.contexts.tolist()}
+    assert [following[tuple(row)][at + 1] for row, at in zip(idx.tolist(), p)] == targets.tolist()
+    e = analyze.effects(this, idx, p, targets)
+    assert numbers["active_features"] == len(e.row) and numbers["tokens"] == len(idx) > 100
+
+    def ranks(values):
+        order = sorted(range(len(values)), key=values.__getitem__)
+        return sorted(range(len(values)), key=order.__getitem__)
     for name in ("attribution", "activation"):
-        for kind in ("pearson", "rank"):
-            assert abs(numbers[name][kind]) <= 1 and f"{kind} {numbers[name][kind]:+.3f}" in printed.lower()
+        values = getattr(e, name)
+        for kind, a, b in (("pearson", values, e.ablation), ("rank", ranks(values), ranks(e.ablation))):
+            assert numbers[name][kind] == pytest.approx(np.corrcoef(a, b)[0, 1], abs=1e-3)
+            assert f"{kind} {numbers[name][kind]:+.3f}" in printed.lower()
     assert (out / "sae/scaling/cause.png").stat().st_size > 1000
-    printed = analyzed(out, "cause", "--prompt=def add_7(self", "--target=,", "--show=4")
-    ablations = [abs(float(ablation)) for ablation in re.findall(r"[-+]\d+\.\d+ +([-+]\d+\.\d+) .*feature \d", printed)]
-    assert 0 < len(ablations) <= 4 and ablations == sorted(ablations, reverse=True) and "','" in printed
+
+
+def test_cause_lists_the_active_features_at_the_end_of_a_prompt_by_their_ablation_effect(out):
+    this, prompt = load(out), "def add_7(self"
+    printed = analyzed(out, "cause", f"--prompt={prompt}", "--target=,", "--show=96")
+    idx = torch.tensor([this.tokenizer.encode_ordinary(prompt)])
+    f = by_hand(this.sae, activations_at(this.gpt, idx, this.site)[0, -1])[0]
+    rows = re.findall(r"(\d+\.\d+) +[-+]\d+\.\d+ +([-+]\d+\.\d+) .*feature (\d+)", printed)
+    assert len(rows) == (f > 0).sum() > 1
+    assert {int(i): float(value) for value, _, i in rows} == pytest.approx({i: f[i] for i in np.flatnonzero(f)}, abs=6e-3)
+    sizes = [abs(float(ablation)) for _, ablation, _ in rows]
+    assert sizes == sorted(sizes, reverse=True) and "','" in printed
 
 
 def test_steer_clamps_to_multiples_of_the_maximum(out):
-    f, _ = all_by_hand(load(out))
+    """On 16 contexts; the probability is that of the token which the feature raises most, over all their tokens."""
+    this = load(out)
+    this.contexts, this.tokens = this.contexts[:16], this.tokens[:16 * 32]
+    f, _ = all_by_hand(this)
     i = int(f.max(1).argmax())
-    printed = analyzed(out, "steer", f"--feature={i}", "--value=-1,0.5,3", "--prompt=def add")
+    printed = analyzed(out, "steer", f"--feature={i}", "--value=-1,0.5,3", "--prompt=def add", "--read_tokens=512")
     numbers = numbers_in(out / "sae/scaling/steer.json")
     assert numbers["feature"] == i and f"feature {i} " in printed
     assert [row["multiple"] for row in numbers["clamped"]] == [None, -1, 0.5, 3]
-    chances = [row["probability"] for row in numbers["clamped"]]
-    assert all(0 < chance < 1 for chance in chances) and len(set(chances)) == 4
-    assert printed.count("has probability") == 4 and all(f"{chance:.4f}" in printed for chance in chances)
+    raised = int(analyze.logit_effects(this, this.sae.W_dec[i:i + 1]).argmax())
+    own, direction = torch.from_numpy(f[i].reshape(16, 32, 1)).float(), this.sae.W_dec[i]
+    for row in numbers["clamped"]:
+        change = 0 if row["multiple"] is None else (row["multiple"] * own.max() - own) * direction
+        logits, _ = this.gpt(this.contexts[:, :-1], hook=lambda site, x: x + change if site == this.site else None)
+        chance = logits.softmax(2)[..., raised].mean().item()
+        assert row["probability"] == pytest.approx(chance, rel=1e-3) and f"{row['probability']:.4f}" in printed
 
 
 def test_neurons_counts_the_features_that_no_neuron_is_like(out):
@@ -590,6 +617,20 @@ def test_a_mistake_is_one_line_and_harms_nothing(out, tmp_path, monkeypatch, arg
     for word in words:
         assert word in done.stderr
     assert hashes(out) == before
+
+
+@pytest.mark.parametrize("arguments", [("cause",), ("cause", "--prompt=foo"), ("steer", "--feature=0"), ("neurons",),
+                                       ("search", "foo"), ("complete",), ("feature", "0")], ids=" ".join)
+def test_an_autoencoder_whose_features_are_all_dead_is_said_to_be_so(tmp_path, arguments):
+    this, sae = random_run(tmp_path, tokens=TOKENIZER.encode_ordinary(LINE * 33))
+    torch.nn.init.constant_(sae.b_enc, -1e6)
+    save_sae(tmp_path / "sae/scaling/sae.pt", sae, source=this.source)
+    done = script("analyze.py", *arguments, f"--out_dir={tmp_path}", "--device=cpu")
+    assert done.returncode in (0, 2), done.stderr
+    assert (done.stderr.startswith("error: ") and done.stderr.count("\n") == 1) if done.returncode else not done.stderr
+    assert re.search("dead|(no feature is|not) active", done.stderr + done.stdout)
+    for path in (tmp_path / "sae/scaling").glob("*.json"):
+        numbers_in(path)
 
 
 def test_a_text_without_frequent_words_is_a_mistake_too(tmp_path):
