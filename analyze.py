@@ -210,6 +210,11 @@ def neuron_directions(this):
     return F.normalize(this.gpt.blocks[int(layer)].mlp_proj.weight.t(), dim=1)
 
 
+def neuron_activations(this):
+    """Activations of the layer's MLP neurons on every held-out token -> (n_neurons, tokens) float32."""
+    return read(this, "mlp." + this.site.split(".")[1]).t().contiguous().numpy()
+
+
 def correlations(a, b):
     """Pearson correlation of each row of a (k, tokens) with each row of b (l, tokens), by streamed sums -> (k, l)."""
     mean_a, mean_b = a.mean(1, keepdims=True), b.mean(1, keepdims=True)
@@ -336,6 +341,11 @@ def title(this, i, d):
         return f"{paint(f'feature {i}', '1')}  not active on any of {len(this.tokens):,} held-out tokens"
     return (f"{paint(f'feature {i}', '1')}  density {d.density:.2%}  max {d.max:.2f}  "
             f"'{token_text(this, d.token[0])}' at {d.token[1]} of its top {d.n_best}  {paint(bars(d.histogram), '36')}")
+
+
+def about(this, i, acts):
+    """title() of feature i from its activations (tokens,) alone."""
+    return title(this, i, describe(this, i, acts, 0, 0, 0))
 
 
 def print_feature(this, i, acts, n_top=5, n_intervals=4, each=1, n_tokens=8, note=""):
@@ -530,7 +540,7 @@ def cause(this, args, n_tokens=400):
         top = np.argsort(-np.abs(e.ablation))[:args.show]
         for k, acts in zip(top, activations_of(this, e.feature[top])):
             print(f"  {e.activation[k]:6.2f}  {e.attribution[k]:+7.3f}  {e.ablation[k]:+7.3f}  "
-                  f"{title(this, e.feature[k], describe(this, int(e.feature[k]), acts, 0, 0, 0))}")
+                  f"{about(this, int(e.feature[k]), acts)}")
         return
     rng = np.random.default_rng(args.seed)
     contexts = this.contexts[rng.integers(0, len(this.contexts), n_tokens)].to(this.sae.W_dec.device)
@@ -639,7 +649,7 @@ def neurons(this, args, n_sample=256):
     neurons and random directions, the last two cut by a threshold to the features' median density.
     """
     rng, m = np.random.default_rng(args.seed), this.sae.n_features
-    mlp = read(this, "mlp." + this.site.split(".")[1]).t().contiguous().numpy()
+    mlp = neuron_activations(this)
     best, density = np.zeros(m), np.zeros(m)
     progress = Progress("correlating", m, "features")
     for block in blocks(m):
@@ -676,7 +686,6 @@ def neurons(this, args, n_sample=256):
             axes[1].plot(np.sort(score[:, 1]), np.linspace(0, 1, len(score)), color=colour, label=kind)
         axes[1].set(xlabel="R^2 given previous and current token", ylabel="share at most that", xlim=(-0.2, 1))
     print(f"wrote neurons.json and neurons.png to {this.folder}")
-
 
 
 def word_places(this, path, n_bins=12, n_each=20):
@@ -864,18 +873,17 @@ def compare(this, args):
         save(this, "compare", of=names, shares=shares, median=float(np.median(best)))
         split = np.argsort(-(cosines > 0.5).sum(1), kind="stable")[:args.show]
         for i, acts in zip(split.tolist(), activations_of(a, split)):
-            print("\n" + title(a, i, describe(a, i, acts, 0, 0, 0)))
+            print("\n" + about(a, i, acts))
             near = np.argsort(-cosines[i])[:min(6, max(1, (cosines[i] > 0.5).sum()))]
             for j, other in zip(near.tolist(), activations_of(b, near)):
-                print(f"   {cosines[i, j]:.2f}  {title(b, j, describe(b, j, other, 0, 0, 0))}")
+                print(f"   {cosines[i, j]:.2f}  {about(b, j, other)}")
         return
     best, n = {"features": []}, 2**16  # tokens: enough for a correlation, and their activations fit into memory
     others = np.concatenate([activations_of(b, block)[:, :n] for block in blocks(b.sae.n_features)])
     for block in blocks(a.sae.n_features):
         acts = activations_of(a, block)[:, :n]
         best["features"] += correlations(acts[acts.any(1)], others).max(1).tolist()
-    mlp = [read(run, "mlp." + run.site.split(".")[1]).t().contiguous().numpy() for run in (a, b)]
-    best["neurons"] = correlations(*mlp).max(1).tolist()
+    best["neurons"] = correlations(neuron_activations(a), neuron_activations(b)).max(1).tolist()
     medians = {kind: float(np.median(values)) for kind, values in best.items()}
     print(f"highest correlation with any of the other model's, median: features {medians['features']:.2f}, "
           f"neurons {medians['neurons']:.2f}")
@@ -884,7 +892,6 @@ def compare(this, args):
         for (kind, values), colour in zip(best.items(), (BLUE, RED)):
             ax.hist(values, bins=np.linspace(0, 1, 41), density=True, histtype="step", color=colour, label=kind)
         ax.set(xlabel="highest activation correlation across models", ylabel="density")
-
 
 
 # -----------------------------------------------------------------------------
@@ -1027,7 +1034,7 @@ def fill_page(data):
 def write_page(this, headline, rows, n_texts=8):
     """features.html: every feature with its examples, some held-out texts with every token's features, in one file."""
     T, features, marked = this.contexts.shape[1] - 1, [], []      # marked: (feature, example, position)
-    mlp = read(this, "mlp." + this.site.split(".")[1]).t().contiguous().numpy()
+    mlp = neuron_activations(this)
 
     def short(x):  # three digits are enough to look at
         return float(f"{x:.3g}") if np.isfinite(x) else None
