@@ -19,7 +19,6 @@ import math
 import os
 import re
 import shutil
-import sys
 from collections import Counter, defaultdict
 from types import SimpleNamespace
 
@@ -27,8 +26,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from model import (BLUE, RED, Progress, UserError, figure, load_gpt, load_tokens, make_parser, positive, run, save_json,
-                   setup, write_atomic)
+from model import (BLUE, RED, UserError, figure, load_gpt, load_tokens, make_parser, positive, run, save_json, setup,
+                   tracked, write_atomic)
 from sae import ActivationStore, load_sae
 
 ULTRA_LOW = 1e-5  # density that sets apart the "ultra-low density cluster" of Towards Monosemanticity
@@ -64,17 +63,18 @@ def folder_of(args, name):
 
 def load_run(args, device, name):
     """
-    -> namespace of what an analysis needs: folder, sae (folded), recipe, site, source, and for activations of a model
-    gpt, tokenizer, and held-out text: eval_contexts, the first of them contexts (N, T + 1) and their tokens (N T,);
-    for one's own activations rows, a store.
+    -> namespace of what an analysis needs: folder, sae (folded), recipe, site, source, held_out (contexts (N, T + 1) of
+    token ids, or rows of one's own activations), and for activations of a model gpt, tokenizer, the first contexts and
+    their tokens (N T,).
     """
     folder = folder_of(args, name)
     sae = load_sae(os.path.join(folder, "sae.pt"), device)
     source = sae.extra.get("source", {"site": "own", "acts": []})
     this = SimpleNamespace(folder=folder, sae=sae.fold().requires_grad_(False), recipe=sae.recipe, gpt=None,
-                           eval_contexts=None, site=source["site"], source=source, seed=args.seed, cache={})
+                           site=source["site"], source=source, seed=args.seed, cache={})
     if this.site == "own" and args.command == "report":
-        this.rows = ActivationStore(source["acts"], sae.extra["args"]["seed"], (0.95, 1))
+        store = ActivationStore(source["acts"], sae.extra["args"]["seed"], (0.95, 1))
+        this.held_out = store.sample(args.eval_tokens, args.seed)
     if this.site in ("own", "toy"):
         return this
     out_dir = os.path.dirname(os.path.dirname(os.path.abspath(folder)))
@@ -82,40 +82,27 @@ def load_run(args, device, name):
     if this.gpt.fingerprint() != source["gpt"]:
         raise UserError(f"{folder}/sae.pt was trained on another gpt.pt than {out_dir} has now: run train_sae.py again")
     tokens, T = torch.from_numpy(load_tokens(out_dir, "val").astype(np.int64)), this.gpt.config.block_size
-    this.eval_contexts = tokens.unfold(0, T + 1, T)[:max(1, args.eval_tokens // T)]   # the last token is a target only
-    this.contexts = this.eval_contexts[:max(1, args.read_tokens // T)]
+    this.held_out = tokens.unfold(0, T + 1, T)[:max(1, args.eval_tokens // T)]   # the last token is a target only
+    this.contexts = this.held_out[:max(1, args.read_tokens // T)]
     this.tokens = this.contexts[:, :-1].reshape(-1).numpy()
     return this
+
+
+def known(this, i):
+    """Feature number i, or a UserError when there is none."""
+    if not 0 <= i < this.sae.n_features:
+        raise UserError(f"there is no feature {i}: {this.folder} has 0 to {this.sae.n_features - 1}")
+    return i
 
 
 # -----------------------------------------------------------------------------
 # measuring: one stream over the held-out tokens, sums kept, nothing of size (tokens x features)
 
-def batches(this, label, contexts=None, tokens_a_batch=4096):
-    """Yields contexts (b, T + 1), x (b, T, n) at the site, {site: x} of all sites; None, x, {} where no model is."""
-    device = this.sae.W_dec.device
-    if this.gpt is None:
-        total = this.rows.rows
-        progress = Progress(label, total, "rows")
-        for start in range(0, total, tokens_a_batch):
-            yield None, this.rows.batch(start, min(tokens_a_batch, total - start)).to(device)[None], {}
-            if progress.due():
-                progress.show(start)
-        return
-    contexts, T = this.contexts if contexts is None else contexts, this.gpt.config.block_size
-    progress, done = Progress(label, contexts[:, :-1].numel(), "tokens"), 0
-    for some in contexts.to(device).split(max(1, tokens_a_batch // T)):
-        kept = {}
-        this.gpt.trunk(some[:, :-1], lambda site, x: kept.update({site: x}))
-        yield some, kept[this.site], kept
-        done += some[:, :-1].numel()
-        if progress.due():
-            progress.show(done)
-
-
-def splice(this, replace):
-    """Hook that puts replace(x) in the place of the activations x at the autoencoder's site."""
-    return lambda site, x: replace(x) if site == this.site else None
+def batches(this, label, what):
+    """Yields contexts (b, T + 1), or rows, some 4,096 tokens of them at a time, and prints progress."""
+    size = max(1, 4096 // (what.shape[1] - 1)) if this.gpt else 4096
+    for some in tracked(label, what.split(size), "contexts" if this.gpt else "rows"):
+        yield some.to(this.sae.W_dec.device)
 
 
 def measure(this):
@@ -129,11 +116,22 @@ def measure(this):
     sae, m = this.sae, this.sae.n_features
     active, largest, energy = torch.zeros(m, dtype=torch.long), torch.zeros(m), torch.zeros(m, dtype=torch.float64)
     total, squares, error, n_tokens = torch.zeros(sae.d_in, dtype=torch.float64), 0.0, 0.0, 0
-    losses = Counter()
-    for contexts, x, _ in batches(this, "measuring", this.eval_contexts):
+    losses, mean = Counter(), read(this).mean(0).to(sae.W_dec) if this.gpt else None
+    for some in batches(this, "measuring", this.held_out):
+        def loss(name, replace):  # of the model with replace(x) in the place of x
+            hook = lambda site, x: replace(x) if site == this.site else None
+            losses[name] += this.gpt(some[:, :-1], some[:, 1:], hook)[1].item() * some[:, 1:].numel()
+        kept = [] if this.gpt else [some.float()]
+        if this.gpt:
+            loss("plain", kept.append)
+        x, = kept
         f = sae.encode(x)
         x_hat = sae.decode(f, sae.input_scale(x))
-        rows, f = x.flatten(0, 1), f.flatten(0, 1)
+        if this.gpt:
+            loss("spliced", lambda x: x_hat)
+            loss("mean_ablated", mean.expand_as)
+            loss("zero_ablated", torch.zeros_like)
+        rows, f = x.flatten(0, -2), f.flatten(0, -2)
         n_tokens += len(rows)
         active += (f > 0).sum(0).cpu()
         largest = torch.maximum(largest, f.amax(0).cpu())
@@ -141,32 +139,24 @@ def measure(this):
         total += rows.sum(0).double().cpu()
         squares += rows.double().square().sum().item()
         error += (x_hat - x).double().square().sum().item()
-        if contexts is not None:
-            idx, targets = contexts[:, :-1], contexts[:, 1:]
-            for name, hook in (("plain", None), ("spliced", splice(this, lambda _: x_hat)),
-                               ("zero_ablated", splice(this, torch.zeros_like))):
-                losses[name] += this.gpt(idx, targets, hook)[1].item() * len(rows)
     metrics = {"tokens": n_tokens, "l0": active.sum().item() / n_tokens,
                "variance_explained": 1 - error / (squares - total.square().sum().item() / n_tokens),
                "n_features": m, "dead": (active == 0).sum().item() / m,
                "ultra_low": ((active > 0) & (active < ULTRA_LOW * n_tokens)).sum().item() / m}
-    if this.gpt is not None:
-        mean = (total / n_tokens).to(sae.W_dec)
-        for contexts, x, _ in batches(this, "mean ablation", this.eval_contexts):
-            loss = this.gpt(contexts[:, :-1], contexts[:, 1:], splice(this, lambda x: mean.expand_as(x)))[1]
-            losses["mean_ablated"] += loss.item() * x[..., 0].numel()
-        metrics |= {f"loss_{name}": loss / n_tokens for name, loss in losses.items()}
-        metrics["loss_recovered"] = ((metrics["loss_zero_ablated"] - metrics["loss_spliced"])
-                                     / (metrics["loss_zero_ablated"] - metrics["loss_plain"]))
+    if this.gpt:
+        metrics |= {f"loss_{name}": value / n_tokens for name, value in losses.items()}
+        zero = metrics["loss_zero_ablated"]
+        metrics["loss_recovered"] = (zero - metrics["loss_spliced"]) / (zero - metrics["loss_plain"])
     features = {"density": active / n_tokens, "max": largest, "energy": energy / n_tokens}
     return metrics, SimpleNamespace(**{name: value.numpy() for name, value in features.items()})
 
 
 def read(this, site=None):
-    """Activations x (tokens, n) of all held-out tokens at a site (default: the autoencoder's), kept in memory."""
-    site = site or this.site
+    """Activations x (tokens, n) of this.contexts at a site (default: the autoencoder's), kept in memory."""
+    site, parts = site or this.site, []
     if site not in this.cache:
-        parts = [kept[site].flatten(0, 1).cpu() for _, _, kept in batches(this, f"reading {site}")]
+        for some in batches(this, f"reading {site}", this.contexts):
+            this.gpt.trunk(some[:, :-1], lambda name, x: parts.append(x.flatten(0, 1).cpu()) if name == site else None)
         this.cache[site] = torch.cat(parts)
     return this.cache[site]
 
@@ -192,12 +182,12 @@ def logit_effects(this, directions):
     through the unembedding (Towards Monosemanticity, logit weights). Later blocks, if any, are passed by.
     """
     kind, layer = this.site.split(".")
-    if "inverse_sigma" not in this.cache:
-        stream = read(this, f"resid.{this.gpt.config.n_layer - 1}")
-        this.cache["inverse_sigma"] = (stream.var(1, correction=0) + this.gpt.ln_f.eps).rsqrt().mean().item()
+    stream = read(this, f"resid.{this.gpt.config.n_layer - 1}")
     if kind == "mlp":
         directions = directions @ this.gpt.blocks[int(layer)].mlp_proj.weight.t()       # (k, n_embd)
     centred = directions - directions.mean(1, keepdim=True)
+    if "inverse_sigma" not in this.cache:
+        this.cache["inverse_sigma"] = (stream.var(1, correction=0) + this.gpt.ln_f.eps).rsqrt().mean().item()
     logits = this.gpt.lm_head(centred * this.gpt.ln_f.weight * this.cache["inverse_sigma"])
     return logits - logits.mean(1, keepdim=True)
 
@@ -227,6 +217,17 @@ def correlations(a, b):
     return products / np.sqrt(np.outer(squares_a, squares_b).clip(1e-30))
 
 
+def highest_correlations(this, others):
+    """For every feature the highest correlation with any row of others (k, tokens), and its density -> (m,), (m,)."""
+    best, density = np.zeros(this.sae.n_features), np.zeros(this.sae.n_features)
+    for block in tracked("correlating", blocks(len(best)), "features"):
+        acts = activations_of(this, block)[:, :others.shape[1]]
+        best[block], density[block] = correlations(acts, others).max(1), (acts > 0).mean(1)
+    if not density.any():
+        raise UserError(f"{this.folder}: every feature is dead on these tokens")
+    return best, density
+
+
 def explained_by_tokens(this, acts):
     """
     How well an activation is predicted by its mean given the current token, and given the previous and the current
@@ -247,7 +248,7 @@ def explained_by_tokens(this, acts):
         values, known = row[on].astype(np.float64), learn[on]
         sums = np.bincount(group[on[known]], values[known], n)
         test_sums, squares = np.bincount(group[on[~known]], values[~known], n), (values[~known] ** 2).sum()
-        total = squares - test_sums.sum() ** 2 / test_counts.sum()
+        total = squares - test_sums.sum() ** 2 / max(1, test_counts.sum())
         token_means = np.bincount(token_of, sums, V) / token_counts.clip(1)
         by_token = np.where(token_counts > 0, token_means, sums.sum() / learn.sum())[token_of]
         by_pair = np.where(counts > 0, sums / counts.clip(1), by_token)
@@ -260,14 +261,6 @@ def explained_by_tokens(this, acts):
 # -----------------------------------------------------------------------------
 # showing
 
-COLOUR = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-BARS = " ▁▂▃▄▅▆▇█"
-
-
-def paint(text, code):
-    return f"\033[{code}m{text}\033[0m" if COLOUR else text
-
-
 def token_text(this, token):
     """A token as one printable line: ⏎ and ⇥ for white space, · for other control characters, � for parts of one."""
     text = this.tokenizer.decode_single_token_bytes(int(token)).decode("utf-8", "replace")
@@ -277,20 +270,31 @@ def token_text(this, token):
 
 def bars(counts):
     """Counts -> a line of bars, on a square-root scale so that small ones show."""
-    top = max(1, max(counts))
-    return "".join(BARS[math.ceil(8 * math.sqrt(count / top))] for count in counts)
+    return "".join(" ▁▂▃▄▅▆▇█"[math.ceil(8 * math.sqrt(count / max(1, *counts)))] for count in counts)
 
 
 def snippet(this, position, width):
-    """The held-out token at `position` (counted through all contexts), marked, within its context; width characters."""
+    """The held-out token at `position` (counted through all contexts), «marked», within its context."""
     T = this.contexts.shape[1] - 1
-    context, t = this.contexts[position // T], position % T
-    left = "".join(token_text(this, token) for token in context[max(0, t - 40):t])
-    right = "".join(token_text(this, token) for token in context[t + 1:t + 30])
-    token = token_text(this, context[t])
-    room = max(10, width - len(token) - 2)
-    left = left[-(room * 2 // 3):].rjust(room * 2 // 3)
-    return left + paint(f"«{token}»", "1;33") + right[:room - len(left)]
+    context, t = [token_text(this, token) for token in this.contexts[position // T]], position % T
+    left, right = max(10, width - len(context[t])) * 2 // 3, max(10, width - len(context[t])) // 3
+    return f"{''.join(context[:t])[-left:].rjust(left)}«{context[t]}»{''.join(context[t + 1:-1])[:right]}"
+
+
+def title(this, i, acts):
+    """One line on what feature i, with activations acts (tokens,), is about."""
+    on = np.flatnonzero(acts)
+    if not len(on):
+        return f"feature {i}  not active on any of {len(acts):,} held-out tokens"
+    best = on[np.argsort(-acts[on], kind="stable")[:50]]
+    token, n = Counter(this.tokens[best].tolist()).most_common(1)[0]
+    return (f"feature {i}  density {len(on) / len(acts):.2%}  max {acts.max():.2f}  '{token_text(this, token)}' at {n} "
+            f"of its top {len(best)}  {bars(histogram(acts))}")
+
+
+def histogram(acts):
+    """Counts of activations in 24 bins from 0, those of 0 left out, to the largest."""
+    return np.histogram(acts[acts > 0], bins=24, range=(0, acts.max()))[0].tolist()
 
 
 def examples(this, acts, n_top, n_intervals, each, rng):
@@ -315,59 +319,35 @@ def examples(this, acts, n_top, n_intervals, each, rng):
     return chosen
 
 
-def describe(this, i, acts, n_top, n_intervals, each, n_tokens=8):
-    """Everything that is shown of feature i, whose activations are acts (tokens,) -> namespace."""
-    places = np.flatnonzero(acts)
-    on = acts[places]
-    if len(on) == 0:
-        return SimpleNamespace(density=0.0)
-    best = places[np.argsort(-on, kind="stable")[:50]]
-    effects = logit_effects(this, this.sae.W_dec[i:i + 1])[0] * float(on.max())
-    cosines = neuron_directions(this) @ this.sae.W_dec[i]
+def related(this, i, largest, n):
+    """-> [(id, value)] of the tokens that feature i at its largest activation raises, lowers; of its nearest neurons."""
+    direction = this.sae.W_dec[i]
+    effects, cosines = logit_effects(this, direction[None])[0] * largest, neuron_directions(this) @ direction
 
-    def largest(values, n):  # -> [(index, value)]
-        return [(j, values[j].item()) for j in values.topk(min(n, len(values))).indices.tolist()]
-    return SimpleNamespace(
-        density=len(on) / len(acts), max=float(on.max()), histogram=np.histogram(on, bins=24, range=(0, on.max()))[0],
-        token=Counter(this.tokens[best].tolist()).most_common(1)[0], n_best=len(best),
-        examples=examples(this, acts, n_top, n_intervals, each, np.random.default_rng(i)),
-        raised=largest(effects, n_tokens), lowered=[(t, -v) for t, v in largest(-effects, n_tokens)],
-        neurons=[(j, cosines[j].item()) for j, _ in largest(cosines.abs(), 6)])
-
-
-def title(this, i, d):
-    """One line on what a feature is about, from describe()."""
-    if not d.density:
-        return f"{paint(f'feature {i}', '1')}  not active on any of {len(this.tokens):,} held-out tokens"
-    return (f"{paint(f'feature {i}', '1')}  density {d.density:.2%}  max {d.max:.2f}  "
-            f"'{token_text(this, d.token[0])}' at {d.token[1]} of its top {d.n_best}  {paint(bars(d.histogram), '36')}")
-
-
-def about(this, i, acts):
-    """title() of feature i from its activations (tokens,) alone."""
-    return title(this, i, describe(this, i, acts, 0, 0, 0))
+    def top(values, by, n):
+        return [(j, values[j].item()) for j in by.topk(min(n, len(by))).indices.tolist()]
+    return top(effects, effects, n), top(effects, -effects, n), top(cosines, cosines.abs(), 6)
 
 
 def print_feature(this, i, acts, n_top=5, n_intervals=4, each=1, n_tokens=8, note=""):
     """Prints feature i: density, histogram, examples, tokens raised and lowered, nearest neurons. acts: (tokens,)"""
-    d = describe(this, i, acts, n_top, n_intervals, each, n_tokens)
-    print("\n" + title(this, i, d) + note)
-    if not d.density:
+    print(f"\n{title(this, i, acts)}{note}")
+    if not acts.any():
         return
-    width = min(160, shutil.get_terminal_size((120, 24)).columns) - 22
-    previous = ""
-    for label, position in d.examples:
+    width, previous = min(160, shutil.get_terminal_size((120, 24)).columns) - 22, ""
+    for label, position in examples(this, acts, n_top, n_intervals, each, np.random.default_rng(i)):
         print(f"  {label if label != previous else '':>8} {acts[position]:8.2f}  {snippet(this, position, width)}")
         previous = label
-    for label, tokens, colour in (("raises", d.raised, "32"), ("lowers", d.lowered, "31")):
-        shown = (f"{paint(repr(token_text(this, t)), colour)} {effect:+.1f}" for t, effect in tokens)
-        print(f"  {label:>8}  " + "  ".join(shown))
-    print(f"  {'neurons':>8}  " + "  ".join(f"{n} {cosine:+.2f}" for n, cosine in d.neurons))
+    *tokens, neurons = related(this, i, acts.max().item(), n_tokens)
+    for label, some in zip(("raises", "lowers"), tokens):
+        print(f"  {label:>8}  " + "  ".join(f"{token_text(this, t)!r} {effect:+.1f}" for t, effect in some))
+    print(f"  {'neurons':>8}  " + "  ".join(f"{n} {cosine:+.2f}" for n, cosine in neurons))
 
 
 def save(this, name, **numbers):
-    """Writes a command's numbers to the autoencoder's folder."""
+    """Writes a command's numbers to the autoencoder's folder, beside its plot if it has one."""
     save_json(os.path.join(this.folder, f"{name}.json"), numbers)
+    print(f"wrote {name}.* to {this.folder}")
 
 
 def read_log(folder):
@@ -382,66 +362,56 @@ def read_log(folder):
 # -----------------------------------------------------------------------------
 # commands: report, feature, toy
 
-def plots(this, metrics, features):
-    """density.png: log10 histogram of feature density, the ultra-low ones marked. training.png: the log."""
-    alive = features.density[features.density > 0]
+def report(this, args):
+    """Metrics, their plots, the most important features and some drawn at random, and the page."""
+    metrics, features = measure(this)
+    m, alive = metrics["n_features"], features.density[features.density > 0]
+    headline = f"{os.path.basename(this.folder)} · {this.recipe} recipe · {this.site} · {m:,} features"
+    rows = [("L0", f"{metrics['l0']:.1f}", "active features a token"),
+            ("variance explained", f"{metrics['variance_explained']:.3f}", "about the mean"),
+            ("dead", f"{metrics['dead']:.2%}", f"{m - len(alive):,} of {m:,} never active here"),
+            ("ultra-low density", f"{metrics['ultra_low']:.2%}", f"on at fewer than 1 in {1 / ULTRA_LOW:,.0f} tokens")]
+    if this.gpt:
+        rows += [("loss", f"{metrics['loss_plain']:.3f}", f"spliced {metrics['loss_spliced']:.3f}, mean-ablated "
+                  f"{metrics['loss_mean_ablated']:.3f}, zero-ablated {metrics['loss_zero_ablated']:.3f} nats a token"),
+                 ("loss recovered", f"{metrics['loss_recovered']:.3f}", "of what zero-ablation costs")]
+    print(f"\n{headline}, on {metrics['tokens']:,} held-out {'tokens' if this.gpt else 'rows'}")
+    for name, value, note in rows:
+        print(f"  {name:<20}{value:>9}   {note}")
+    counts, _ = np.histogram(np.log10(features.density.clip(1e-6)), bins=48, range=(-6, 0))
+    print(f"\n  log10 density   -6 {bars(counts)} 0")
+
     with figure(os.path.join(this.folder, "density.png")) as ax:
         bins = np.linspace(min(math.log10(ULTRA_LOW) - 0.5, np.log10(alive.min(initial=1)) - 0.1), 0, 60)
         for which, colour, label in ((alive >= ULTRA_LOW, BLUE, "alive"), (alive < ULTRA_LOW, RED, "ultra-low")):
             ax.hist(np.log10(alive[which]), bins=bins, color=colour, label=f"{label}: {which.sum():,}")
         ax.axvline(math.log10(ULTRA_LOW), color=RED, lw=1, ls=":")
-        ax.plot([], [], " ", label=f"dead: {metrics['n_features'] - len(alive):,}")
+        ax.plot([], [], " ", label=f"dead: {m - len(alive):,}")
         ax.set(xlabel=f"log10 of feature density on {metrics['tokens']:,} held-out tokens", ylabel="features")
     log = read_log(this.folder)
     with figure(os.path.join(this.folder, "training.png"), panels=3, width=9, height=2.8) as axes:
         for ax, key in zip(axes, ("variance_explained", "l0", "dead")):
             ax.plot([row["step"] for row in log], [row[key] for row in log], color=BLUE)
             ax.set(xlabel="step", title=key.replace("_", " "), yscale="log" if key == "l0" else "linear")
-
-
-def report(this, args):
-    metrics, features = measure(this)
-    save(this, "metrics", **metrics)
-    plots(this, metrics, features)
-    m = metrics["n_features"]
-    headline = f"{os.path.basename(this.folder)} · {this.recipe} recipe · {this.site} · {m:,} features"
-    rows = [("L0", f"{metrics['l0']:.1f}", "active features a token"),
-            ("variance explained", f"{metrics['variance_explained']:.3f}", "about the mean"),
-            ("dead", f"{metrics['dead']:.2%}", f"{round(m * metrics['dead']):,} of {m:,} never active here"),
-            ("ultra-low density", f"{metrics['ultra_low']:.2%}", f"on at fewer than 1 in {1 / ULTRA_LOW:,.0f} tokens")]
-    if this.gpt:
-        rows += [("loss", f"{metrics['loss_plain']:.3f}", f"spliced {metrics['loss_spliced']:.3f}, mean-ablated "
-                  f"{metrics['loss_mean_ablated']:.3f}, zero-ablated {metrics['loss_zero_ablated']:.3f} nats a token"),
-                 ("loss recovered", f"{metrics['loss_recovered']:.3f}", "of what zero-ablation costs")]
-    print(f"\n{paint(headline, '1')}, on {metrics['tokens']:,} held-out {'tokens' if this.gpt else 'rows'}")
-    for name, value, note in rows:
-        print(f"  {name:<20}{paint(f'{value:>9}', '1;36')}   {note}")
-    counts, _ = np.histogram(np.log10(features.density.clip(1e-6)), bins=48, range=(-6, 0))
-    print(f"\n  log10 density   -6 {bars(counts)} 0")
     if this.gpt:
         best = np.argsort(-features.energy, kind="stable")[:args.show]
         drawn = np.random.default_rng(args.seed).permutation(np.flatnonzero(features.density > 0))[:args.show]
         for heading, numbers in (("carry most of the reconstruction", best), ("drawn at random", drawn)):
-            print("\n" + paint(f" features {heading} ".center(100, "─"), "2"))
+            print("\n" + f" features {heading} ".center(100, "─"))
             for i, acts in zip(numbers.tolist(), activations_of(this, numbers)):
                 print_feature(this, i, acts)
+        print()
         write_page(this, headline, rows)
-    print(f"\nwrote metrics.json, density.png, training.png{' and features.html' * bool(this.gpt)} to {this.folder}")
+    save(this, "metrics", **metrics)
 
 
 def feature(this, args):
+    """One feature in full."""
     try:
         i, = map(int, args.arguments)
     except ValueError:
         raise UserError("feature takes one number, as in: python analyze.py feature 12")
     print_feature(this, i, activations_of(this, [known(this, i)])[0], n_top=20, n_intervals=10, each=3, n_tokens=12)
-
-
-def known(this, i):
-    """Feature number i, or a UserError when there is none."""
-    if not 0 <= i < this.sae.n_features:
-        raise UserError(f"there is no feature {i}: {this.folder} has 0 to {this.sae.n_features - 1}")
-    return i
 
 
 def toy(this, args):
@@ -450,15 +420,23 @@ def toy(this, args):
         raise UserError(f"{this.folder} was not trained on toy data: run python train_sae.py --acts=toy --name=toy")
     cosines = (this.source["truth"].to(this.sae.W_dec) @ this.sae.W_dec.t()).amax(1).cpu().numpy()
     found = cosines > 0.9
-    save(this, "metrics", true_directions=len(found), found=float(found.mean()), mean_max_cosine=float(cosines.mean()))
     print(f"{found.sum()} of {len(found)} true directions found ({found.mean():.1%}): cosine with a feature over 0.9; "
           f"mean of the highest cosines {cosines.mean():.3f}")
     for name, part in zip(("most frequent", "frequent", "rare", "rarest"), np.array_split(found, 4)):
         print(f"  {name:>14} quarter  {part.mean():7.1%}")
+    save(this, "metrics", true_directions=len(found), found=float(found.mean()), mean_max_cosine=float(cosines.mean()))
 
 
 # -----------------------------------------------------------------------------
 # commands: cause, steer, search
+
+def encode_text(this, text):
+    """Text -> token ids (1, T); UserError when it is empty or longer than a context."""
+    ids = this.tokenizer.encode_ordinary(text)
+    if not 0 < len(ids) <= this.gpt.config.block_size:
+        raise UserError(f"{text[:40]!r} has {len(ids)} tokens: give 1 to {this.gpt.config.block_size}")
+    return torch.tensor([ids], device=this.sae.W_dec.device)
+
 
 def logits_at(this, idx, p, remove=None):
     """
@@ -496,32 +474,17 @@ def effects(this, idx, p, targets):
     with torch.enable_grad():
         before = contrast(this.gpt.lm_head(this.gpt.trunk(idx, leaf)[rows, p]), targets)
         gradient, = torch.autograd.grad(before.sum(), kept["x"])
-    x = kept["x"].detach()[rows, p]
+    x, before = kept["x"].detach()[rows, p], before.detach()
     f = this.sae.encode(x)                                                           # (b, m)
     row, feature = f.nonzero(as_tuple=True)
     part = f[row, feature, None] * this.sae.W_dec[feature] / this.sae.input_scale(x)[row]   # (k, n), in raw units
-    progress = Progress("ablating", len(row), "features")
-    ablation = [before[:0].detach()]
-    for some in torch.arange(len(row), device=idx.device).split(256) if len(row) else ():
-        after = logits_at(this, idx[row[some]], p[row[some]], part[some])
-        ablation.append(before[row[some]].detach() - contrast(after, targets[row[some]]))
-        if progress.due():
-            progress.show(int(some[-1]))
-    arrays = {"row": row, "feature": feature, "activation": f[row, feature], "ablation": torch.cat(ablation),
+    ablation = torch.zeros(len(row), device=idx.device)
+    for k in tracked("ablating", blocks(len(row)), "features"):
+        r = row[k]
+        ablation[k] = before[r] - contrast(logits_at(this, idx[r], p[r], part[k]), targets[r])
+    arrays = {"row": row, "feature": feature, "activation": f[row, feature], "ablation": ablation,
               "attribution": (part * gradient[rows, p][row]).sum(1)}
     return SimpleNamespace(**{name: value.cpu().numpy() for name, value in arrays.items()})
-
-
-def ranks(values):
-    return np.argsort(np.argsort(values))
-
-
-def encode_text(this, text):
-    """Text -> token ids (1, T); UserError when it is empty or longer than a context."""
-    ids = this.tokenizer.encode_ordinary(text)
-    if not 0 < len(ids) <= this.gpt.config.block_size:
-        raise UserError(f"{text[:40]!r} has {len(ids)} tokens: give 1 to {this.gpt.config.block_size}")
-    return torch.tensor([ids], device=this.sae.W_dec.device)
 
 
 def cause(this, args, n_tokens=400):
@@ -532,15 +495,12 @@ def cause(this, args, n_tokens=400):
         probs = logits_at(this, idx, p).softmax(1)[0]
         target = encode_text(this, args.target)[0, :1] if args.target else probs.argmax(keepdim=True)
         e = effects(this, idx, p, target)
-        if not len(e.row):
-            print(f"no feature is active after {args.prompt!r}")
-            return
         print(f"after {args.prompt!r}: {token_text(this, target)!r} with probability {probs[target].item():.3f}\n"
-              "its logit, by feature: activation, attribution, ablation")
+              + ("its logit, by feature: activation, attribution, ablation" if len(e.row) else "no feature is active"))
         top = np.argsort(-np.abs(e.ablation))[:args.show]
         for k, acts in zip(top, activations_of(this, e.feature[top])):
             print(f"  {e.activation[k]:6.2f}  {e.attribution[k]:+7.3f}  {e.ablation[k]:+7.3f}  "
-                  f"{about(this, int(e.feature[k]), acts)}")
+                  f"{title(this, int(e.feature[k]), acts)}")
         return
     rng = np.random.default_rng(args.seed)
     contexts = this.contexts[rng.integers(0, len(this.contexts), n_tokens)].to(this.sae.W_dec.device)
@@ -549,35 +509,38 @@ def cause(this, args, n_tokens=400):
     if not len(e.row):
         raise UserError(f"{this.folder}: every feature is dead on these tokens")
     numbers = {"tokens": n_tokens, "active_features": len(e.row)}
-    for name in ("attribution", "activation"):
-        pearson = float(np.corrcoef(getattr(e, name), e.ablation)[0, 1])
-        rank = float(np.corrcoef(ranks(getattr(e, name)), ranks(e.ablation))[0, 1])
-        numbers[name] = {"pearson": pearson, "rank": rank}
-        print(f"{name:>12} with ablation effect: Pearson {pearson:+.3f}, rank {rank:+.3f}")
-    save(this, "cause", **numbers)
     with figure(os.path.join(this.folder, "cause.png"), panels=2, width=8) as axes:
         for ax, name in zip(axes, ("attribution", "activation")):
-            ax.scatter(getattr(e, name), e.ablation, s=4, alpha=0.4, color=BLUE)
-            ax.set(xlabel=name, ylabel="ablation effect", title=f"rank correlation {numbers[name]['rank']:.2f}")
-    print(f"{len(e.row):,} active features at {n_tokens} held-out tokens; wrote cause.json, cause.png to {this.folder}")
+            values = getattr(e, name)
+            ranks = [a.argsort().argsort() for a in (values, e.ablation)]
+            pearson, rank = (float(np.corrcoef(*pair)[0, 1]) for pair in ((values, e.ablation), ranks))
+            numbers[name] = {"pearson": pearson, "rank": rank}
+            print(f"{name:>12} with ablation effect: Pearson {pearson:+.3f}, rank {rank:+.3f}")
+            ax.scatter(values, e.ablation, s=4, alpha=0.4, color=BLUE)
+            ax.set(xlabel=name, ylabel="ablation effect", title=f"rank correlation {rank:.2f}")
+    print(f"{len(e.row):,} active features at {n_tokens} held-out tokens")
+    save(this, "cause", **numbers)
 
 
-def clamp(this, i, value):
+def clamp(this, features, value):
     """
-    Hook that holds feature i at `value` on every token and keeps the reconstruction error: x + (value - f_i) W_dec_i is
-    SAE(x) with f_i clamped, plus x - SAE(x) (Scaling Monosemanticity, Methods: steering). value None: f_i's own.
+    Hook that holds one feature, or features[b] in context b, at `value` on every token and keeps the reconstruction
+    error: x + (value - f_i) W_dec_i is SAE(x) with f_i clamped, plus x - SAE(x) (Scaling Monosemanticity, Methods:
+    steering). value None: f_i's own. With 0 it is the ablation of Towards Monosemanticity's feature browser.
     """
-    def hook(site, x):
+    encoder, decoder = this.sae.W_enc.t()[features], this.sae.W_dec[features]             # (b, n)
+
+    def hook(site, x):  # (b, T, n)
         if site == this.site:
-            f = this.sae.encode(x)[..., i:i + 1]
-            target = f if value is None else value
-            return x + (target - f) * this.sae.W_dec[i] / this.sae.input_scale(x)
+            scale = this.sae.input_scale(x)
+            f = F.relu((x * scale) @ encoder[:, :, None] + this.sae.b_enc[features, None, None])   # (b, T, 1)
+            return x + ((f if value is None else value) - f) * decoder[:, None] / scale
     return hook
 
 
 def steer(this, args):
     """Text with a feature clamped to multiples of its maximum, and how likely the token it raises most becomes."""
-    i = known(this, args.feature)
+    i, device = known(this, args.feature), this.sae.W_dec.device
     try:
         multiples = [float(value) for value in args.value.split(",")]
         if not np.isfinite(multiples).all():
@@ -585,24 +548,21 @@ def steer(this, args):
     except ValueError:
         raise UserError(f"--value takes multiples of the feature's maximum with commas between, not {args.value}")
     acts = activations_of(this, [i])[0]
-    d = describe(this, i, acts, 0, 0, 0)
-    print(title(this, i, d))
-    if not d.density:
+    print(title(this, i, acts))
+    if not acts.any():
         return
-    token, device = d.raised[0][0], this.sae.W_dec.device
-    idx = this.contexts[:16, :-1].to(device)
-    start = encode_text(this, args.prompt) if args.prompt else this.contexts[:1, :16].to(device)
-    numbers = []
+    token, idx = logit_effects(this, this.sae.W_dec[i:i + 1]).argmax().item(), this.contexts[:16, :-1].to(device)
+    start, clamped = encode_text(this, args.prompt) if args.prompt else idx[:1, :16], []
     for multiple in [None] + multiples:
-        hook = None if multiple is None else clamp(this, i, multiple * d.max)
-        p = this.gpt(idx, hook=hook)[0].softmax(-1)[..., token].mean().item()
-        numbers.append({"multiple": multiple, "probability": p})
+        hook = None if multiple is None else clamp(this, [i], multiple * acts.max().item())
+        probability = this.gpt(idx, hook=hook)[0].softmax(-1)[..., token].mean().item()
+        clamped.append({"multiple": multiple, "probability": probability})
         generator = torch.Generator(device).manual_seed(args.seed)
         ids = this.gpt.generate(start, 60, hook=hook, generator=generator)[0, start.shape[1]:]
         name = "unsteered" if multiple is None else f"{multiple:+g} x max"
-        print(f"\n{paint(f'{name:>12}', '1;36')}  {token_text(this, token)!r} has probability {p:.4f}\n"
+        print(f"\n{name:>12}  {token_text(this, token)!r} has probability {probability:.4f}\n"
               f"{'':14}{''.join(token_text(this, t) for t in ids)}")
-    save(this, "steer", feature=i, token=token_text(this, token), clamped=numbers)
+    save(this, "steer", feature=i, token=token_text(this, token), clamped=clamped)
 
 
 def search_scores(this, texts, without=()):
@@ -632,11 +592,12 @@ def search(this, args):
         raise UserError('search takes texts, as in: python analyze.py search "import numpy" --without "import os"')
     scores = search_scores(this, args.arguments, args.without)
     hits = [int(i) for i in np.argsort(-scores, kind="stable")[:args.show] if scores[i] > 0]
-    save(this, "search", texts=args.arguments, without=args.without, hits=[[i, float(scores[i])] for i in hits])
     if not hits:
         print("no feature is active there" + (" and not on the texts without the concept" if args.without else ""))
-    for i, acts in zip(hits, activations_of(this, hits) if hits else ()):
+    for i in hits:
+        acts = activations_of(this, [i])[0]
         print_feature(this, i, acts, n_top=4, n_intervals=0, each=0, note=f"  score {scores[i]:.2f}")
+    save(this, "search", texts=args.arguments, without=args.without, hits=[[i, float(scores[i])] for i in hits])
 
 
 # -----------------------------------------------------------------------------
@@ -648,23 +609,12 @@ def neurons(this, args, n_sample=256):
     MLP neuron of the layer (82% had 0.3 or less in Towards Monosemanticity), and explained_by_tokens for features,
     neurons and random directions, the last two cut by a threshold to the features' median density.
     """
-    rng, m = np.random.default_rng(args.seed), this.sae.n_features
-    mlp = neuron_activations(this)
-    best, density = np.zeros(m), np.zeros(m)
-    progress = Progress("correlating", m, "features")
-    for block in blocks(m):
-        acts = activations_of(this, block)
-        best[block], density[block] = correlations(acts, mlp).max(1), (acts > 0).mean(1)
-        if progress.due():
-            progress.show(int(block[-1]) + 1)
+    rng, mlp = np.random.default_rng(args.seed), neuron_activations(this)
+    best, density = highest_correlations(this, mlp)
     alive = np.flatnonzero(density > 0)
-    if not len(alive):
-        raise UserError(f"{this.folder}: every feature is dead on these tokens")
-    share = float((best[alive] <= 0.3).mean())
+    best, keep, share = best[alive], np.median(density[alive]), float((best[alive] <= 0.3).mean())
     print(f"{share:.1%} of {len(alive):,} alive features have no neuron that they correlate with above 0.3; "
-          f"median of the highest correlations {np.median(best[alive]):.2f}")
-
-    keep = np.median(density[alive])
+          f"median of the highest correlations {np.median(best):.2f}")
 
     def cut(acts):  # to the same density
         return np.maximum(acts - np.quantile(acts, 1 - keep, axis=1, keepdims=True), 0)
@@ -672,20 +622,20 @@ def neurons(this, args, n_sample=256):
     kinds = {"features": activations_of(this, rng.permutation(alive)[:n_sample]), "neurons": cut(mlp[:n_sample]),
              "random directions": cut((read(this).numpy() @ directions).T)}
     scores = {kind: explained_by_tokens(this, acts) for kind, acts in kinds.items()}
+    medians = {kind: np.nanmedian(score, axis=0).tolist() for kind, score in scores.items()}
     print(f"\nvariance of the activation that tokens explain (R^2 on unseen text), at a density of {keep:.2%}: median\n"
           f"{'':24}current token   previous and current")
-    for kind, score in scores.items():
-        print(f"  {kind:<20}{np.nanmedian(score[:, 0]):15.2f}{np.nanmedian(score[:, 1]):23.2f}")
-    save(this, "neurons", share_at_most_03=share, median_correlation=float(np.median(best[alive])), density=float(keep),
-         explained={kind: np.nanmedian(score, axis=0).tolist() for kind, score in scores.items()})
-    with figure(os.path.join(this.folder, "neurons.png"), panels=2, width=9) as axes:
-        axes[0].hist(best[alive], bins=40, color=BLUE)
-        axes[0].axvline(0.3, color=RED, ls=":")
-        axes[0].set(xlabel="highest correlation with a neuron", ylabel="features", title=f"{share:.0%} at 0.3 or less")
+    for kind, (by_token, by_pair) in medians.items():
+        print(f"  {kind:<20}{by_token:15.2f}{by_pair:23.2f}")
+    with figure(os.path.join(this.folder, "neurons.png"), panels=2, width=9) as (left, right):
+        left.hist(best, bins=40, color=BLUE)
+        left.axvline(0.3, color=RED, ls=":")
+        left.set(xlabel="highest correlation with a neuron", ylabel="features", title=f"{share:.0%} at 0.3 or less")
         for (kind, score), colour in zip(scores.items(), (BLUE, RED, "#888888")):
-            axes[1].plot(np.sort(score[:, 1]), np.linspace(0, 1, len(score)), color=colour, label=kind)
-        axes[1].set(xlabel="R^2 given previous and current token", ylabel="share at most that", xlim=(-0.2, 1))
-    print(f"wrote neurons.json and neurons.png to {this.folder}")
+            right.plot(np.sort(score[:, 1]), np.linspace(0, 1, len(score)), color=colour, label=kind)
+        right.set(xlabel="R^2 given previous and current token", ylabel="share at most that", xlim=(-0.2, 1))
+    save(this, "neurons", share_at_most_03=share, median_correlation=float(np.median(best)), density=float(keep),
+         explained=medians)
 
 
 def word_places(this, path, n_bins=12, n_each=20):
@@ -705,14 +655,12 @@ def word_places(this, path, n_bins=12, n_each=20):
         except UnicodeDecodeError:
             raise UserError(f"{path} is not UTF-8 text: --words takes a file of words")
     else:
-        words = sorted((word for word in places if len(places[word]) >= 3), key=lambda word: (-len(places[word]), word))
-        if not words:
-            return {}
+        words = np.array(sorted(word for word in places if len(places[word]) >= 3))
         logs = np.log([len(places[word]) for word in words])
-        bins = np.digitize(logs, np.linspace(logs.min(), logs.max(), n_bins + 1)[1:-1])
+        bins = np.digitize(logs, np.linspace(logs.min(initial=0), logs.max(initial=1), n_bins + 1)[1:-1])
         rng = np.random.default_rng(0)
-        wanted = [words[j] for b in range(n_bins) for j in rng.permutation(np.flatnonzero(bins == b))[:n_each]]
-    return {word: np.searchsorted(ends, places[word], side="right") for word in wanted}
+        wanted = [word for b in reversed(range(n_bins)) for word in rng.permutation(words[bins == b])[:n_each]]
+    return {str(word): np.searchsorted(ends, places[word], side="right") for word in wanted}
 
 
 def best_detectors(this, places):
@@ -721,7 +669,7 @@ def best_detectors(this, places):
     detects a token when its activation is over 0, 1/4 or 1/2 of its maximum, whichever serves the word best.
     """
     f1, feature, alive = np.zeros(len(places)), np.zeros(len(places), dtype=int), 0
-    for block in blocks(this.sae.n_features):
+    for block in tracked("looking for words", blocks(this.sae.n_features), "features"):
         acts = activations_of(this, block)
         highest = acts.max(1, keepdims=True)
         alive += int((highest > 0).sum())
@@ -735,11 +683,15 @@ def best_detectors(this, places):
     return f1, feature, alive
 
 
+def sigmoid(x, a, b):
+    return 1 / (1 + np.exp(-(a + b * x).clip(-30, 30)))
+
+
 def fit_sigmoid(x, y, n_iters=50):
-    """Logistic regression by Newton's method: y (n,) in {0, 1} -> a, b of P(y = 1) = 1 / (1 + exp(-(a + b x)))."""
+    """Logistic regression by Newton's method: y (n,) in {0, 1} -> a, b of P(y = 1) = sigmoid(a + b x)."""
     X, w = np.stack([np.ones_like(x), x], axis=1), np.zeros(2)
     for _ in range(n_iters):
-        p = 1 / (1 + np.exp(-(X @ w).clip(-30, 30)))
+        p = sigmoid(x, *w)
         w = w + np.linalg.solve(X.T @ (X * (p * (1 - p))[:, None]) + 1e-6 * np.eye(2), X.T @ (y - p) - 1e-6 * w)
     return w
 
@@ -749,7 +701,7 @@ def complete(this, args, threshold=0.5):
     Which words have a feature of their own (F1 over the threshold)? The share rises with the word's frequency and with
     the number of alive features: a sigmoid in the log of their product (Scaling Monosemanticity, Feature Completeness).
     """
-    results, places = {}, word_places(this, args.words)
+    results, found, x, places = {}, {}, {}, word_places(this, args.words)
     if not places:
         raise UserError("the held-out text has none of these words" if args.words else "the held-out text is too short")
     frequency = np.array([len(positions) for positions in places.values()]) / len(this.tokens)
@@ -760,32 +712,29 @@ def complete(this, args, threshold=0.5):
         f1, feature, alive = best_detectors(run, places)
         if not alive:
             raise UserError(f"{run.folder}: every feature is dead on these tokens")
-        words = {word: {"frequency": n, "feature": int(i), "f1": float(score)}
-                 for word, n, i, score in zip(places, frequency, feature, f1)}
-        results[name] = {"alive": alive, "found": float((f1 > threshold).mean()), "words": words}
-        print(f"{name}: {results[name]['found']:.1%} of {len(f1)} words have a feature with F1 over {threshold} "
+        found[name], x[name] = f1 > threshold, np.log10(frequency * alive)
+        table = zip(places, frequency.tolist(), feature.tolist(), f1.tolist())
+        results[name] = {"alive": alive, "found": float(found[name].mean()),
+                         "words": {word: {"frequency": n, "feature": i, "f1": score} for word, n, i, score in table}}
+        print(f"{name}: {found[name].mean():.1%} of {len(f1)} words have a feature with F1 over {threshold} "
               f"({alive:,} alive features)")
-    x = np.log10(np.concatenate([frequency * result["alive"] for result in results.values()]))
-    found = np.concatenate([[w["f1"] > threshold for w in result["words"].values()] for result in results.values()])
-    a, b = fit_sigmoid(x, found.astype(float))
+    a, b = fit_sigmoid(np.concatenate(list(x.values())), np.concatenate(list(found.values())))
     print(f"P(found) = sigmoid({a:.2f} + {b:.2f} log10(frequency x alive features)): 1/2 at {10 ** (-a / b):.2g}")
-    save(this, "complete", threshold=threshold, a=a, b=b, runs=results)
     last = results[args.names[-1]]["words"]
     print("\n        word  frequency  feature     F1")
     for word in sorted(last, key=lambda word: -last[word]["f1"])[:2 * args.show]:
         print(f"{word:>12}  {last[word]['frequency']:9.5f}  {last[word]['feature']:7}  {last[word]['f1']:5.2f}")
     with figure(os.path.join(this.folder, "complete.png")) as ax:
-        edges = np.linspace(np.log10(frequency.min()), np.log10(frequency.max()) + 1e-9, 7)
-        for name, result in results.items():
-            hit = np.array([w["f1"] > threshold for w in result["words"].values()])
-            which = np.digitize(np.log10(frequency), edges) - 1
-            filled = np.unique(which)
-            centres, shares = (edges[1:] + edges[:-1]) / 2, [hit[which == k].mean() for k in filled]
-            line, = ax.plot(10 ** centres[filled], shares, "o-", label=f"{name}: {result['alive']:,} alive")
-            grid = np.geomspace(frequency.min(), frequency.max(), 100)
-            ax.plot(grid, 1 / (1 + np.exp(-(a + b * np.log10(grid * result["alive"])))), ":", color=line.get_color())
+        edges = np.geomspace(frequency.min(), frequency.max() * (1 + 1e-9), 7)
+        which = np.digitize(frequency, edges) - 1
+        for name, hit in found.items():
+            shares = [hit[which == k].mean() for k in np.unique(which)]
+            middle = np.sqrt(edges[:-1] * edges[1:])[np.unique(which)]
+            line, = ax.plot(middle, shares, "o-", label=f"{name}: {results[name]['alive']:,} alive")
+            order = frequency.argsort()
+            ax.plot(frequency[order], sigmoid(x[name][order], a, b), ":", color=line.get_color())
         ax.set(xscale="log", xlabel="frequency of the word", ylabel="share with a feature", ylim=(-0.02, 1.02))
-    print(f"\nwrote complete.json and complete.png to {this.folder}")
+    save(this, "complete", threshold=threshold, a=a, b=b, runs=results)
 
 
 def power_law(x, y):
@@ -812,44 +761,39 @@ def scaling(this, args):
     Scaling Laws). compute = 12 d_in n_features rows: encoder and decoder, two operations a weight and row, and twice
     that for their gradients. loss = mse + lambda l1 with the full lambda from the first step on.
     """
-    runs = []
+    runs, ends, laws = [], defaultdict(list), {}
+    print(f"{'run':>16}  features        lr   compute      loss")
     for name in args.names:
-        sae = load_sae(os.path.join(folder_of(args, name), "sae.pt"))
-        used, log = sae.extra["args"], read_log(folder_of(args, name))
-        l1_coeff, source = used["l1_coeff"], sae.extra["source"]
-        runs.append({"name": name, "n_features": sae.n_features, "learning_rate": used["learning_rate"],
-                     "same": (source.get("gpt"), source["site"], sae.recipe, sae.input_norm, l1_coeff),
-                     "compute": np.array([12.0 * sae.d_in * sae.n_features * row["rows"] for row in log]),
-                     "loss": np.array([row["mse"] + l1_coeff * row["l1"] for row in log])})
+        sae, log = load_sae(os.path.join(folder_of(args, name), "sae.pt")), read_log(folder_of(args, name))
+        used, source, m = sae.extra["args"], sae.extra["source"], sae.n_features
+        lr, l1_coeff = used["learning_rate"], used["l1_coeff"]
+        compute = np.array([12.0 * sae.d_in * m * row["rows"] for row in log])
+        loss = np.array([row["mse"] + l1_coeff * row["l1"] for row in log])
+        same = source.get("gpt"), source["site"], sae.recipe, sae.input_norm, l1_coeff
+        runs.append({"same": same, "n_features": m, "compute": compute, "loss": loss})
+        ends[f"{compute[-1]:.2g}"].append((loss[-1], lr))
+        print(f"{name:>16}  {m:8,}  {lr:8.1e}  {compute[-1]:.2e}  {loss[-1]:8.3f}")
     if len({r["same"] for r in runs}) > 1:
         raise UserError("these runs differ in data, site, recipe, normalisation or lambda: give --names that agree")
-    print(f"{'run':>16}  features        lr   compute      loss")
-    for r in runs:
-        print(f"{r['name']:>16}  {r['n_features']:8,}  {r['learning_rate']:8.1e}  "
-              f"{r['compute'][-1]:.2e}  {r['loss'][-1]:8.3f}")
     budgets, best, losses = frontier(runs)
     sizes = np.array([runs[k]["n_features"] for k in best])
-    laws = {name: power_law(budgets, values)
-            for name, values in (("n_features", sizes), ("steps x batch", budgets / sizes), ("loss", losses))}
-    ends = defaultdict(list)  # best learning rate: among the runs that end at one budget
-    for r in runs:
-        ends[f"{r['compute'][-1]:.2g}"].append((r["loss"][-1], r["learning_rate"]))
+    if len(budgets) > 1:
+        for name, values in (("n_features", sizes), ("steps x batch", budgets / sizes), ("loss", losses)):
+            laws[name] = power_law(budgets, values)
     rates = {float(budget): min(group)[1] for budget, group in ends.items() if len({lr for _, lr in group}) > 1}
-    if len(rates) > 1:
+    if len(rates) > 1:  # of the runs that end at one budget the one with the lowest loss has the best learning rate
         laws["learning_rate"] = power_law(np.array(list(rates)), np.array(list(rates.values())))
     for name, (c, k) in laws.items():
         print(f"best {name} for a budget C: {c:.3g} x C^{k:+.3f}")
-    save(this, "scaling", laws=laws, budgets=budgets.tolist(), best_sizes=sizes.tolist(), best_losses=losses.tolist())
     with figure(os.path.join(this.folder, "scaling.png")) as ax:
-        known_sizes = sorted({r["n_features"] for r in runs})
-        for n in known_sizes:  # the larger the darker
-            shade = (0.16, 0.44, 0.59, (1 + known_sizes.index(n)) / len(known_sizes))
+        shades = {n: k for k, n in enumerate(sorted({r["n_features"] for r in runs}), 1)}
+        for n, k in shades.items():  # the larger the darker
             for r in (r for r in runs if r["n_features"] == n):
-                ax.plot(r["compute"], r["loss"], color=shade, lw=1)
-            ax.plot([], [], color=shade, label=f"{n:,} features")
+                line, = ax.plot(r["compute"], r["loss"], color=BLUE, alpha=k / len(shades), lw=1)
+            line.set_label(f"{n:,} features")
         ax.plot(budgets, losses, ":", color=RED, label="frontier")
         ax.set(xscale="log", xlabel="compute (operations)", ylabel="loss")
-    print(f"wrote scaling.json and scaling.png to {this.folder}")
+    save(this, "scaling", laws=laws, budgets=budgets.tolist(), best_sizes=sizes.tolist(), best_losses=losses.tolist())
 
 
 def compare(this, args):
@@ -870,28 +814,26 @@ def compare(this, args):
         shares = {f"{c}": float((best > c).mean()) for c in (0.5, 0.7, 0.9)}
         print(f"{len(best):,} features of {names[0]} among {cosines.shape[1]:,} of {names[1]}: highest cosine over "
               + ", ".join(f"{c} for {share:.1%}" for c, share in shares.items()) + f"; median {np.median(best):.2f}")
-        save(this, "compare", of=names, shares=shares, median=float(np.median(best)))
-        split = np.argsort(-(cosines > 0.5).sum(1), kind="stable")[:args.show]
-        for i, acts in zip(split.tolist(), activations_of(a, split)):
-            print("\n" + about(a, i, acts))
+        for i in np.argsort(-(cosines > 0.5).sum(1), kind="stable")[:args.show].tolist():
+            print(f"\n{title(a, i, activations_of(a, [i])[0])}")
             near = np.argsort(-cosines[i])[:min(6, max(1, (cosines[i] > 0.5).sum()))]
-            for j, other in zip(near.tolist(), activations_of(b, near)):
-                print(f"   {cosines[i, j]:.2f}  {about(b, j, other)}")
+            for j, acts in zip(near.tolist(), activations_of(b, near)):
+                print(f"   {cosines[i, j]:.2f}  {title(b, j, acts)}")
+        save(this, "compare", of=names, shares=shares, median=float(np.median(best)))
         return
-    best, n = {"features": []}, 2**16  # tokens: enough for a correlation, and their activations fit into memory
+    n = 2**16  # tokens: enough for a correlation, and the activations of all features on them fit into memory
     others = np.concatenate([activations_of(b, block)[:, :n] for block in blocks(b.sae.n_features)])
-    for block in blocks(a.sae.n_features):
-        acts = activations_of(a, block)[:, :n]
-        best["features"] += correlations(acts[acts.any(1)], others).max(1).tolist()
-    best["neurons"] = correlations(neuron_activations(a), neuron_activations(b)).max(1).tolist()
+    correlation, density = highest_correlations(a, others)
+    best = {"features": correlation[density > 0],
+            "neurons": correlations(neuron_activations(a), neuron_activations(b)).max(1)}
     medians = {kind: float(np.median(values)) for kind, values in best.items()}
     print(f"highest correlation with any of the other model's, median: features {medians['features']:.2f}, "
           f"neurons {medians['neurons']:.2f}")
-    save(this, "compare", of=names, medians=medians)
     with figure(os.path.join(this.folder, "compare.png")) as ax:
         for (kind, values), colour in zip(best.items(), (BLUE, RED)):
             ax.hist(values, bins=np.linspace(0, 1, 41), density=True, histtype="step", color=colour, label=kind)
         ax.set(xlabel="highest activation correlation across models", ylabel="density")
+    save(this, "compare", of=names, medians=medians)
 
 
 # -----------------------------------------------------------------------------
@@ -1025,58 +967,53 @@ go();
 """
 
 
-
 def fill_page(data):
     """The page with its data: JSON in which no `<` is left, so that nothing in it can end the script that holds it."""
     return PAGE.replace("__DATA__", json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"))
 
 
 def write_page(this, headline, rows, n_texts=8):
-    """features.html: every feature with its examples, some held-out texts with every token's features, in one file."""
-    T, features, marked = this.contexts.shape[1] - 1, [], []      # marked: (feature, example, position)
-    mlp = neuron_activations(this)
+    """
+    features.html, one file: every feature with its examples, and some held-out texts with every token's features. An
+    example token's effect is how the next token's log-probability changes when the feature is ablated on the whole
+    context (Towards Monosemanticity, feature browser).
+    """
+    T, mlp, features, windows = this.contexts.shape[1] - 1, neuron_activations(this), [], []
+    width, device = min(24, T), this.sae.W_dec.device
 
     def short(x):  # three digits are enough to look at
         return float(f"{x:.3g}") if np.isfinite(x) else None
-    progress = Progress("describing", this.sae.n_features, "features")
-    for block in blocks(this.sae.n_features):
+    for block in tracked("describing", blocks(this.sae.n_features), "features"):
         acts = activations_of(this, block)
         nearest, explained = correlations(acts, mlp).max(1), explained_by_tokens(this, acts)[:, 1]
-        for k, i in enumerate(block.tolist()):
-            d = describe(this, i, acts[k], n_top=6, n_intervals=4, each=1)
-            features.append({"d": short(d.density)})
-            if not d.density:
+        for i, a, n, e in zip(block.tolist(), acts, nearest, explained):
+            features.append({"d": short((a > 0).mean())})
+            if not a.any():
                 continue
-            shown = []
-            for label, position in d.examples:
-                first = position - position % T
-                start, stop = max(first, position - 15), min(first + T, position + 8)
-                on = {p - start: [short(acts[k, p]), None] for p in range(start, stop) if acts[k, p] > 0}
-                marked.append((i, len(shown), position))
-                shown.append([label, this.tokens[start:stop].tolist(), position - start, on])
-            pairs = {"near": d.neurons, "up": d.raised, "down": d.lowered}
-            features[i] |= {key: [[j, short(value)] for j, value in pair] for key, pair in pairs.items()}
-            features[i] |= {"m": short(d.max), "e": short(explained[k]), "n": short(nearest[k]),
-                            "h": d.histogram.tolist(), "x": shown}
-        if progress.due():
-            progress.show(len(features))
-    plain = torch.cat([this.gpt(contexts[:, :-1])[0].log_softmax(-1).gather(2, contexts[:, 1:, None]).flatten().cpu()
-                       for contexts, _, _ in batches(this, "log-probabilities")])       # of each next token
-    device, progress = this.sae.W_dec.device, Progress("ablating", len(marked), "examples")
-    marked.sort(key=lambda m: m[2] % T)                           # tokens after the last marked one need no computing
-    for part in range(0, len(marked), 256):
-        numbers, shown, positions = (torch.tensor(column, device=device) for column in zip(*marked[part:part + 256]))
-        contexts, p = this.contexts[positions.cpu() // T].to(device), positions % T
-        x = read(this)[positions.cpu()].to(device)
-        scale = this.sae.input_scale(x)
-        f = F.relu((x * scale * this.sae.W_enc[:, numbers].t()).sum(1) + this.sae.b_enc[numbers])
-        logits = logits_at(this, contexts[:, :-1], p, f[:, None] * this.sae.W_dec[numbers] / scale)
-        after = logits.log_softmax(1).gather(1, contexts.gather(1, p[:, None] + 1))[:, 0]
-        for i, k, change in zip(numbers.tolist(), shown.tolist(), (after - plain[positions.cpu()].to(device)).tolist()):
-            _, _, at, on = features[i]["x"][k]
-            on[at][1] = short(change)
-        if progress.due():
-            progress.show(part + 256)
+            shown, rng = [], np.random.default_rng(i)
+            for label, position in examples(this, a, n_top=6, n_intervals=4, each=1, rng=rng):
+                start = position - position % T + min(max(0, position % T - 15), T - width)
+                shown.append([label, this.tokens[start:start + width].tolist(), position - start, {}])
+                windows.append((i, start, a[start:start + width], shown[-1][3]))
+            pairs = zip(("up", "down", "near"), related(this, i, a.max().item(), 8))
+            features[i] |= {key: [[j, short(value)] for j, value in pair] for key, pair in pairs}
+            features[i] |= {"m": short(a.max()), "e": short(e), "n": short(n), "h": histogram(a), "x": shown}
+
+    def log_probabilities(contexts, t, hook=None):  # of the tokens after t (b, k) in contexts (b, T + 1)
+        row = torch.arange(len(t), device=device)[:, None]
+        logits = this.gpt.lm_head(this.gpt.trunk(contexts[:, :int(t.max()) + 1], hook)[row, t])
+        return logits.log_softmax(2).gather(2, contexts[row, t + 1, None])[..., 0].cpu()
+    everywhere = torch.arange(T, device=device)
+    plain = torch.cat([log_probabilities(contexts, everywhere.expand(len(contexts), -1))
+                       for contexts in batches(this, "log-probabilities", this.contexts)]).flatten()
+    windows.sort(key=lambda window: window[1] % T)                # tokens after a window need no computing
+    for block in tracked("ablating", blocks(len(windows)), "examples"):
+        numbers, starts, acts, shown = zip(*(windows[k] for k in block))
+        at = torch.tensor(starts)[:, None] + torch.arange(width)  # (b, width)
+        ablate = clamp(this, list(numbers), 0.0)
+        after = log_probabilities(this.contexts[at[:, 0] // T].to(device), (at % T).to(device), ablate)
+        for a, change, on in zip(acts, (after - plain[at]).tolist(), shown):
+            on.update({j: [short(a[j]), short(change[j])] for j in np.flatnonzero(a).tolist()})
     texts = []
     for k in np.linspace(0, len(this.contexts) - 1, n_texts).astype(int).tolist():
         f = this.sae.encode(read(this)[k * T:(k + 1) * T].to(device)).sort(1, descending=True)

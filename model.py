@@ -373,6 +373,16 @@ class Progress:
         print(f"{self.label} {done:,}/{self.total:,} {self.unit}  {note}{'  ' if note else ''}{speed}", flush=True)
 
 
+def tracked(label, parts, unit):
+    """Yields the parts of some work, each of a length, and prints progress."""
+    progress, done = Progress(label, sum(map(len, parts)), unit), 0
+    for part in parts:
+        yield part
+        done += len(part)
+        if progress.due():
+            progress.show(done)
+
+
 def write_atomic(path, write):
     """Calls write(binary file), then moves the file into place: a reader never sees half of one."""
     with open(f"{path}.tmp", "wb") as f:

@@ -207,7 +207,7 @@ def test_clamping_replaces_one_activation_and_keeps_the_error(tmp_path, value, r
     f, directions, unit = by_hand(sae, x.double().numpy())
     assert 0 < (f[..., :5] > 0).mean() < 1
     for i in range(5):
-        hook, clamped = analyze.clamp(this, i, value), f.copy()
+        hook, clamped = analyze.clamp(this, [i], value), f.copy()
         if value is not None:
             clamped[..., i] = value
         expected = x.double().numpy() + (clamped @ directions - f @ directions) * unit
@@ -249,7 +249,7 @@ def test_search_prints_the_planted_feature_first_and_says_when_there_is_none(tmp
     assert [int(i) for i in re.findall(r"feature (\d+) ", done.stdout)] == [7, 280]
     done = script("analyze.py", "search", "xyz", f"--out_dir={tmp_path}")
     assert done.returncode == 0 and done.stderr == ""
-    assert re.fullmatch(r"no feature is active [^\n]+\n", done.stdout)
+    assert done.stdout.startswith("no feature is active there\n") and "feature 0" not in done.stdout
 
 
 # -----------------------------------------------------------------------------
@@ -400,6 +400,46 @@ def test_the_frontier_has_the_lowest_loss_among_the_runs_that_were_at_a_budget()
     np.testing.assert_allclose(np.diff(np.log(budgets)), np.log(budgets[1] / budgets[0]))
     assert list(best) == [2 if c <= 10 else 0 if c < 1000 else 1 for c in budgets]
     np.testing.assert_allclose(losses, [1 if c <= 10 else min(10 - np.log10(c), 13 - 2 * np.log10(c)) for c in budgets])
+
+
+# -----------------------------------------------------------------------------
+# the page's data
+
+@pytest.mark.parametrize("recipe, input_norm", [("scaling", "dataset"), ("towards", "token")])
+def test_the_page_tells_activations_and_the_effect_of_ablating_the_feature_on_the_whole_context(
+        tmp_path, recipe, input_norm):
+    """Every active token of every example: log-probability of the next token without the feature minus with it."""
+    tokens = np.random.default_rng(0).integers(0, V, 2000)
+    this, _ = random_run(tmp_path, "resid.0", recipe, input_norm, tokens, block_size=30)
+    analyze.write_page(this, "tiny", [], n_texts=3)
+    html = (tmp_path / "sae/scaling/features.html").read_text(encoding="utf-8")
+    data = json.loads(re.search('id="data">(.*?)</script>', html, re.S).group(1))
+    f, _ = all_by_hand(this)
+    plain = this.gpt(this.contexts[:, :-1])[0].log_softmax(2).gather(2, this.contexts[:, 1:, None])[..., 0]
+    checked = 0
+    for i, d in enumerate(data["features"]):
+        hook = analyze.clamp(this, [i], 0.0)
+        without = this.gpt(this.contexts[:, :-1], hook=hook)[0].log_softmax(2).gather(2, this.contexts[:, 1:, None])
+        change = (without[..., 0] - plain).flatten().numpy()
+        assert d["d"] == pytest.approx((f[i] > 0).mean(), rel=5e-3)
+        for _, tokens, marked, active in d.get("x", ()):
+            starts = [s for s in range(len(this.tokens)) if this.tokens[s:s + len(tokens)].tolist() == tokens
+                      and s // 30 == (s + len(tokens) - 1) // 30]
+            assert len(starts) == 1 and 0 <= marked < len(tokens) == 24 and str(marked) in active
+            window = f[i, starts[0]:starts[0] + 24]
+            assert set(active) == {str(k) for k in np.flatnonzero(window > 1e-6)}
+            for k, (activation, effect) in active.items():
+                assert activation == pytest.approx(window[int(k)], rel=6e-3)
+                assert effect == pytest.approx(change[starts[0] + int(k)], rel=6e-3, abs=2e-5)
+                checked += 1
+    assert checked > 300
+    assert [text for text, _ in data["texts"]] == [this.contexts[k, :-1].tolist() for k in (0, 32, 65)]
+    for text, ranked in data["texts"]:
+        k = this.contexts[:, :-1].tolist().index(text)
+        for t, features in enumerate(ranked):
+            expected = {i: f[i, 30 * k + t] for i in np.flatnonzero(f[:, 30 * k + t] > 1e-6)}
+            assert dict(features) == pytest.approx(expected, rel=6e-3)
+            assert [v for _, v in features] == sorted((v for _, v in features), reverse=True)
 
 
 # -----------------------------------------------------------------------------

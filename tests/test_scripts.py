@@ -233,7 +233,7 @@ def run_on(gpt, sae, site, contexts):
         sae=sae.fold().requires_grad_(False),
         site=site,
         contexts=contexts,
-        eval_contexts=contexts,
+        held_out=contexts,
         folder="unused",
         tokens=contexts[:, :-1].reshape(-1).numpy(),
         cache={},
