@@ -1030,7 +1030,7 @@ COMMANDS = {"report": report, "feature": feature, "cause": cause, "steer": steer
 
 def main():
     args = parse_args()
-    device, _, _ = setup(args)
+    device, *_ = setup(args)
     args.names = args.arguments if args.command == "compare" else [name for name in args.names.split(",") if name]
     this = load_run(args, device, args.names[0] if args.names else args.name)
     args.names = args.names or [args.name]

@@ -19,16 +19,19 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 
 import numpy as np
 import tiktoken
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -156,7 +159,7 @@ class GPT(nn.Module):
 def load_gpt(out_dir, device="cpu"):
     """-> (GPT in eval mode, tiktoken.Encoding), as train_gpt.py left them in out_dir. UserError if it did not."""
     path, hint = os.path.join(out_dir, "gpt.pt"), "run python train_gpt.py first"
-    checkpoint = load_checkpoint(path, device, ["model", "config"], hint)
+    checkpoint, data = load_checkpoint(path, device, ["model", "config"], hint), os.path.join(out_dir, "data.json")
     try:
         gpt = GPT(GPTConfig(**checkpoint["config"])).to(device)
         gpt.load_state_dict(checkpoint["model"])
@@ -165,6 +168,8 @@ def load_gpt(out_dir, device="cpu"):
     tokenizer = load_tokenizer(os.path.join(out_dir, "tokenizer.json"))
     if tokenizer.n_vocab != gpt.config.vocab_size:
         raise UserError(f"{path} has {gpt.config.vocab_size} tokens, tokenizer.json {tokenizer.n_vocab}: {hint}")
+    if "data" in checkpoint and os.path.exists(data) and load_json(data, hint).get("made_from") != checkpoint["data"]:
+        raise UserError(f"{path} was trained on other data than {out_dir} has now: run python train_gpt.py again")
     return gpt.eval().requires_grad_(False), tokenizer
 
 
@@ -201,7 +206,10 @@ def learn_bpe(texts, vocab_size):
     tokens = list(ranks)
     heap = [(-count, pair) for pair, count in pair_counts.items()]  # ties: the smaller pair of ranks, on any machine
     heapq.heapify(heap)
+    progress = Progress("merging", vocab_size, "tokens", len(tokens))
     while len(tokens) < vocab_size - 1 and heap:
+        if progress.due():
+            progress.show(len(tokens))
         count, pair = heapq.heappop(heap)
         if -count != pair_counts[pair]:
             continue  # an old count: the pair was pushed again when it changed
@@ -264,10 +272,11 @@ def save_tokenizer(path, tokenizer):
 def load_tokens(out_dir, split):
     """out_dir/train.bin or val.bin, as train_gpt.py left them -> memory-mapped token ids (n,) uint16."""
     path = os.path.join(out_dir, f"{split}.bin")
+    load_json(os.path.join(out_dir, "data.json"), "run python train_gpt.py first")  # written when both are whole
     try:
         return np.memmap(path, dtype=np.uint16, mode="r")
     except (FileNotFoundError, ValueError):
-        raise UserError(f"{path} is missing or empty: run python train_gpt.py first")
+        raise UserError(f"{path} is missing or empty: run python train_gpt.py again")
 
 
 def load_tokenizer(path):
@@ -298,8 +307,11 @@ def run(main):
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:  # no space, no permission: the file's name and the system's reason say it all
-        print(f"error: {error.filename or 'file'}: {error.strerror or error}", file=sys.stderr)
+        print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt as stop:
+        print(stop.args[0] if stop.args else "interrupted: run the same command again", file=sys.stderr)
+        sys.exit(130)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -338,9 +350,16 @@ def not_negative(text):
 
 
 def setup(args):
-    """Common flags -> (device, autocast context manager, whether to compile). Seeds torch, makes `out_dir`."""
+    """
+    Common flags -> device, autocast context manager, whether to compile, rank and number of ranks (0 and 1 but under
+    torchrun, whose process group it joins). Seeds torch, makes `out_dir`.
+    """
+    name, ranks = args.device, int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1
+    rank = int(os.environ["RANK"]) if ranks > 1 else 0
+    if name == "auto":
+        name = ("cuda:" + os.environ.get("LOCAL_RANK", "0")) if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+        device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device={args.device} is not to be had here: {str(error).splitlines()[0]}")
@@ -353,13 +372,28 @@ def setup(args):
     torch.set_float32_matmul_precision("high")  # TF32 on cuda; float32 on the CPU is not affected
     half = args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda")
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=half)
-    return device, autocast, args.compile == "yes" or (args.compile == "auto" and device.type == "cuda")
+    compiled = args.compile == "yes" or (args.compile == "auto" and device.type == "cuda")
+    if ranks > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
+        if rank:
+            sys.stdout = open(os.devnull, "w")  # one voice
+    return device, autocast, compiled, rank, ranks
+
+
+@contextmanager
+def rank_0_first(ranks):
+    """with rank_0_first(ranks): the others do it when rank 0 has, and find its files."""
+    if ranks > 1 and dist.get_rank():
+        dist.barrier()
+    yield
+    if ranks > 1 and not dist.get_rank():
+        dist.barrier()
 
 
 class Progress:
     """Every few seconds, when due(), show(done, note) prints one line: done of total, the note, rate, time left."""
-    def __init__(self, label, total, unit, every=5.0):
-        self.label, self.total, self.unit, self.every = label, total, unit, every
+    def __init__(self, label, total, unit, done=0, every=5.0):
+        self.label, self.total, self.unit, self.first, self.every = label, total, unit, done, every
         self.start = self.last = time.time()
 
     def due(self):
@@ -367,7 +401,7 @@ class Progress:
 
     def show(self, done, note=""):
         self.last = time.time()
-        rate = done / max(self.last - self.start, 1e-9)
+        rate = (done - self.first) / max(self.last - self.start, 1e-9)
         left = int((self.total - done) / rate) if rate else 0
         speed = f"{rate:,.{0 if rate >= 10 else 1}f} {self.unit}/s  {left // 60}m{left % 60:02}s left" if rate else ""
         print(f"{self.label} {done:,}/{self.total:,} {self.unit}  {note}{'  ' if note else ''}{speed}", flush=True)
@@ -385,9 +419,15 @@ def tracked(label, parts, unit):
 
 def write_atomic(path, write):
     """Calls write(binary file), then moves the file into place: a reader never sees half of one."""
-    with open(f"{path}.tmp", "wb") as f:
-        write(f)
-    os.replace(f"{path}.tmp", path)
+    try:
+        with open(f"{path}.tmp", "wb") as f:
+            write(f)
+        os.replace(f"{path}.tmp", path)
+    except (OSError, RuntimeError) as error:  # torch says RuntimeError when the disk is full
+        if os.path.lexists(f"{path}.tmp"):
+            os.remove(f"{path}.tmp")
+        reason = getattr(error, "strerror", None) or "is the disk full?"
+        raise UserError(f"cannot write {path} ({reason}): make room and run again; what was there before is unharmed")
 
 
 def save_json(path, obj):
@@ -408,6 +448,10 @@ def load_json(path, hint):
     return obj
 
 
+def save_jsonl(path, rows):
+    write_atomic(path, lambda f: f.writelines(json.dumps(row).encode() + b"\n" for row in rows))
+
+
 def save_checkpoint(path, **contents):
     write_atomic(path, lambda f: torch.save(contents, f))
 
@@ -423,6 +467,65 @@ def load_checkpoint(path, device, keys, hint):
     if not isinstance(checkpoint, dict) or not set(keys) <= set(checkpoint):
         raise UserError(f"{path} is damaged or not a checkpoint of this project: {hint}")
     return checkpoint
+
+
+def resumable(path, args, device):
+    """
+    The checkpoint from which --resume goes on, None where there is none yet. UserError when a flag differs that would
+    make the result another than the uninterrupted run's; leaves the script when the run is finished.
+    """
+    if not (args.resume and os.path.exists(path)):
+        return None
+    hint = "run without --resume to start anew"
+    checkpoint = load_checkpoint(path, device, ["args", "step", "log", "optimizer"], hint)
+    step, was = checkpoint["step"], checkpoint["args"]
+    for key in vars(args).keys() - {"resume", "out_dir", "device", "compile", "save_interval", "max_iters"}:
+        if was.get(key) != getattr(args, key):
+            raise UserError(f"--{key}={getattr(args, key)}, but {path} was trained with {was.get(key)}: {hint}")
+    if args.max_iters < was["max_iters"]:
+        raise UserError(f"--max_iters={args.max_iters}, but {path} was started for {was['max_iters']}: {hint}")
+    if args.max_iters > was["max_iters"]:
+        print(f"--max_iters={args.max_iters} instead of {was['max_iters']}: from here on the schedules are the longer run's")
+    if step == args.max_iters:
+        print(f"{path} is finished: all {step:,} steps are done")
+        sys.exit()
+    print(f"going on from {path}, step {step:,}")
+    return checkpoint
+
+
+def restore(path, checkpoint, module, weights, optimizer):
+    try:
+        module.load_state_dict(weights)
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    except (KeyError, RuntimeError, TypeError, ValueError):
+        raise UserError(f"{path} is damaged: run without --resume to start anew")
+
+
+def steps(start, stop):
+    """Yields start .. stop - 1, but no more after Ctrl-C or SIGTERM: the caller saves. A second one stops at once."""
+    came = []
+
+    def note(number, frame):
+        came.append(number)
+        for which, handler in before.items():
+            signal.signal(which, handler)
+    before = {which: signal.signal(which, note) for which in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for step in range(start, stop):
+            yield step
+            if came:
+                return
+    finally:
+        for which, handler in before.items():
+            signal.signal(which, handler)
+
+
+def check_finite(loss, module, step, optimizer, path):
+    """UserError when the loss or a weight is NaN or infinite: before a checkpoint would be written with it."""
+    if not (math.isfinite(loss) and all(p.isfinite().all() for p in module.parameters())):
+        good = f"{path} is the last good checkpoint" if os.path.exists(path) else "there is no checkpoint yet"
+        raise UserError(f"the loss is {loss} or a weight infinite at step {step:,}, learning rate "
+                        f"{optimizer.param_groups[0]['lr']:.2g}: lower --learning_rate; {good}")
 
 
 BLUE, RED = "#2a6f97", "#d1495b"
@@ -441,5 +544,5 @@ def figure(path, panels=1, width=6.0, height=3.6):
         ax.spines[["top", "right"]].set_visible(False)
         if ax.get_legend_handles_labels()[1]:
             ax.legend(frameon=False, fontsize="small")
-    fig.savefig(path, dpi=120)
+    write_atomic(path, lambda f: fig.savefig(f, format="png", dpi=120))
     plt.close(fig)

@@ -34,6 +34,7 @@ from model import UserError, load_checkpoint, save_checkpoint
 warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
 
 RECIPES = ("scaling", "towards", "tied")
+SHARD_ROWS = 2**17  # rows of activations that are made, shuffled and written at a time
 
 
 class SparseStep(torch.autograd.Function):
@@ -137,9 +138,9 @@ class SparseAutoencoder(nn.Module):
         """f (..., n_features) -> x_hat (..., d_in) in raw units. scale: input_scale(x), only for input_norm="token"."""
         return (f @ self.W_dec + self.b_dec) / (self.scale if scale is None else scale)
 
-    def forward(self, x):
-        """(..., d_in) raw activations -> their reconstruction."""
-        return self.decode(self.encode(x), self.input_scale(x))
+    def forward(self, x, l1_coeff=None):
+        """(..., d_in) raw activations -> their reconstruction; with l1_coeff their loss, for engines that wrap forward."""
+        return self.decode(self.encode(x), self.input_scale(x)) if l1_coeff is None else self.loss(x, l1_coeff)
 
     def loss(self, x, l1_coeff, sparse=None):
         """
@@ -343,6 +344,31 @@ class ActivationStore:
         parts = [self.read(i, np.sort(rng.choice(self.sizes[i], count, replace=False)))
                  for i, count in enumerate(counts) if count]
         return torch.from_numpy(np.concatenate(parts))
+
+
+class ActivationStream:
+    """
+    Activations that are made when they are needed and never written: ActivationStore's batch and sample without an end.
+    make(n, key) -> (n, width), decided by key; batch takes them by shards of SHARD_ROWS, of which one is kept.
+    """
+    def __init__(self, make, width, seed):
+        self.make, self.width, self.seed, self.rows = make, width, seed, math.inf
+        self.loaded = None, None
+
+    def batch(self, position, n):
+        parts = []
+        while n > 0:
+            number, offset = divmod(position, SHARD_ROWS)
+            if self.loaded[0] != number:
+                self.loaded = None, None
+                self.loaded = number, self.make(SHARD_ROWS, (self.seed, number))
+            parts.append(self.loaded[1][offset:offset + n])
+            position += len(parts[-1])
+            n -= len(parts[-1])
+        return torch.cat(parts).float()
+
+    def sample(self, n, seed):
+        return self.make(n, seed)
 
 
 def open_npy(path):

@@ -5,18 +5,21 @@ Text -> tokens -> a small trained transformer.
     python train_gpt.py --dataset=shakespeare --max_iters=500    # a public text by name
     python train_gpt.py --dataset=my_folder,more.txt.xz          # your own text
     python train_gpt.py --tokenizer=gpt2 --block_size=256 --batch_size=64 --max_iters=20000    # with a GPU
+    python train_gpt.py --resume                                 # go on after a kill or Ctrl-C
+    torchrun --nproc_per_node=2 train_gpt.py --batch_size=16     # on two GPUs or two CPUs, 16 contexts each
 
 Writes to out_dir: tokenizer.json, train.bin and val.bin (uint16 token ids), gpt.pt, gpt.jsonl, gpt_loss.png.
 """
 import gzip
 import hashlib
-import json
 import lzma
-import math
 import os
 import random
+import re
+import socket
 import sysconfig
 import urllib.request
+from contextlib import nullcontext
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,9 +27,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from model import (BLUE, END_OF_TEXT, GPT, RED, GPTConfig, Progress, UserError, bpe_tokenizer, figure, gpt2_tokenizer,
-                   learn_bpe, load_json, load_tokenizer, load_tokens, make_parser, not_negative, positive, run,
-                   save_checkpoint, save_json, save_tokenizer, setup)
+from torch.nn.parallel import DistributedDataParallel
+
+from model import (BLUE, END_OF_TEXT, GPT, RED, GPTConfig, Progress, UserError, bpe_tokenizer, check_finite, figure,
+                   gpt2_tokenizer, learn_bpe, load_json, load_tokenizer, load_tokens, make_parser, not_negative,
+                   positive, rank_0_first, restore, resumable, run, save_checkpoint, save_json, save_jsonl,
+                   save_tokenizer, setup, steps)
 
 URLS = {
     "shakespeare": "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
@@ -57,6 +63,7 @@ def parse_args():
     group.add_argument("--eval_interval", type=positive, default=100, help="steps between measurements of both losses")
     group.add_argument("--eval_iters", type=positive, default=20, help="batches a measurement")
     group.add_argument("--save_interval", type=positive, default=500, help="steps between checkpoints")
+    group.add_argument("--resume", action="store_true", help="go on from the last checkpoint, if there is one")
     return parser.parse_args()
 
 
@@ -64,30 +71,24 @@ def parse_args():
 # data: files -> documents -> tokens
 
 def download(url, folder):
-    """URL -> path of a complete file in `folder`; an interrupted download goes on where it stopped."""
-    name = hashlib.sha256(url.encode()).hexdigest()[:8] + "-" + (url.rstrip("/").split("/")[-1].split("?")[0] or "text")
-    path, part = os.path.join(folder, name), os.path.join(folder, name + ".part")
+    """URL -> path of a complete file in `folder`, as long as the server says it is."""
+    name = re.sub(r"[^\w.-]", "_", url.rstrip("/").split("/")[-1].split("?")[0])
+    path = os.path.join(folder, hashlib.sha256(url.encode()).hexdigest()[:8] + "-" + name)
     if os.path.exists(path):
         return path
     os.makedirs(folder, exist_ok=True)
-    have = os.path.getsize(part) if os.path.exists(part) else 0
+    progress = Progress(f"downloading {url}", 0, "bytes")
+
+    def show(blocks, block_size, total):
+        progress.total = total
+        if progress.due():
+            progress.show(blocks * block_size)
+    socket.setdefaulttimeout(60)  # seconds of silence
     try:
-        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-        with urllib.request.urlopen(request, timeout=60) as response:
-            if response.status != 206:  # the server sends all of it again
-                have = 0
-            total = have + int(response.headers.get("Content-Length") or 0)
-            progress = Progress(f"downloading {url}", total, "bytes")
-            with open(part, "ab" if have else "wb") as f:
-                while block := response.read(1 << 20):
-                    f.write(block)
-                    if progress.due():
-                        progress.show(f.tell())
-        if total > have and os.path.getsize(part) != total:
-            raise OSError("the connection broke off")
-    except (OSError, ValueError) as error:  # URLError and timeouts are OSErrors
-        raise UserError(f"{url} cannot be downloaded ({error}): run again to go on, or give a file as --dataset")
-    os.replace(part, path)
+        urllib.request.urlretrieve(url, path + ".part", show)  # raises an error when it came to less than announced
+    except (OSError, ValueError) as error:
+        raise UserError(f"{url} cannot be downloaded ({error}): run again, or give a file as --dataset")
+    os.replace(path + ".part", path)
     return path
 
 
@@ -115,24 +116,26 @@ def source_files(dataset, out_dir):
 
 
 def read_documents(path):
-    """Yields the documents of one file as bytes, streamed: memory stays at one document's size."""
-    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
-    lines = []
-    with opener(path, "rb") as f:
+    """Yields the documents of one file as bytes, and how much of the file was read: memory stays at one document's."""
+    opener, lines = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, nullcontext), []
+    with open(path, "rb") as raw, opener(raw) as f:
         for line in f:
             if line.rstrip(b"\r\n") == END_OF_TEXT.encode():
-                yield b"".join(lines)
+                yield b"".join(lines), raw.tell()
                 lines = []
             else:
                 lines.append(line)
-    yield b"".join(lines)
+        yield b"".join(lines), raw.tell()
 
 
-def documents(paths, skipped):
-    """Yields every document of every file as str; what is not UTF-8 text is left out and named in `skipped`."""
+def documents(paths, label, skipped):
+    """Yields every document of every file as str, with progress; what is no UTF-8 text is left out, and is `skipped`."""
+    progress, before = Progress(label, sum(p.stat().st_size for p in paths), "bytes"), 0
     for path in paths:
         try:
-            for n, document in enumerate(read_documents(path)):
+            for n, (document, position) in enumerate(read_documents(path)):
+                if progress.due():
+                    progress.show(before + position)
                 try:
                     text = document.decode()
                     if "\0" in text:
@@ -144,70 +147,78 @@ def documents(paths, skipped):
                     yield text
         except (OSError, EOFError, lzma.LZMAError) as error:
             raise UserError(f"{path} cannot be read: {error}")
+        before += path.stat().st_size
 
 
-def prepare(args):
+def write_tokens(texts, tokenizer, train_path, val_path):
     """
-    Tokenizes the data set into out_dir/train.bin and val.bin, unless they are there already, from the same files.
-    Every 20th piece of 4,096 tokens at most (a document or a part of one) is held out; of a small data set its end.
-    -> tiktoken.Encoding
+    Tokenizes texts into two files of uint16. Every 20th piece of 4,096 tokens at most (a document or a part of one) is
+    held out; of a small data set its end. -> number of bytes of the texts
     """
-    paths = source_files(args.dataset, args.out_dir)
-    described = {"tokenizer": args.tokenizer, "vocab_size": args.vocab_size, "files": hashlib.sha256(
-        repr([(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]).encode()).hexdigest()}
-    file = {name: os.path.join(args.out_dir, name) for name in ("tokenizer.json", "train.bin", "val.bin", "data.json")}
-    if all(map(os.path.exists, file.values())) and load_json(file["data.json"], "delete it")["made_from"] == described:
-        print(f"data: {file['train.bin']} and val.bin are there, made from the same files")
-        return load_tokenizer(file["tokenizer.json"])
-    if os.path.exists(file["data.json"]):
-        os.remove(file["data.json"])  # from here on the four files do not belong together
-
-    size = sum(p.stat().st_size for p in paths)
-    skipped = set()
-
-    def texts(label):  # all documents, with progress
-        progress, done = Progress(label, size, "bytes"), 0
-        for text in documents(paths, skipped):
-            yield text
-            done += len(text)
-            if progress.due():
-                progress.show(min(done, size))
-
-    print(f"data: {len(paths):,} files, {size / 1e6:.1f} MB")
-    if args.tokenizer == "gpt2":
-        tokenizer = gpt2_tokenizer()
-    else:
-        if not 257 <= args.vocab_size <= 65536:
-            raise UserError(f"--vocab_size must be 257 to 65,536 (bytes, {END_OF_TEXT}, merges), not {args.vocab_size}")
-        tokenizer = bpe_tokenizer(learn_bpe(texts("counting words"), args.vocab_size))
-    with open(file["train.bin"], "wb") as train, open(file["val.bin"], "wb") as val:
-        pieces = 0
-        for text in texts("tokenizing"):
+    n_bytes = pieces = 0
+    with open(train_path, "wb") as train, open(val_path, "wb") as val:
+        for text in texts:
+            n_bytes += len(text.encode())
             ids = np.array(tokenizer.encode_ordinary(text) + [tokenizer.eot_token], dtype=np.uint16)
             for start in range(0, len(ids), 4096):
                 (val if pieces % 20 == 19 else train).write(ids[start:start + 4096].tobytes())
                 pieces += 1
     if pieces < 20:  # too few to leave one out: the last tenth is held out
-        ids = np.fromfile(file["train.bin"], dtype=np.uint16)
+        ids = np.fromfile(train_path, dtype=np.uint16)
         cut = len(ids) - len(ids) // 10
-        ids[cut:].tofile(file["val.bin"])
-        ids[:cut].tofile(file["train.bin"])
-    counts = {name: os.path.getsize(file[f"{name}.bin"]) // 2 for name in ("train", "val")}
-    if skipped:
-        print(f"data: skipped {len(skipped):,} documents that are not UTF-8 text")
-    if min(counts.values()) <= args.block_size:
-        raise UserError(f"data set {args.dataset} has {counts['train']:,} tokens for training and {counts['val']:,} "
-                        f"held out: both must be more than --block_size={args.block_size}")
+        ids[cut:].tofile(val_path)
+        ids[:cut].tofile(train_path)
+    return n_bytes
+
+
+def prepare(args):
+    """
+    The data set as out_dir/train.bin and val.bin, unless they are there already, made from the same files -> tokenizer
+    (tiktoken.Encoding), what all was made from. data.json tells the latter; it is written last: without it, nothing is
+    whole.
+    """
+    paths, skipped = source_files(args.dataset, args.out_dir), set()
+    made_from = {"tokenizer": args.tokenizer, "vocab_size": args.vocab_size, "files": hashlib.sha256(
+        repr([(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]).encode()).hexdigest()}
+    file = {name: os.path.join(args.out_dir, name) for name in ("tokenizer.json", "train.bin", "val.bin", "data.json")}
+    if all(map(os.path.exists, file.values())) and load_json(file["data.json"], "delete it").get("made_from") == made_from:
+        print(f"data: {file['train.bin']} and val.bin are there, made from the same files")
+        return load_tokenizer(file["tokenizer.json"]), made_from
+
+    print(f"data: {len(paths):,} files, {sum(p.stat().st_size for p in paths) / 1e6:.1f} MB")
+    if args.tokenizer == "gpt2":
+        tokenizer = gpt2_tokenizer()
+    else:
+        if not 257 <= args.vocab_size <= 65536:
+            raise UserError(f"--vocab_size must be 257 to 65,536 (bytes, {END_OF_TEXT}, merges), not {args.vocab_size}")
+        tokenizer = bpe_tokenizer(learn_bpe(documents(paths, "counting words", skipped), args.vocab_size))
+    part = {split: file[f"{split}.bin"] + ".part" for split in ("train", "val")}
+    try:
+        n_bytes = write_tokens(documents(paths, "tokenizing", skipped), tokenizer, part["train"], part["val"])
+        counts = {split: os.path.getsize(path) // 2 for split, path in part.items()}
+        if skipped:
+            print(f"data: skipped {len(skipped):,} documents that are not UTF-8 text")
+        if min(counts.values()) <= args.block_size:
+            raise UserError(f"data set {args.dataset} has {counts['train']:,} tokens for training and {counts['val']:,} "
+                            f"held out: both must be more than --block_size={args.block_size}")
+        if os.path.exists(file["data.json"]):
+            os.remove(file["data.json"])
+        for split, path in part.items():
+            os.replace(path, file[f"{split}.bin"])
+    finally:
+        for path in filter(os.path.exists, part.values()):
+            os.remove(path)
     save_tokenizer(file["tokenizer.json"], tokenizer)
-    save_json(file["data.json"], {"made_from": described, "dataset": args.dataset, **counts})
+    save_json(file["data.json"], {"made_from": made_from, "dataset": args.dataset, **counts})
     print(f"data: {counts['train']:,} tokens for training, {counts['val']:,} held out, "
-          f"{size / sum(counts.values()):.2f} bytes a token, vocabulary {tokenizer.n_vocab:,}")
-    return tokenizer
+          f"{n_bytes / sum(counts.values()):.2f} bytes a token, vocabulary {tokenizer.n_vocab:,}")
+    return tokenizer, made_from
 
 
-def get_batch(tokens, args, seed):
-    """Random contexts of a token file -> inputs, targets (batch_size, block_size). The seed decides all of it."""
-    starts = np.random.default_rng(seed).integers(0, len(tokens) - args.block_size, args.batch_size)
+def get_batch(tokens, args, seed, rank=0, ranks=1):
+    """Random contexts of a token file -> inputs, targets (batch_size, block_size): this rank's share. Seed decides all."""
+    starts = np.random.default_rng(seed).integers(0, len(tokens) - args.block_size, args.batch_size * ranks)
+    starts = starts[rank * args.batch_size:(rank + 1) * args.batch_size]
     rows = torch.from_numpy(np.stack([tokens[s:s + args.block_size + 1] for s in starts]).astype(np.int64))
     return rows[:, :-1], rows[:, 1:]
 
@@ -232,61 +243,80 @@ def make_optimizer(gpt, peak):
 
 def main():
     args = parse_args()
-    device, autocast, compiled = setup(args)
+    device, autocast, compiled, rank, ranks = setup(args)
+    path = os.path.join(args.out_dir, "gpt.pt")
+    checkpoint = resumable(path, args, device)
     config = GPTConfig(args.block_size, 257, args.n_layer, args.n_head, args.n_embd)  # refuses bad sizes at once
-    tokenizer = prepare(args)
+    with rank_0_first(ranks):
+        tokenizer, made_from = prepare(args)
     config.vocab_size = tokenizer.n_vocab
     data = {split: load_tokens(args.out_dir, split) for split in ("train", "val")}
 
     gpt = GPT(config).to(device)
-    optimizer = make_optimizer(gpt, args.learning_rate)
+    optimizer, first, log = make_optimizer(gpt, args.learning_rate), 0, []
+    if checkpoint:
+        if checkpoint["data"] != made_from:
+            raise UserError(f"{path} was trained on other files than --dataset={args.dataset}: run without --resume")
+        restore(path, checkpoint, gpt, checkpoint["model"], optimizer)
+        first, log = checkpoint["step"], checkpoint["log"]
     loss_of = torch.compile(gpt) if compiled else gpt
+    if ranks > 1:
+        loss_of = DistributedDataParallel(loss_of)
     print(f"gpt: {sum(p.numel() for p in gpt.parameters()):,} parameters, on {device}")
+    tokens_a_step = ranks * args.batch_size * args.block_size
+    progress = Progress("training", args.max_iters * tokens_a_step, "tokens", first * tokens_a_step)
 
-    def loss_on(name, seed):
-        x, y = get_batch(data[name], args, seed)
+    def loss_on(name, *share):
+        x, y = get_batch(data[name], args, *share)
         with autocast:
             return loss_of(x.to(device), y.to(device))[1]
 
     @torch.no_grad()
-    def measure(name):  # the same batches each time, so that two measurements differ by the model alone
-        return sum(loss_on(name, (args.seed, 1, i)).item() for i in range(args.eval_iters)) / args.eval_iters
+    def measure(step):  # on the same batches each time, so that two measurements differ by the model alone
+        train, val = (sum(loss_on(name, (args.seed, 1, i)).item() for i in range(args.eval_iters)) / args.eval_iters
+                      for name in ("train", "val"))
+        check_finite(train, gpt, step, optimizer, path)
+        log.append({"step": step, "tokens": step * tokens_a_step, "train": train, "val": val})
+        progress.show(step * tokens_a_step, f"step {step:,}  train loss {train:.3f}  val loss {val:.3f}")
 
-    log = []
-    progress = Progress("training", args.max_iters * args.batch_size * args.block_size, "tokens")
-    for step in range(args.max_iters + 1):
-        tokens = step * args.batch_size * args.block_size
-        last = step == args.max_iters
-        if step % args.eval_interval == 0 or last:
-            log.append({"step": step, "tokens": tokens, "train": measure("train"), "val": measure("val")})
-            progress.show(tokens, f"step {step:,}  train loss {log[-1]['train']:.3f}  val loss {log[-1]['val']:.3f}")
-            if not math.isfinite(log[-1]["train"]):
-                raise UserError(f"the loss is {log[-1]['train']} at step {step}: try a lower --learning_rate")
-        if step and step % args.save_interval == 0 or last:
-            save_checkpoint(os.path.join(args.out_dir, "gpt.pt"), model=gpt.state_dict(), config=asdict(config),
-                            optimizer=optimizer.state_dict(), step=step, log=log, args=vars(args))
-        if last:
-            break
+    def save(step):
+        if rank == 0:
+            save_jsonl(os.path.join(args.out_dir, "gpt.jsonl"), log)
+            save_checkpoint(path, model=gpt.state_dict(), config=asdict(config), optimizer=optimizer.state_dict(),
+                            step=step, log=log, args=vars(args), data=made_from)
+
+    done = first
+    for step in steps(first, args.max_iters):
+        if step % args.eval_interval == 0:
+            measure(step)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.max_iters, args.learning_rate)
-        loss = loss_on("train", (args.seed, 0, step))  # a batch is a function of (seed, step): nothing to remember
+        loss = loss_on("train", (args.seed, 0, step), rank, ranks)  # a function of (seed, step): nothing to remember
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
         optimizer.step()
+        done = step + 1
         if progress.due():
-            progress.show(tokens, f"step {step:,}  loss {loss.item():.3f}")
+            progress.show(done * tokens_a_step, f"step {done:,}  loss {loss.item():.3f}")
+        if done % args.save_interval == 0 and done < args.max_iters:
+            check_finite(loss.item(), gpt, done, optimizer, path)
+            save(done)
+    if done < args.max_iters:
+        check_finite(loss.item(), gpt, done, optimizer, path)
+        save(done)
+        raise KeyboardInterrupt(f"interrupted at step {done:,}, which is saved: go on with the same command and --resume")
 
-    with open(os.path.join(args.out_dir, "gpt.jsonl"), "w") as f:
-        f.writelines(json.dumps(row) + "\n" for row in log)
+    measure(done)
     with figure(os.path.join(args.out_dir, "gpt_loss.png")) as ax:
         for name, colour in (("train", BLUE), ("val", RED)):
             ax.plot([row["step"] for row in log], [row[name] for row in log], color=colour, label=name)
         ax.set(xlabel="step", ylabel="loss (nats a token)", title=f"language model: {log[-1]['val']:.3f} held out")
+    save(done)  # the last thing written: a finished run has everything
     start = torch.from_numpy(data["val"][None, :args.block_size // 4].astype(np.int64)).to(device)
     text = tokenizer.decode(gpt.eval().generate(start, 200)[0].tolist())
     print(f"\nsample, continued from {start.shape[1]} held-out tokens:\n{'-' * 80}\n{text}\n{'-' * 80}")
-    print(f"val loss {log[-1]['val']:.3f}; wrote {os.path.join(args.out_dir, 'gpt.pt')}; next: python train_sae.py")
+    print(f"val loss {log[-1]['val']:.3f}; wrote {path}; next: python train_sae.py")
 
 
 if __name__ == "__main__":

@@ -6,24 +6,30 @@ GPT -> activations in .npy -> a sparse autoencoder.
     python train_sae.py --site=resid --l1_coeff=2
     python train_sae.py --acts='my/*.npy' --n_features=8192       # your own activations: no GPT needed
     python train_sae.py --acts=toy --n_features=512 --l1_coeff=3  # made from known directions: does it find them?
+    python train_sae.py --stream --max_iters=100000               # activations made as they are needed, none on disk
+    python train_sae.py --resume                                  # go on after a kill or Ctrl-C
+    torchrun --nproc_per_node=2 train_sae.py --batch_size=1024    # on two GPUs or two CPUs, 1,024 rows each
 
 Reads out_dir/gpt.pt and train.bin. Writes out_dir/acts/<site>.<layer>/*.npy (float16 rows, shuffled; reused while they
 match) and out_dir/sae/<name>/: sae.pt, log.jsonl.
 """
 import glob
-import json
 import math
 import os
+import re
 import shutil
+from functools import partial
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
-from model import (Progress, UserError, load_gpt, load_json, load_tokens, make_parser, not_negative, positive, run,
-                   save_json, setup, write_atomic)
-from sae import (RECIPES, ActivationStore, SparseAutoencoder, l1_at, lr_at, resample_schedule, save_sae)
-
-SHARD_ROWS = 2**17  # rows of one .npy file; one of them is all that a dump ever holds in memory
+from model import (Progress, UserError, check_finite, load_gpt, load_json, load_tokens, make_parser, not_negative,
+                   positive, rank_0_first, restore, resumable, run, save_json, save_jsonl, setup, steps,
+                   write_atomic)
+from sae import (RECIPES, SHARD_ROWS, ActivationStore, ActivationStream, SparseAutoencoder, l1_at, lr_at,
+                 resample_schedule, save_sae)
 
 
 def parse_args():
@@ -37,6 +43,7 @@ def parse_args():
     group.add_argument("--acts", default="gpt",
                        help="gpt: dump them from out_dir/gpt.pt; toy: made from known directions; or a pattern of your "
                        "own .npy files, quoted (their last twentieth is held out)")
+    group.add_argument("--stream", action="store_true", help="make them when they are needed, write none to disk")
     group.add_argument("--input_norm", default="dataset", choices=["dataset", "token", "none"],
                        help="what brings ||x||^2 to the width: one scalar for all, each vector's own norm, nothing")
     group = parser.add_argument_group("autoencoder")
@@ -58,6 +65,7 @@ def parse_args():
                        "fewer than 200,000 steps)")
     group.add_argument("--log_interval", type=positive, default=50, help="steps between lines of log.jsonl")
     group.add_argument("--save_interval", type=positive, default=500, help="steps between checkpoints")
+    group.add_argument("--resume", action="store_true", help="go on from the last checkpoint, if there is one")
     return parser.parse_args()
 
 
@@ -65,113 +73,102 @@ def parse_args():
 # activations
 
 @torch.no_grad()
-def gpt_rows(gpt, tokens, site, rng, device):
+def gpt_rows(gpt, tokens, site, n, key, device):
     """
-    Endless generator of activations (rows, width): 250 of every 256 tokens of random contexts, picked at random
-    (Towards Monosemanticity, appendix on the data set). rng: numpy Generator, decides contexts and tokens.
+    n activations at a site (n, width) float16 in random order: 250 of every 256 tokens of random contexts, picked at
+    random (Towards Monosemanticity, appendix on the data set). key (integers) decides contexts, tokens and order.
     """
-    T, n_contexts = gpt.config.block_size, max(1, 8192 // gpt.config.block_size)
-    kept = {}
+    T, rng, kept = gpt.config.block_size, np.random.default_rng(key), {}
+    n_contexts, n_kept = max(1, 8192 // T), math.ceil(T * 250 / 256)
+    rows = torch.empty(n, gpt.site_width(site), dtype=torch.float16, device=device)
+    places = torch.from_numpy(rng.permutation(n)).to(device)
+    for start in range(0, n, n_contexts * n_kept):
+        starts = rng.integers(0, len(tokens) - T + 1, (n_contexts, 1))
+        idx = torch.from_numpy(tokens[starts + np.arange(T)].astype(np.int64))       # (n_contexts, T)
+        gpt.trunk(idx.to(device), lambda name, x: kept.update({name: x}))
+        pick = rng.permuted(np.tile(np.arange(T), (n_contexts, 1)), axis=1)[:, :n_kept]
+        x = kept[site][np.arange(n_contexts)[:, None], pick].flatten(0, 1)[:n - start]
+        rows[places[start:start + len(x)]] = x.half()
+    if not rows.isfinite().all():
+        raise UserError(f"activations of {site} are NaN or beyond float16 (65,504): train another model")
+    return rows
 
-    def hook(name, x):
-        if name == site:
-            kept["x"] = x
-    while True:
-        starts = rng.integers(0, len(tokens) - T + 1, n_contexts)
-        idx = torch.from_numpy(np.stack([tokens[s:s + T] for s in starts]).astype(np.int64))  # (n_contexts, T)
-        gpt.trunk(idx.to(device), hook)
-        pick = rng.permuted(np.tile(np.arange(T), (n_contexts, 1)), axis=1)[:, :math.ceil(T * 250 / 256)]
-        yield kept["x"][np.arange(n_contexts)[:, None], pick].flatten(0, 1)
 
-
-def toy_rows(directions, rng, n_active=3.0):
+def toy_rows(directions, n, key, n_active=3.0):
     """
-    Endless generator of toy activations with known truth (rows, width): feature i is on with a probability that falls
-    by e^2 from the first to the last, n_active of them on average, each with a strength uniform in (0, 1).
+    n toy activations with known truth (n, width) float16: direction i is on with a probability that falls by e^2 from
+    the first to the last, n_active of them on average, each with a strength uniform in (0, 1).
     """
-    odds = np.exp(-2 * np.arange(len(directions)) / (len(directions) - 1))
-    odds *= n_active / odds.sum()
-    while True:
-        on = rng.random((8192, len(directions)), dtype=np.float32) < odds
-        yield torch.from_numpy((on * rng.random(on.shape, dtype=np.float32)) @ directions)
+    rng, odds = np.random.default_rng(key), np.exp(-2 * np.arange(len(directions)) / (len(directions) - 1))
+    on = rng.random((n, len(directions)), dtype=np.float32) < odds * n_active / odds.sum()
+    return torch.from_numpy((on * rng.random(on.shape, dtype=np.float32)) @ directions).half()
 
 
-def write_shards(folder, split, rows_of, n_rows, width, rng):
-    """n_rows rows of a generator -> folder/<split>-NNN.npy, float16, shuffled; one shard is in memory at a time."""
-    progress = Progress(f"writing {folder}/{split}", n_rows, "rows")
-    left, done = torch.empty(0, width), 0
-    for number in range(math.ceil(n_rows / SHARD_ROWS)):
-        shard = np.empty((min(SHARD_ROWS, n_rows - done), width), dtype=np.float16)
-        places = rng.permutation(len(shard))  # where the next rows go: shuffles the shard as it fills
-        filled = 0
-        while filled < len(shard):
-            rows = left if len(left) else next(rows_of)
-            rows, left = rows[:len(shard) - filled], rows[len(shard) - filled:]
-            half = rows.half().cpu().numpy()
-            if not np.isfinite(half).all():
-                site = os.path.basename(folder)
-                raise UserError(f"activations of {site} are NaN or beyond float16 (65,504): train another model")
-            shard[places[filled:filled + len(half)]] = half
-            filled += len(half)
-            if progress.due():
-                progress.show(done + filled)
-        write_atomic(os.path.join(folder, f"{split}-{number:03d}.npy"), lambda f: np.save(f, shard))
-        done += len(shard)
-
-
-def dump(folder, meta, train_rows, val_rows, n_acts, seed):
+def dump(folder, meta, make, n_acts):
     """
-    Fills folder with train-NNN.npy, val-NNN.npy and, once they are complete, meta.json. A folder whose meta.json says
-    the same is left as it is. meta: what the rows depend on, a dict with "width" among others.
+    Fills folder with train-NNN.npy and val-NNN.npy, shards of make(split, n, key), and leaves those that are there and
+    go with meta (what the rows depend on, with "width" and "seed") as they are. meta.json says whether all are there.
+    -> paths of the training and of the held-out shards
     """
     n_val = max(1024, min(SHARD_ROWS, n_acts // 20))
-    meta = meta | {"rows": n_acts, "val_rows": n_val, "seed": seed}
-    path = os.path.join(folder, "meta.json")
-    if os.path.exists(path) and load_json(path, f"delete {folder}") == meta:
-        print(f"activations: {folder} is there, {n_acts:,} rows")
-        return
+    meta, path = meta | {"rows": n_acts, "val_rows": n_val}, os.path.join(folder, "meta.json")
+    shards = {os.path.join(folder, f"{split}-{start // SHARD_ROWS:03d}.npy"): (split, min(SHARD_ROWS, n - start), start)
+              for split, n in (("train", n_acts), ("val", n_val)) for start in range(0, n, SHARD_ROWS)}
+    found = load_json(path, f"delete {folder}") if os.path.exists(path) else {}
     os.makedirs(folder, exist_ok=True)
-    old = glob.glob(os.path.join(glob.escape(folder), "*.npy"))
-    need = (n_acts + n_val) * meta["width"] * 2
+    present = glob.glob(os.path.join(glob.escape(folder), "*.npy"))
+    old = [] if found in (meta | {"complete": True}, meta | {"complete": False}) else present
+    missing = {name: shard for name, shard in shards.items() if name not in present or name in old}
+    need = sum(n for _, n, _ in missing.values()) * meta["width"] * 2
     free = shutil.disk_usage(folder).free + sum(map(os.path.getsize, old))
-    print(f"activations: {n_acts + n_val:,} rows of {meta['width']} need {need / 1e9:.2f} GB in {folder}, "
-          f"{free / 1e9:.1f} GB are free")
+    print(f"activations: {n_acts + n_val:,} rows of {meta['width']} in {folder}; {len(shards) - len(missing)} of "
+          f"{len(shards)} files are there, the others need {need / 1e9:.2f} GB of the {free / 1e9:.1f} GB that are free")
     if need > free:
-        raise UserError(f"{folder} needs {need / 1e9:.2f} GB and {free / 1e9:.2f} GB are free: lower --n_acts")
-    for name in old + [path] * os.path.exists(path):
+        raise UserError(f"{folder} needs {need / 1e9:.2f} GB and {free / 1e9:.2f} GB are free: lower --n_acts or use "
+                        "--stream")
+    if missing:
+        save_json(path, meta | {"complete": False})
+    for name in old:
         os.remove(name)
-    for split, rows_of, n in (("val", val_rows, n_val), ("train", train_rows, n_acts)):
-        write_shards(folder, split, rows_of, n, meta["width"], np.random.default_rng((seed, split == "val")))
-    save_json(path, meta)
+    progress, done = Progress("writing activations", sum(n for _, n, _ in missing.values()), "rows"), 0
+    for name, (split, n, start) in missing.items():
+        rows = make(split, n, (meta["seed"], start // SHARD_ROWS))
+        write_atomic(name, lambda f: np.save(f, rows.cpu().numpy()))
+        done += n
+        if progress.due():
+            progress.show(done)
+    save_json(path, meta | {"complete": True})
+    return [[name for name, shard in shards.items() if shard[0] == split] for split in ("train", "val")]
 
 
 def prepare(args, device):
-    """--acts -> ActivationStore of training rows, of held-out rows, dict that tells analyze.py where they come from."""
-    rngs = np.random.default_rng((args.seed, 2)), np.random.default_rng((args.seed, 3))
-    site = f"{args.site}.{args.layer}"
+    """--acts -> store of training rows, of held-out rows, dict that tells analyze.py where they come from."""
+    site, seed = f"{args.site}.{args.layer}", args.seed
     if args.acts == "gpt":
         gpt, _ = load_gpt(args.out_dir, device)
-        width, fingerprint = gpt.site_width(site), gpt.fingerprint()
-        folder = os.path.join(args.out_dir, "acts", site)
-        rows = [gpt_rows(gpt, load_tokens(args.out_dir, split), site, rng, device)
-                for split, rng in zip(("train", "val"), rngs)]
-        meta = {"site": args.site, "layer": args.layer, "width": width, "gpt": fingerprint}
-        dump(folder, meta, *rows, args.n_acts, args.seed)
-        source = {"site": site, "gpt": fingerprint}
+        source, width = {"site": site, "gpt": gpt.fingerprint()}, gpt.site_width(site)
+        tokens = {split: load_tokens(args.out_dir, split) for split in ("train", "val")}
+
+        def make(split, n, key):
+            return gpt_rows(gpt, tokens[split], site, n, (split == "val", *key), device)
     elif args.acts == "toy":
-        folder = os.path.join(args.out_dir, "acts", "toy")
-        truth = np.random.default_rng((args.seed, 4)).standard_normal((256, 64), dtype=np.float32)
+        truth = np.random.default_rng((seed, 4)).standard_normal((256, 64), dtype=np.float32)
         truth /= np.linalg.norm(truth, axis=1, keepdims=True)
-        dump(folder, {"site": "toy", "width": 64}, *(toy_rows(truth, rng) for rng in rngs), args.n_acts, args.seed)
-        source = {"site": "toy", "truth": torch.from_numpy(truth)}
+        source, width = {"site": "toy", "truth": torch.from_numpy(truth)}, 64
+
+        def make(split, n, key):
+            return toy_rows(truth, n, (split == "val", *key))
     else:
         paths = sorted(glob.glob(args.acts, recursive=True))
         if not paths:
             raise UserError(f"no file matches --acts={args.acts}: it takes gpt, toy or a quoted pattern of .npy files")
-        return (ActivationStore(paths, args.seed, (0, 0.95)), ActivationStore(paths, args.seed, (0.95, 1)),
-                {"site": "own", "acts": [os.path.abspath(path) for path in paths]})
-    paths = [sorted(glob.glob(os.path.join(glob.escape(folder), f"{split}-*.npy"))) for split in ("train", "val")]
-    return *(ActivationStore(p, args.seed) for p in paths), source
+        source = {"site": "own", "acts": [os.path.abspath(path) for path in paths]}
+        return ActivationStore(paths, seed, (0, 0.95)), ActivationStore(paths, seed, (0.95, 1)), source
+    if args.stream:
+        return *(ActivationStream(partial(make, split), width, seed) for split in ("train", "val")), source
+    meta = {"site": args.site, "layer": args.layer, "gpt": source.get("gpt"), "width": width, "seed": seed}
+    folder = os.path.join(args.out_dir, "acts", site if args.acts == "gpt" else "toy")
+    return *(ActivationStore(paths, seed) for paths in dump(folder, meta, make, args.n_acts)), source
 
 
 # -----------------------------------------------------------------------------
@@ -204,12 +201,20 @@ def main():
     args = parse_args()
     if args.recipe not in RECIPES:
         raise UserError(f"unknown --recipe={args.recipe}: it is one of {', '.join(RECIPES)}")
-    device, autocast, compiled = setup(args)
-    store, val_store, source = prepare(args, device)
-    if store.rows < args.batch_size:
-        raise UserError(f"--batch_size={args.batch_size} is more than the {store.rows:,} rows there are")
-    out = os.path.join(args.out_dir, "sae", args.recipe if args.name == "auto" else args.name)
-    os.makedirs(out, exist_ok=True)
+    name = args.recipe if args.name == "auto" else args.name
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise UserError(f"--name={name} is no name for a folder: use letters, digits, '.', '_' and '-'")
+    device, autocast, compiled, rank, ranks = setup(args)
+    path, batch_size = os.path.join(args.out_dir, "sae", name, "sae.pt"), ranks * args.batch_size
+    checkpoint = resumable(path, args, device)
+    with rank_0_first(ranks):
+        store, val_store, source = prepare(args, device)
+    source["rows"] = store.rows
+    if store.rows < batch_size:
+        raise UserError(f"--batch_size={batch_size} is more than the {store.rows:,} rows there are")
+    sample = store.sample(32768, (args.seed, 5)).to(device)
+    if not sample.float().var(0).sum() > 0:
+        raise UserError("the activations are all the same: there is nothing to learn from them")
 
     resample_steps, dead_steps = resample_schedule(args.max_iters)
     if args.resample != "auto" or args.recipe != "towards":
@@ -218,23 +223,37 @@ def main():
         dead_steps = step_list(args.dead_steps, "--dead_steps")[0]
 
     sae = SparseAutoencoder(store.width, args.n_features, args.recipe, args.input_norm, args.decoder_norm).to(device)
-    sae.fit_to(store.sample(32768, (args.seed, 5)).to(device))
+    sae.fit_to(sample)
     optimizer = torch.optim.Adam(sae.parameters(), betas=(0.9, 0.999), fused=device.type != "mps")
-    loss_of = torch.compile(sae.loss) if compiled else sae.loss
     last_fired = torch.zeros(args.n_features, dtype=torch.long, device=device)  # in which step
-    print(f"sae: {args.recipe}, {store.width} -> {args.n_features:,} features, "
-          f"{args.max_iters * args.batch_size / store.rows:.2f} epochs of {store.rows:,} rows, "
-          f"inputs x {sae.scale.item():.4g}, on {device}")
+    first, log = 0, []
+    if checkpoint:
+        if any(checkpoint["source"].get(key) != source[key] for key in source.keys() - {"truth"}):
+            raise UserError(f"{path} was trained on other activations than there are now: run without --resume")
+        restore(path, checkpoint, sae, checkpoint["weights"], optimizer)
+        sae.scale.fill_(checkpoint["scale"])
+        first, log, last_fired = checkpoint["step"], checkpoint["log"], checkpoint["last_fired"]
+    loss_of = torch.compile(sae.loss) if compiled else sae.loss
+    if ranks > 1:
+        loss_of = DistributedDataParallel(sae)
+    print(f"sae: {args.recipe}, {store.width} -> {args.n_features:,} features, {args.max_iters * batch_size:,} rows, "
+          f"{args.max_iters * batch_size / store.rows:.2f} of those there are, inputs x {sae.scale.item():.4g}, on {device}")
 
-    log = []
-    progress = Progress("training", args.max_iters, "steps")
-    for step in range(args.max_iters):
-        x = store.batch(step * args.batch_size, args.batch_size).to(device)
+    def save(step):
+        if rank == 0:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            save_jsonl(os.path.join(os.path.dirname(path), "log.jsonl"), log)
+            save_sae(path, sae, source=source, optimizer=optimizer.state_dict(), step=step, last_fired=last_fired,
+                     log=log, args=vars(args))
+
+    progress, done = Progress("training", args.max_iters, "steps", first), first
+    for step in steps(first, args.max_iters):
+        x = store.batch(step * batch_size + rank * args.batch_size, args.batch_size).to(device)
         l1_coeff = l1_at(step, args.max_iters, args.l1_coeff, args.recipe)
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, args.max_iters, args.learning_rate, args.recipe)
         with autocast:
-            loss, stats = loss_of(x, l1_coeff)
+            loss, stats = loss_of(x, torch.tensor(l1_coeff, device=device))
         optimizer.zero_grad()
         loss.backward()
         sae.remove_parallel_gradient()                                  # towards only
@@ -244,34 +263,43 @@ def main():
         sae.normalize_decoder()                                         # towards and tied only
 
         done = step + 1
-        last_fired[stats["fired"]] = done
+        fired = stats["fired"].byte()
+        if ranks > 1:
+            dist.all_reduce(fired, dist.ReduceOp.MAX)
+        last_fired.masked_fill_(fired.bool(), done)
         dead = done - last_fired >= dead_steps
         if done in resample_steps:
-            sample = store.sample(100 * args.batch_size, (args.seed, 6, step)).to(device)  # the paper's 819,200
-            n = sae.resample(dead, sample, optimizer, l1_coeff, torch.Generator().manual_seed(args.seed + done))
+            inputs = store.sample(100 * batch_size, (args.seed, 6, step)).to(device)      # the paper's 819,200
+            n = sae.resample(dead, inputs, optimizer, l1_coeff, torch.Generator().manual_seed(args.seed + done))
+            if ranks > 1:
+                for p in sae.parameters():  # the ranks may differ in the last bit, and so in what they drew
+                    dist.broadcast(p.data, 0)
             last_fired[dead] = done
             print(f"step {done:,}: resampled {n:,} dead features")
+        saving = done % args.save_interval == 0
+        if done % args.log_interval == 0 or saving or done == args.max_iters:
+            check_finite(loss.item(), sae, done, optimizer, path)
         if done % args.log_interval == 0 or done == args.max_iters:
             scaled = x * sae.input_scale(x)
-            log.append({"step": done, "rows": done * args.batch_size, "loss": loss.item(), "mse": stats["mse"].item(),
+            log.append({"step": done, "rows": done * batch_size, "loss": loss.item(), "mse": stats["mse"].item(),
                         "l1": stats["l1"].item(), "l0": stats["l0"].item(), "dead": dead.float().mean().item(),
-                        "variance_explained": 1 - stats["mse"].item() / scaled.var(0, correction=0).sum().item(),
+                        "variance_explained": 1 - (stats["mse"] / scaled.var(0, correction=0).sum()).item(),
                         "l1_coeff": l1_coeff, "learning_rate": optimizer.param_groups[0]["lr"]})
-            if not math.isfinite(log[-1]["loss"]):
-                raise UserError(f"the loss is {log[-1]['loss']} at step {done}: try a lower --learning_rate")
         if (progress.due() or done == args.max_iters) and log:
             row = log[-1]
             progress.show(done, f"loss {row['loss']:.2f}  L0 {row['l0']:.1f}  variance explained "
                           f"{row['variance_explained']:.3f}  dead {row['dead']:.1%}")
-        if done % args.save_interval == 0 or done == args.max_iters:
-            save_sae(os.path.join(out, "sae.pt"), sae, source=source, optimizer=optimizer.state_dict(), step=done,
-                     last_fired=last_fired, args=vars(args))
+        if saving and done < args.max_iters:
+            save(done)
+    if done < args.max_iters:
+        check_finite(loss.item(), sae, done, optimizer, path)
+        save(done)
+        raise KeyboardInterrupt(f"interrupted at step {done:,}, which is saved: go on with the same command and --resume")
 
-    with open(os.path.join(out, "log.jsonl"), "w") as f:
-        f.writelines(json.dumps(row) + "\n" for row in log)
     variance_explained, l0 = held_out(sae, val_store)
+    save(done)  # the last thing written: a finished run has everything
     print(f"held-out rows: variance explained {variance_explained:.3f} at L0 {l0:.1f}")
-    print(f"wrote {os.path.join(out, 'sae.pt')}; next: python analyze.py --name={os.path.basename(out)}")
+    print(f"wrote {path}; next: python analyze.py --name={name}")
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ def made_run(out, gpt, sae, site, tokens):
     (out / "sae/scaling").mkdir(parents=True)
     save_tokenizer(out / "tokenizer.json", TOKENIZER)
     np.asarray(tokens, dtype=np.uint16).tofile(out / "val.bin")
+    (out / "data.json").write_text("{}")
     save_checkpoint(out / "gpt.pt", model=gpt.state_dict(), config=asdict(gpt.config))
     save_sae(out / "sae/scaling/sae.pt", sae, source={"site": site, "gpt": gpt.fingerprint()}, args={"seed": 0})
     return load(out)
