@@ -81,7 +81,8 @@ def load_run(args, device, name):
     this.gpt, this.tokenizer = load_gpt(out_dir, device)
     if this.gpt.fingerprint() != source["gpt"]:
         raise UserError(f"{folder}/sae.pt was trained on another gpt.pt than {out_dir} has now: run train_sae.py again")
-    tokens, T = torch.from_numpy(load_tokens(out_dir, "val").astype(np.int64)), this.gpt.config.block_size
+    T = this.gpt.config.block_size
+    tokens = torch.from_numpy(load_tokens(out_dir, "val", this.gpt.config).astype(np.int64))
     this.held_out = tokens.unfold(0, T + 1, T)[:max(1, args.eval_tokens // T)]   # the last token is a target only
     this.contexts = this.held_out[:max(1, args.read_tokens // T)]
     this.tokens = this.contexts[:, :-1].reshape(-1).numpy()
@@ -354,8 +355,11 @@ def read_log(folder):
     path = os.path.join(folder, "log.jsonl")
     try:
         with open(path, encoding="utf-8") as f:
-            return [json.loads(line) for line in f]
-    except (FileNotFoundError, ValueError):
+            log = [json.loads(line) for line in f]
+        if not all({"step", "rows", "mse", "l1", "l0", "dead", "variance_explained"} <= set(row) for row in log):
+            raise ValueError
+        return log
+    except (FileNotFoundError, TypeError, ValueError):
         raise UserError(f"{path} is missing or damaged: run python train_sae.py --name={os.path.basename(folder)}")
 
 

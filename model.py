@@ -23,6 +23,7 @@ import signal
 import sys
 import tempfile
 import time
+import warnings
 from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -269,14 +270,17 @@ def save_tokenizer(path, tokenizer):
     save_json(path, saved)
 
 
-def load_tokens(out_dir, split):
-    """out_dir/train.bin or val.bin, as train_gpt.py left them -> memory-mapped token ids (n,) uint16."""
-    path = os.path.join(out_dir, f"{split}.bin")
-    load_json(os.path.join(out_dir, "data.json"), "run python train_gpt.py first")  # written when both are whole
+def load_tokens(out_dir, split, config):
+    """out_dir/train.bin or val.bin, as train_gpt.py left them for a GPTConfig -> memory-mapped token ids (n,) uint16."""
+    path, hint = os.path.join(out_dir, f"{split}.bin"), "run python train_gpt.py again"
+    load_json(os.path.join(out_dir, "data.json"), hint)  # written when both are whole
     try:
-        return np.memmap(path, dtype=np.uint16, mode="r")
+        tokens = np.memmap(path, dtype=np.uint16, mode="r")
     except (FileNotFoundError, ValueError):
-        raise UserError(f"{path} is missing or empty: run python train_gpt.py again")
+        raise UserError(f"{path} is missing or empty: {hint}")
+    if len(tokens) <= config.block_size or tokens.max() >= config.vocab_size:
+        raise UserError(f"{path} is too short for a context or of another vocabulary than the model: {hint}")
+    return tokens
 
 
 def load_tokenizer(path):
@@ -459,7 +463,9 @@ def save_checkpoint(path, **contents):
 def load_checkpoint(path, device, keys, hint):
     """Dict of tensors and plain values at `path`, nothing unpickled. UserError with `hint` when it lacks `keys`."""
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # which pickle it is
+            checkpoint = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path} not found: {hint}")
     except Exception:  # whatever the bytes are, torch's reader refuses them in a dozen ways
@@ -479,16 +485,17 @@ def resumable(path, args, device):
     hint = "run without --resume to start anew"
     checkpoint = load_checkpoint(path, device, ["args", "step", "log", "optimizer"], hint)
     step, was = checkpoint["step"], checkpoint["args"]
-    for key in vars(args).keys() - {"resume", "out_dir", "device", "compile", "save_interval", "max_iters"}:
-        if was.get(key) != getattr(args, key):
-            raise UserError(f"--{key}={getattr(args, key)}, but {path} was trained with {was.get(key)}: {hint}")
+    for key, value in vars(args).items():
+        if key not in ("resume", "out_dir", "name", "device", "compile", "save_interval", "max_iters") \
+                and was.get(key) != value:
+            raise UserError(f"--{key}={value}, but {path} was trained with {was.get(key)}: {hint}")
     if args.max_iters < was["max_iters"]:
         raise UserError(f"--max_iters={args.max_iters}, but {path} was started for {was['max_iters']}: {hint}")
     if args.max_iters > was["max_iters"]:
         print(f"--max_iters={args.max_iters} instead of {was['max_iters']}: from here on the schedules are the longer run's")
     if step == args.max_iters:
         print(f"{path} is finished: all {step:,} steps are done")
-        sys.exit()
+        sys.exit(0)
     print(f"going on from {path}, step {step:,}")
     return checkpoint
 

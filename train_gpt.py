@@ -250,7 +250,7 @@ def main():
     with rank_0_first(ranks):
         tokenizer, made_from = prepare(args)
     config.vocab_size = tokenizer.n_vocab
-    data = {split: load_tokens(args.out_dir, split) for split in ("train", "val")}
+    data = {split: load_tokens(args.out_dir, split, config) for split in ("train", "val")}
 
     gpt = GPT(config).to(device)
     optimizer, first, log = make_optimizer(gpt, args.learning_rate), 0, []
@@ -279,11 +279,16 @@ def main():
         log.append({"step": step, "tokens": step * tokens_a_step, "train": train, "val": val})
         progress.show(step * tokens_a_step, f"step {step:,}  train loss {train:.3f}  val loss {val:.3f}")
 
-    def save(step):
-        if rank == 0:
-            save_jsonl(os.path.join(args.out_dir, "gpt.jsonl"), log)
-            save_checkpoint(path, model=gpt.state_dict(), config=asdict(config), optimizer=optimizer.state_dict(),
-                            step=step, log=log, args=vars(args), data=made_from)
+    def save(step):  # the checkpoint last: where it says that the run is finished, all is there
+        if rank:
+            return
+        save_jsonl(os.path.join(args.out_dir, "gpt.jsonl"), log)
+        with figure(os.path.join(args.out_dir, "gpt_loss.png")) as ax:
+            for name, colour in (("train", BLUE), ("val", RED)):
+                ax.plot([row["step"] for row in log], [row[name] for row in log], color=colour, label=name)
+            ax.set(xlabel="step", ylabel="loss (nats a token)", title=f"language model: {log[-1]['val']:.3f} held out")
+        save_checkpoint(path, model=gpt.state_dict(), config=asdict(config), optimizer=optimizer.state_dict(),
+                        step=step, log=log, args=vars(args), data=made_from)
 
     done = first
     for step in steps(first, args.max_iters):
@@ -308,11 +313,7 @@ def main():
         raise KeyboardInterrupt(f"interrupted at step {done:,}, which is saved: go on with the same command and --resume")
 
     measure(done)
-    with figure(os.path.join(args.out_dir, "gpt_loss.png")) as ax:
-        for name, colour in (("train", BLUE), ("val", RED)):
-            ax.plot([row["step"] for row in log], [row[name] for row in log], color=colour, label=name)
-        ax.set(xlabel="step", ylabel="loss (nats a token)", title=f"language model: {log[-1]['val']:.3f} held out")
-    save(done)  # the last thing written: a finished run has everything
+    save(done)
     start = torch.from_numpy(data["val"][None, :args.block_size // 4].astype(np.int64)).to(device)
     text = tokenizer.decode(gpt.eval().generate(start, 200)[0].tolist())
     print(f"\nsample, continued from {start.shape[1]} held-out tokens:\n{'-' * 80}\n{text}\n{'-' * 80}")

@@ -147,7 +147,7 @@ def prepare(args, device):
     if args.acts == "gpt":
         gpt, _ = load_gpt(args.out_dir, device)
         source, width = {"site": site, "gpt": gpt.fingerprint()}, gpt.site_width(site)
-        tokens = {split: load_tokens(args.out_dir, split) for split in ("train", "val")}
+        tokens = {split: load_tokens(args.out_dir, split, gpt.config) for split in ("train", "val")}
 
         def make(split, n, key):
             return gpt_rows(gpt, tokens[split], site, n, (split == "val", *key), device)
@@ -239,12 +239,13 @@ def main():
     print(f"sae: {args.recipe}, {store.width} -> {args.n_features:,} features, {args.max_iters * batch_size:,} rows, "
           f"{args.max_iters * batch_size / store.rows:.2f} of those there are, inputs x {sae.scale.item():.4g}, on {device}")
 
-    def save(step):
-        if rank == 0:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            save_jsonl(os.path.join(os.path.dirname(path), "log.jsonl"), log)
-            save_sae(path, sae, source=source, optimizer=optimizer.state_dict(), step=step, last_fired=last_fired,
-                     log=log, args=vars(args))
+    def save(step):  # the checkpoint last: where it says that the run is finished, all is there
+        if rank:
+            return
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        save_jsonl(os.path.join(os.path.dirname(path), "log.jsonl"), log)
+        save_sae(path, sae, source=source, optimizer=optimizer.state_dict(), step=step, last_fired=last_fired,
+                 log=log, args=vars(args))
 
     progress, done = Progress("training", args.max_iters, "steps", first), first
     for step in steps(first, args.max_iters):
@@ -297,7 +298,7 @@ def main():
         raise KeyboardInterrupt(f"interrupted at step {done:,}, which is saved: go on with the same command and --resume")
 
     variance_explained, l0 = held_out(sae, val_store)
-    save(done)  # the last thing written: a finished run has everything
+    save(done)
     print(f"held-out rows: variance explained {variance_explained:.3f} at L0 {l0:.1f}")
     print(f"wrote {path}; next: python analyze.py --name={name}")
 

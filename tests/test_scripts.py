@@ -7,6 +7,7 @@ import json
 import lzma
 import math
 import os
+import pickle
 import re
 import shutil
 import threading
@@ -525,6 +526,16 @@ def test_toy_data_is_made_trained_on_and_judged(tmp_path):
     assert done.returncode == 0 and f"{found:.1%}" in done.stdout and 0 <= found < 1
 
 
+class Bomb:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
 def write_npy(folder, **arrays):
     for name, array in arrays.items():
         np.save(folder / f"{name}.npy", array, allow_pickle=True)
@@ -596,6 +607,72 @@ def spoil(case, out, folder):
         return ("train_sae.py", flag, *SMALL_SAE, "--batch_size=5000"), ["--batch_size=5000", "4,000"]
     if case == "no .npy":
         return acts, ["no file matches"]
+    if case == "malicious model":  # a pickle that would make a folder when loaded
+        (out / "gpt.pt").write_bytes(pickle.dumps(Bomb(folder / "harm")))
+        return ("train_sae.py", flag), ["gpt.pt", "train_gpt.py"]
+    if case == "malicious autoencoder":
+        torch.save({"weights": Bomb(folder / "harm")}, out / "sae/scaling/sae.pt")
+        return ("analyze.py", flag), ["sae.pt", "train_sae.py"]
+    if case == "malicious checkpoint to resume":
+        torch.save({"args": Bomb(folder / "harm")}, out / "sae/scaling/sae.pt")
+        return ("train_sae.py", flag, *SMALL_SAE, "--resume"), ["sae.pt", "without --resume"]
+    if case == "malicious .npy":
+        np.save(folder / "a.npy", np.array([[Bomb(folder / "harm")]]), allow_pickle=True)
+        return acts, ["a.npy", "objects"]
+    if case == "archive":
+        np.savez(folder / "a.npz", a=floats)
+        (folder / "a.npz").rename(folder / "a.npy")
+        return acts, ["a.npy", "archive"]
+    if case == "list for a model":
+        torch.save([1, 2], out / "gpt.pt")
+        return ("train_sae.py", flag), ["gpt.pt", "train_gpt.py"]
+    if case == "model of other sizes":
+        checkpoint = torch.load(out / "gpt.pt", weights_only=True)
+        torch.save(checkpoint | {"config": checkpoint["config"] | {"n_embd": 32}}, out / "gpt.pt")
+        return ("train_sae.py", flag), ["gpt.pt", "train_gpt.py"]
+    if case == "weights missing":
+        checkpoint = torch.load(out / "sae/scaling/sae.pt", weights_only=True)
+        del checkpoint["weights"]["b_enc"]
+        torch.save(checkpoint, out / "sae/scaling/sae.pt")
+        return ("analyze.py", flag), ["sae.pt", "train_sae.py"]
+    if case == "list for meta.json":
+        (out / "acts/mlp.0/meta.json").write_text("[]")
+        return ("train_sae.py", flag, *SMALL_SAE), ["meta.json", "delete"]
+    if case == "no data.json":
+        (out / "data.json").unlink()
+        return ("analyze.py", flag), ["data.json", "train_gpt.py"]
+    if case == "no tokens":
+        (out / "val.bin").write_bytes(b"")
+        return ("analyze.py", flag), ["val.bin", "train_gpt.py"]
+    if case == "tokens of another tokenizer":
+        np.full(4000, 60_000, np.uint16).tofile(out / "val.bin")
+        return ("analyze.py", flag), ["val.bin", "train_gpt.py"]
+    if case == "few held-out tokens":
+        np.zeros(20, np.uint16).tofile(out / "val.bin")
+        return ("analyze.py", flag), ["val.bin", "train_gpt.py"]
+    if case == "tokenizer of another shape":
+        (out / "tokenizer.json").write_text('{"kind": "bpe", "tokens": [{"a": 1}]}')
+        return ("analyze.py", flag), ["tokenizer.json", "train_gpt.py"]
+    if case == "log of another shape":
+        (out / "sae/scaling/log.jsonl").write_text('{"step": 1}\n[2]\n')
+        return ("analyze.py", "scaling", flag), ["log.jsonl", "train_sae.py"]
+    if case == "half a log":
+        path = out / "sae/scaling/log.jsonl"
+        path.write_text(path.read_text()[:-9])
+        return ("analyze.py", "scaling", flag), ["log.jsonl", "train_sae.py"]
+    if case == "name that leaves out_dir":
+        return ("train_sae.py", flag, *SMALL_SAE, "--name=../../elsewhere"), ["--name", "letters"]
+    if case == "name that some systems cannot hold":
+        return ("train_sae.py", flag, *SMALL_SAE, "--name=a:b"), ["--name=a:b", "letters"]
+    if case == "no URL":
+        return ("train_gpt.py", f"--out_dir={folder / 'new'}", "--dataset=http://127.0.0.1:9/x"), ["127.0.0.1:9", "again"]
+    if case == "constant activations":
+        write_npy(folder, a=np.ones((300, 8), np.float32))
+        return acts, ["all the same"]
+    if case == "no learning rate":
+        return ("train_sae.py", flag, "--learning_rate=nan"), ["--learning_rate"]
+    if case == "resampling steps":
+        return ("train_sae.py", flag, *SMALL_SAE, "--resample=often"), ["--resample", "often"]
     if case == "truncated .npy":
         write_npy(folder, a=floats)
         (folder / "a.npy").write_bytes((folder / "a.npy").read_bytes()[:-50])
@@ -653,6 +730,28 @@ def spoil(case, out, folder):
         "shape",
         "nan",
         "no rows",
+        "malicious model",
+        "malicious autoencoder",
+        "malicious checkpoint to resume",
+        "malicious .npy",
+        "archive",
+        "list for a model",
+        "model of other sizes",
+        "weights missing",
+        "list for meta.json",
+        "no data.json",
+        "no tokens",
+        "tokens of another tokenizer",
+        "few held-out tokens",
+        "tokenizer of another shape",
+        "log of another shape",
+        "half a log",
+        "name that leaves out_dir",
+        "name that some systems cannot hold",
+        "no URL",
+        "constant activations",
+        "no learning rate",
+        "resampling steps",
     ],
 )
 def test_a_mistake_is_one_line_and_harms_nothing(trained, tmp_path, case, monkeypatch):
@@ -668,4 +767,4 @@ def test_a_mistake_is_one_line_and_harms_nothing(trained, tmp_path, case, monkey
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
     for word in words:
         assert word in done.stderr
-    assert hashes(out) == before
+    assert hashes(out) == before and not (tmp_path / "harm").exists()

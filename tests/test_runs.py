@@ -1,0 +1,405 @@
+"""No run is lost: killed, interrupted, out of disk or gone wrong, and on several ranks."""
+
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import train_gpt
+from conftest import ROOT, SMALL_GPT, SMALL_SAE, TEXT, script
+from model import load_json
+from test_scripts import hashes
+
+KILLS = int(os.environ.get("KILLS", 20))  # of each script; by hand: KILLS=100 python -m pytest tests/test_runs.py
+OFTEN = ["--save_interval=1", "--resume"]
+
+# A process that has torch and the scripts in memory and forks one that runs them, for every line it is given.
+FORKS = """
+import json, os, sys
+import analyze, model, torch, train_gpt, train_sae
+torch.set_num_threads(1)
+for line in sys.stdin:
+    name, log, *flags = json.loads(line)
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
+        os.dup2(1, 2)
+        sys.argv = [name, *flags]
+        model.run(globals()[name].main)
+        sys.stdout.flush()
+        os._exit(0)
+    print(pid, flush=True)
+    print(os.waitpid(pid, 0)[1], flush=True)
+"""
+
+
+class Forks:
+    """Runs scripts in processes that start at once, and kills them."""
+
+    def __init__(self, log):
+        command = [sys.executable, "-c", FORKS]
+        self.log, env = log, os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT}
+        self.server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+
+    def run(self, name, *flags, after=None, send=signal.SIGKILL):
+        """-> seconds it ran, exit code, what it printed; a signal is sent to it after so many seconds."""
+        self.server.stdin.write(json.dumps([name, str(self.log), *map(str, flags)]) + "\n")
+        self.server.stdin.flush()
+        pid, start = int(self.server.stdout.readline()), time.time()
+        if after is not None:
+            time.sleep(after)
+            try:
+                os.kill(pid, send)
+            except ProcessLookupError:  # it was faster
+                pass
+        code = os.waitstatus_to_exitcode(int(self.server.stdout.readline()))
+        return time.time() - start, code, self.log.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory):
+    if not hasattr(os, "fork"):
+        pytest.skip("needs fork")
+    forks = Forks(tmp_path_factory.mktemp("forks") / "log")
+    yield forks
+    forks.server.stdin.close()
+    forks.server.wait()
+
+
+def weights(path, key):
+    return torch.load(path, weights_only=True)[key]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def text_file(folder):
+    path = folder / "text.txt"
+    path.write_text(TEXT * 3, encoding="utf-8")
+    return path
+
+
+# -----------------------------------------------------------------------------
+# killed at any moment
+
+
+def test_a_killed_training_of_the_model_ends_with_the_same_weights(forks, tmp_path):
+    flags = [f"--dataset={text_file(tmp_path)}", *SMALL_GPT, "--max_iters=60", *OFTEN]
+    whole, code, _ = forks.run("train_gpt", f"--out_dir={tmp_path / 'whole'}", *flags)
+    assert code == 0
+    moments, stages = random.Random(1), set()
+    for k in range(KILLS):
+        out = tmp_path / str(k)
+        forks.run("train_gpt", f"--out_dir={out}", *flags, after=moments.uniform(0, whole))
+        stages.add("gpt.pt" if (out / "gpt.pt").exists() else "data" if (out / "data.json").exists() else "start")
+        if (out / "gpt.pt").exists():
+            assert 0 < torch.load(out / "gpt.pt", weights_only=True)["step"] <= 60
+        _, code, log = forks.run("train_gpt", f"--out_dir={out}", *flags)
+        assert code == 0, log
+        assert same(weights(out / "gpt.pt", "model"), weights(tmp_path / "whole/gpt.pt", "model")), k
+        for name in ("train.bin", "val.bin", "tokenizer.json", "gpt.jsonl"):
+            assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+        shutil.rmtree(out)
+    assert len(stages) > 1
+
+
+@pytest.mark.parametrize("recipe", ["scaling", "towards"])
+def test_a_killed_training_of_the_autoencoder_ends_with_the_same_weights(forks, trained, tmp_path, recipe):
+    """Activations are dumped anew each time, in several files, and towards resamples on the way."""
+    flags = [*SMALL_SAE, "--n_acts=300000", f"--recipe={recipe}", "--l1_coeff=30", *OFTEN]
+
+    def fresh(name):
+        out = tmp_path / name
+        out.mkdir()
+        for file in ("gpt.pt", "tokenizer.json", "train.bin", "val.bin", "data.json"):
+            shutil.copy(trained / file, out)
+        return out
+
+    whole, code, log = forks.run("train_sae", f"--out_dir={fresh('whole')}", *flags)
+    assert code == 0, log
+    reference = torch.load(tmp_path / f"whole/sae/{recipe}/sae.pt", weights_only=True)
+    moments, stages = random.Random(2), set()
+    for k in range(KILLS // 2):
+        out = fresh(str(k))
+        forks.run("train_sae", f"--out_dir={out}", *flags, after=moments.uniform(0, whole))
+        meta = load_json(out / "acts/mlp.0/meta.json", "") if (out / "acts/mlp.0/meta.json").exists() else {}
+        stages.add((meta.get("complete"), (out / f"sae/{recipe}/sae.pt").exists()))
+        for path in (out / "acts").rglob("*.npy"):  # whatever has its final name is whole
+            assert path.read_bytes() == (tmp_path / "whole/acts/mlp.0" / path.name).read_bytes()
+        _, code, log = forks.run("train_sae", f"--out_dir={out}", *flags)
+        assert code == 0, log
+        checkpoint = torch.load(out / f"sae/{recipe}/sae.pt", weights_only=True)
+        assert same(checkpoint["weights"], reference["weights"]), k
+        assert torch.equal(checkpoint["last_fired"], reference["last_fired"]) and checkpoint["log"] == reference["log"]
+        shutil.rmtree(out)
+    assert len(stages) > 1
+
+
+def test_a_killed_analysis_leaves_nothing_half_written(forks, trained, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(trained, out)
+    whole, code, _ = forks.run("analyze", f"--out_dir={out}", "--show=1")
+    assert code == 0
+    good = hashes(out)
+    moments = random.Random(3)
+    for k in range(KILLS):
+        for path in (out / "sae/scaling").glob("*.*"):
+            if path.suffix in (".html", ".png") or path.name == "metrics.json":
+                path.unlink()
+        forks.run("analyze", f"--out_dir={out}", "--show=1", after=moments.uniform(0, whole))
+        found = {name: digest for name, digest in hashes(out).items() if not name.endswith(".tmp")}
+        assert found.items() <= good.items(), k
+    assert forks.run("analyze", f"--out_dir={out}", "--show=1")[1] == 0
+    assert {name: digest for name, digest in hashes(out).items() if not name.endswith(".tmp")} == good
+
+
+# -----------------------------------------------------------------------------
+# interrupted
+
+
+@pytest.mark.parametrize("send", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_saves_and_says_how_to_go_on(forks, trained, tmp_path, send):
+    flags = [f"--dataset={text_file(tmp_path)}", *SMALL_GPT, "--max_iters=3000", "--save_interval=3000"]
+    out = tmp_path / "out"
+    for name in ("gpt.pt", "sae/scaling/sae.pt"):
+        command = ("train_gpt", *flags)
+        if name != "gpt.pt":
+            shutil.copytree(trained, out, dirs_exist_ok=True)
+            os.remove(out / name)
+            command = ("train_sae", *SMALL_SAE, "--max_iters=5000", "--save_interval=5000")
+        _, code, log = forks.run(*command, f"--out_dir={out}", after=2.0, send=send)
+        assert code == 130 and "Traceback" not in log, log
+        step = torch.load(out / name, weights_only=True)["step"]
+        assert 0 < step < 3000 and f"step {step:,}, which is saved" in log and "--resume" in log
+
+
+def test_an_interrupt_before_the_first_step_is_one_line(forks, tmp_path):
+    (tmp_path / "text.txt").write_text("".join(f"{i} {i * i % 977}\n" for i in range(2_000_000)))
+    _, code, log = forks.run(
+        "train_gpt", f"--dataset={tmp_path / 'text.txt'}", f"--out_dir={tmp_path}", after=1.0, send=signal.SIGINT
+    )
+    assert code == 130 and "interrupted" in log and "Traceback" not in log
+
+
+# -----------------------------------------------------------------------------
+# resumed
+
+
+@pytest.fixture
+def half(trained, tmp_path):
+    """A copy of `trained` whose autoencoder has done 40 of 60 steps."""
+    out = tmp_path / "out"
+    shutil.copytree(trained, out)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train_sae.steps", lambda first, last: range(first, 40))
+        assert script("train_sae.py", f"--out_dir={out}", *SMALL_SAE).returncode == 130
+    return out
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(half, trained):
+    done = script("train_sae.py", f"--out_dir={half}", *SMALL_SAE, "--resume")
+    assert done.returncode == 0 and "step 40" in done.stdout
+    a, b = (torch.load(out / "sae/scaling/sae.pt", weights_only=True) for out in (half, trained))
+    assert same(a["weights"], b["weights"]) and a["log"] == b["log"] and a["step"] == 60
+    assert (half / "sae/scaling/log.jsonl").read_bytes() == (trained / "sae/scaling/log.jsonl").read_bytes()
+    before = hashes(half)
+    shutil.rmtree(half / "acts")
+    done = script("train_sae.py", f"--out_dir={half}", *SMALL_SAE, "--resume")
+    assert done.returncode == 0 and "is finished" in done.stdout and not (half / "acts").exists()
+    assert hashes(half).items() <= before.items()
+
+
+def test_more_steps_are_allowed_and_said(half):
+    done = script("train_sae.py", f"--out_dir={half}", *SMALL_SAE, "--resume", "--max_iters=80")
+    assert done.returncode == 0 and "--max_iters=80 instead of 60" in done.stdout
+    assert torch.load(half / "sae/scaling/sae.pt", weights_only=True)["step"] == 80
+
+
+def test_a_run_of_the_model_goes_on_beyond_its_end(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "out")
+    flags = [f"--out_dir={tmp_path / 'out'}", f"--dataset={trained.parent / 'text.txt'}", *SMALL_GPT, "--resume"]
+    assert "is finished" in script("train_gpt.py", *flags).stdout
+    done = script("train_gpt.py", *flags, "--max_iters=40")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "out/gpt.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 10, 20, 30, 30, 40]  # 30 was the end, and is on the way
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (["--n_features=97"], ["97", "96"]),
+        (["--recipe=tied", "--name=scaling"], ["tied", "scaling"]),
+        (["--seed=8"], ["8", "1337"]),
+        (["--batch_size=64"], ["64", "128"]),
+        (["--learning_rate=0.5"], ["0.5", "0.001"]),
+        (["--l1_coeff=7"], ["7", "5"]),
+        (["--n_acts=5000"], ["5000", "4000"]),
+        (["--max_iters=50"], ["50", "60"]),
+        (["--stream"], ["True", "False"]),
+        (["other model"], ["other activations"]),
+        (["other rows"], ["other activations"]),
+        (["damaged"], ["damaged"]),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_settings_that_would_make_another_run_are_refused(half, change, words):
+    path = half / "sae/scaling/sae.pt"
+    if not change[0].startswith("--"):
+        checkpoint = torch.load(path, weights_only=True)
+        if change == ["damaged"]:
+            checkpoint["optimizer"] = {"state": 5}
+        else:
+            checkpoint["source"] |= {"gpt": "another"} if change == ["other model"] else {"rows": 17}
+        torch.save(checkpoint, path)
+        change = []
+    before = hashes(half)
+    done = script("train_sae.py", f"--out_dir={half}", *SMALL_SAE, "--resume", *change)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--resume" in done.stderr, done.stderr
+    for word in words:
+        assert word in done.stderr
+    assert hashes(half) == before
+
+
+def test_a_model_is_not_resumed_on_other_text(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "out")
+    (tmp_path / "text.txt").write_text(TEXT[::-1])
+    flags = [f"--out_dir={tmp_path / 'out'}", *SMALL_GPT, "--max_iters=40", "--resume"]
+    done = script("train_gpt.py", *flags, f"--dataset={tmp_path / 'text.txt'}")
+    assert done.returncode == 2 and "trained with" in done.stderr and "text.txt" in done.stderr
+
+
+def test_a_model_and_data_that_do_not_belong_together_are_not_used(trained, tmp_path):
+    """A kill between new data and the first checkpoint on them leaves such a pair."""
+    shutil.copytree(trained, tmp_path / "out")
+    (tmp_path / "text.txt").write_text(TEXT[::-1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_gpt, "GPT", lambda config: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            script("train_gpt.py", f"--out_dir={tmp_path / 'out'}", *SMALL_GPT, f"--dataset={tmp_path / 'text.txt'}")
+    for command in (("train_sae.py", *SMALL_SAE), ("analyze.py",)):
+        done = script(*command, f"--out_dir={tmp_path / 'out'}")
+        assert done.returncode == 2 and "other data" in done.stderr and "train_gpt.py" in done.stderr
+
+
+# -----------------------------------------------------------------------------
+# disks that are full, numbers that go wrong
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("name", ["gpt.pt", "gpt.jsonl", "sae/scaling/sae.pt", "acts/mlp.0/train-000.npy"])
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stands(trained, tmp_path, name):
+    out = tmp_path / "out"
+    shutil.copytree(trained, out)
+    command = ("train_sae.py", *SMALL_SAE)
+    if name.startswith("gpt"):
+        command = ("train_gpt.py", *SMALL_GPT, f"--dataset={trained.parent / 'text.txt'}", "--save_interval=10")
+    if name.startswith("acts"):
+        os.remove(out / name)
+    before = hashes(out)
+    os.symlink("/dev/full", f"{out / name}.tmp")
+    done = script(*command, f"--out_dir={out}")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert os.path.basename(name) in done.stderr and ("space" in done.stderr or "disk" in done.stderr)
+    after = hashes(out)
+    assert not list(out.rglob("*.tmp"))
+    for path in ("gpt.pt", "sae/scaling/sae.pt"):
+        assert after[path] == before[path]
+
+
+@pytest.mark.parametrize("script_name", ["train_gpt.py", "train_sae.py"])
+def test_a_loss_that_is_no_number_stops_the_run_and_names_the_last_good_checkpoint(
+    trained, tmp_path, monkeypatch, script_name
+):
+    """The rate explodes at step 25; save_interval is 20, lines of the log come every 10 or 20 steps."""
+    shutil.copytree(trained, tmp_path / "out")
+    module, path = script_name.removesuffix(".py"), "gpt.pt" if script_name == "train_gpt.py" else "sae/scaling/sae.pt"
+    function = "learning_rate" if module == "train_gpt" else "lr_at"
+    monkeypatch.setattr(f"{module}.{function}", lambda step, *rest: 1e-3 if step < 25 else 1e38)
+    flags = [f"--dataset={trained.parent / 'text.txt'}", *SMALL_GPT] if module == "train_gpt" else SMALL_SAE
+    done = script(script_name, f"--out_dir={tmp_path / 'out'}", *flags, "--save_interval=20")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stdout + done.stderr
+    assert "step" in done.stderr and "learning rate 1e+38" in done.stderr
+    assert f"{path} is the last good checkpoint" in done.stderr.replace(os.sep, "/")
+    checkpoint = torch.load(tmp_path / "out" / path, weights_only=True)
+    assert checkpoint["step"] == 20
+    values = checkpoint["model" if module == "train_gpt" else "weights"].values()
+    assert all(torch.isfinite(value).all() for value in values)
+
+
+def own(folder, rows, *flags):
+    np.save(folder / "a.npy", rows)
+    return script("train_sae.py", f"--acts={folder}/*.npy", f"--out_dir={folder / 'out'}", *SMALL_SAE, *flags)
+
+
+def test_activations_that_do_not_vary_are_refused(tmp_path):
+    done = own(tmp_path, np.full((300, 8), 3.0, dtype=np.float32))
+    assert done.returncode == 2 and "all the same" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("recipe", ["scaling", "towards", "tied"])
+def test_constant_columns_and_more_features_than_rows_train(tmp_path, recipe):
+    rows = np.random.default_rng(0).random((150, 8), dtype=np.float32)
+    rows[:, :3] = (0.0, 5.0, -2.0)
+    done = own(tmp_path, rows, f"--recipe={recipe}", "--n_features=400")
+    assert done.returncode == 0, done.stderr
+    log = [json.loads(line) for line in (tmp_path / f"out/sae/{recipe}/log.jsonl").read_text().splitlines()]
+    assert all(math.isfinite(value) for row in log for value in row.values())
+
+
+# -----------------------------------------------------------------------------
+# streamed, and on several ranks
+
+
+def test_a_stream_writes_no_activations_and_resumes(trained, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    shutil.copytree(trained, out)
+    shutil.rmtree(out / "acts")
+    flags = [f"--out_dir={out}", *SMALL_SAE, "--stream", "--name=whole"]
+    assert script("train_sae.py", *flags).returncode == 0
+    assert script("analyze.py", f"--out_dir={out}", "--name=whole", "--show=1").returncode == 0
+    flags[-1] = "--name=halves"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train_sae.steps", lambda first, last: range(first, 40))
+        assert script("train_sae.py", *flags).returncode == 130
+    assert script("train_sae.py", *flags, "--resume").returncode == 0
+    assert not (out / "acts").exists()
+    assert same(*(weights(out / f"sae/{name}/sae.pt", "weights") for name in ("whole", "halves")))
+
+
+@pytest.mark.parametrize("name", ["train_gpt.py", "train_sae.py --recipe=towards --l1_coeff=30"])
+def test_two_ranks_are_one_with_the_doubled_batch(trained, tmp_path, name):
+    """Started in the middle and resumed, with resampling on the way; the second rank is silent."""
+    name, *flags = name.split()
+    flags += SMALL_GPT + [f"--dataset={trained.parent / 'text.txt'}"] if name == "train_gpt.py" else SMALL_SAE
+    size = 8 if name == "train_gpt.py" else 128
+    one, two = tmp_path / "one", tmp_path / "two"
+    for out in (one, two):
+        shutil.copytree(trained, out)
+    done = script(name, f"--out_dir={one}", *flags, f"--batch_size={size}")
+    assert done.returncode == 0, done.stderr
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [os.path.join(ROOT, name), f"--out_dir={two}", *flags, f"--batch_size={size // 2}"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    steps = 30 if name == "train_gpt.py" else 60
+    for more in ([f"--max_iters={steps}"], [f"--max_iters={steps}", "--resume"]):
+        ran = subprocess.run([*command, *more], capture_output=True, text=True, env=env)
+        assert ran.returncode == 0, ran.stderr
+    assert "is finished" in ran.stdout and ran.stdout.count("is finished") == 1
+    path, key = ("gpt.pt", "model") if name == "train_gpt.py" else ("sae/towards/sae.pt", "weights")
+    a, b = weights(one / path, key), weights(two / path, key)
+    for which in a:
+        if which.endswith("c_attn.bias"):  # the softmax does not see the keys' bias: Adam makes steps of rounding errors
+            for state in (a, b):
+                state[which].view(3, -1)[1] = 0
+        torch.testing.assert_close(a[which], b[which], rtol=2e-3, atol=2e-5, msg=which)
