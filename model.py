@@ -358,12 +358,12 @@ def setup(args):
     Common flags -> device, autocast context manager, whether to compile, rank and number of ranks (0 and 1 but under
     torchrun, whose process group it joins). Seeds torch, makes `out_dir`.
     """
-    name, ranks = args.device, int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1
-    rank = int(os.environ["RANK"]) if ranks > 1 else 0
-    if name == "auto":
-        name = ("cuda:" + os.environ.get("LOCAL_RANK", "0")) if torch.cuda.is_available() else "cpu"
+    rank, ranks, local_rank = 0, 1, 0
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun
+        rank, ranks, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    name = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
+        device = torch.device(name if args.device == "auto" else args.device)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device={args.device} is not to be had here: {str(error).splitlines()[0]}")
@@ -378,6 +378,8 @@ def setup(args):
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=half)
     compiled = args.compile == "yes" or (args.compile == "auto" and device.type == "cuda")
     if ranks > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
         if rank:
             sys.stdout = open(os.devnull, "w")  # one voice

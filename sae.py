@@ -82,19 +82,22 @@ class SparseAutoencoder(nn.Module):
 
     recipe: "scaling", "towards" or "tied". decoder_norm: L2 norm of every decoder row at the start (scaling only; the
     April 2024 update suggests 0.05 to 1). input_norm: "dataset" (one scalar for all, E||x||^2 = d_in), "token" (each
-    vector to ||x||^2 = d_in, the other reading of Templeton et al.) or "none" (raw units).
+    vector to ||x||^2 = d_in, the other reading of Templeton et al.) or "none" (raw units). pre_bias: whether b_dec is
+    subtracted before W_enc is applied; None: as the recipe has it, in towards alone.
 
     Initialisation: random directions, W_enc = W_dec^T, biases 0 (April 2024 update). W_enc is stored as a transposed
     matrix, each feature's weights side by side: that is the layout in which SparseStep makes its gradient.
     """
 
-    def __init__(self, d_in, n_features, recipe="scaling", input_norm="dataset", decoder_norm=0.3):
+    def __init__(self, d_in, n_features, recipe="scaling", input_norm="dataset", decoder_norm=0.3,
+                 pre_bias=None):
         super().__init__()
         if recipe not in RECIPES:
             raise UserError(f"unknown recipe {recipe}: it is one of {', '.join(RECIPES)}")
         if input_norm not in ("dataset", "token", "none"):
             raise UserError(f"unknown input_norm {input_norm}: it is dataset, token or none")
         self.d_in, self.n_features, self.recipe, self.input_norm = d_in, n_features, recipe, input_norm
+        self.pre_bias = recipe == "towards" if pre_bias is None else pre_bias
         directions = F.normalize(torch.randn(n_features, d_in), dim=1)
         self.W_dec = nn.Parameter(directions * (decoder_norm if recipe == "scaling" else 1.0))
         self.b_enc = nn.Parameter(torch.zeros(n_features))
@@ -126,8 +129,8 @@ class SparseAutoencoder(nn.Module):
         return math.sqrt(self.d_in) / x.float().norm(dim=-1, keepdim=True).clamp_min(1e-8)
 
     def encoder_input(self, x):
-        """Scaled x -> what W_enc is applied to: towards subtracts b_dec first (its pre-encoder bias)."""
-        return x - self.b_dec if self.recipe == "towards" else x
+        """Scaled x -> what W_enc is applied to."""
+        return x - self.b_dec if self.pre_bias else x
 
     def encode(self, x):
         """(..., d_in) raw activations -> f (..., n_features)."""
@@ -230,7 +233,7 @@ class SparseAutoencoder(nn.Module):
         """
         scale = 1.0 if self.input_norm == "token" else self.scale
         norms = self.W_dec.norm(dim=1)
-        bias = self.b_enc - self.b_dec @ self.W_enc if self.recipe == "towards" else self.b_enc
+        bias = self.b_enc - self.b_dec @ self.W_enc if self.pre_bias else self.b_enc
         folded = SparseAutoencoder(self.d_in, self.n_features, "scaling", self.input_norm).to(self.W_dec)
         folded.W_enc.copy_(self.W_enc * norms)
         folded.b_enc.copy_(bias * norms / scale)
@@ -392,16 +395,16 @@ def open_npy(path):
 def save_sae(path, sae, **extra):
     """Writes sae and any extra tensors and plain values, moved into place when complete."""
     save_checkpoint(path, weights=sae.state_dict(), scale=sae.scale.item(), d_in=sae.d_in, n_features=sae.n_features,
-                    recipe=sae.recipe, input_norm=sae.input_norm, **extra)
+                    recipe=sae.recipe, input_norm=sae.input_norm, pre_bias=sae.pre_bias, **extra)
 
 
 def load_sae(path, device="cpu"):
     """-> SparseAutoencoder as save_sae wrote it; its attribute `extra` holds the extra values."""
     hint = "run python train_sae.py first"
-    settings = ("weights", "scale", "d_in", "n_features", "recipe", "input_norm")
+    settings = ("weights", "scale", "d_in", "n_features", "recipe", "input_norm", "pre_bias")
     checkpoint = load_checkpoint(path, device, settings, hint)
     try:
-        sae = SparseAutoencoder(*(checkpoint[name] for name in settings[2:])).to(device)
+        sae = SparseAutoencoder(**{name: checkpoint[name] for name in settings[2:]}).to(device)
         sae.load_state_dict(checkpoint["weights"])
         sae.scale.fill_(checkpoint["scale"])
     except (TypeError, RuntimeError, UserError):

@@ -52,6 +52,8 @@ def parse_args():
     group.add_argument("--n_features", type=positive, default=2048, help="dictionary size")
     group.add_argument("--decoder_norm", type=not_negative, default=0.3,
                        help="scaling: norm of the decoder rows at the start")
+    group.add_argument("--pre_bias", default="auto", choices=["auto", "yes", "no"],
+                       help="subtract b_dec from the activations before they are encoded; auto: in towards alone")
     group.add_argument("--l1_coeff", type=not_negative, default=5.0, help="lambda, weight of the sparsity penalty")
     group = parser.add_argument_group("training")
     group.add_argument("--batch_size", type=positive, default=2048, help="activation vectors a step")
@@ -222,7 +224,8 @@ def main():
     if args.dead_steps != "auto":
         dead_steps = step_list(args.dead_steps, "--dead_steps")[0]
 
-    sae = SparseAutoencoder(store.width, args.n_features, args.recipe, args.input_norm, args.decoder_norm).to(device)
+    sae = SparseAutoencoder(store.width, args.n_features, args.recipe, args.input_norm, args.decoder_norm,
+                            {"yes": True, "no": False}.get(args.pre_bias)).to(device)
     sae.fit_to(sample)
     optimizer = torch.optim.Adam(sae.parameters(), betas=(0.9, 0.999), fused=device.type != "mps")
     last_fired = torch.zeros(args.n_features, dtype=torch.long, device=device)  # in which step
@@ -236,8 +239,8 @@ def main():
     loss_of = torch.compile(sae.loss) if compiled else sae.loss
     if ranks > 1:
         loss_of = DistributedDataParallel(sae)
-    print(f"sae: {args.recipe}, {store.width} -> {args.n_features:,} features, {args.max_iters * batch_size:,} rows, "
-          f"{args.max_iters * batch_size / store.rows:.2f} of those there are, inputs x {sae.scale.item():.4g}, on {device}")
+    print(f"sae: {args.recipe}, {store.width} -> {args.n_features:,} features, {args.max_iters * batch_size:,} rows of "
+          f"{store.rows:,} there are, inputs x {sae.scale.item():.4g}, on {device}")
 
     def save(step):  # the checkpoint last: where it says that the run is finished, all is there
         if rank:

@@ -488,6 +488,28 @@ def test_a_folded_autoencoder_is_one_affine_map_relu_another(recipe):
 # -----------------------------------------------------------------------------
 # starting point
 
+@pytest.mark.parametrize("recipe, pre_bias", [("scaling", True), ("towards", False)])
+def test_the_pre_encoder_bias_can_be_had_apart_from_the_recipe(tmp_path, recipe, pre_bias):
+    """x_in = x - b_dec or x, in encode, loss, gradients of both steps, fold and on disk; all else is the recipe's."""
+    sae = SparseAutoencoder(5, 11, recipe, pre_bias=pre_bias)
+    for p in sae.parameters():
+        torch.nn.init.normal_(p, std=0.8)
+    x = inputs(7).float()
+    f = torch.relu((x - sae.b_dec * pre_bias) @ sae.W_enc + sae.b_enc)
+    torch.testing.assert_close(sae.encode(x), f)
+    weighted = f * sae.W_dec.norm(dim=1) if recipe == "scaling" else f
+    expected = (f @ sae.W_dec + sae.b_dec - x).square().sum(1).mean() + 0.3 * weighted.sum(1).mean()
+    gradients = torch.autograd.grad(expected, list(sae.parameters()))
+    for sparse in [False] + [True] * torch.backends.mkl.is_available():
+        loss, _ = sae.loss(x, 0.3, sparse=sparse)
+        torch.testing.assert_close(loss, expected)
+        for got, gradient in zip(torch.autograd.grad(loss, list(sae.parameters())), gradients):
+            torch.testing.assert_close(got, gradient)
+    torch.testing.assert_close(sae.fold()(x), sae(x))
+    save_sae(tmp_path / "sae.pt", sae)
+    torch.testing.assert_close(load_sae(tmp_path / "sae.pt")(x), sae(x))
+
+
 def test_the_scale_makes_the_mean_squared_norm_the_width():
     sae, x = SparseAutoencoder(5, 11), 30 * inputs(200) + 7
     sae.fit_to(x)
