@@ -33,6 +33,7 @@ for line in sys.stdin:
     if pid == 0:
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
         os.dup2(1, 2)
+        sys.stdout.reconfigure(line_buffering=True)
         sys.argv = [name, *flags]
         model.run(globals()[name].main)
         sys.stdout.flush()
@@ -50,12 +51,15 @@ class Forks:
         self.log, env = log, os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT}
         self.server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
 
-    def run(self, name, *flags, after=None, send=signal.SIGKILL):
-        """-> seconds it ran, exit code, what it printed; a signal is sent to it after so many seconds."""
+    def run(self, name, *flags, after=None, printed="", send=signal.SIGKILL):
+        """-> seconds it ran, exit code, what it printed; a signal is sent so many seconds after it printed that."""
+        self.log.write_text("")
         self.server.stdin.write(json.dumps([name, str(self.log), *map(str, flags)]) + "\n")
         self.server.stdin.flush()
         pid, start = int(self.server.stdout.readline()), time.time()
         if after is not None:
+            while printed not in self.log.read_text(encoding="utf-8") and time.time() < start + 60:
+                time.sleep(0.05)
             time.sleep(after)
             try:
                 os.kill(pid, send)
@@ -177,7 +181,7 @@ def test_an_interrupted_run_saves_and_says_how_to_go_on(forks, trained, tmp_path
             shutil.copytree(trained, out, dirs_exist_ok=True)
             os.remove(out / name)
             command = ("train_sae", *SMALL_SAE, "--max_iters=5000", "--save_interval=5000")
-        _, code, log = forks.run(*command, f"--out_dir={out}", after=2.0, send=send)
+        _, code, log = forks.run(*command, f"--out_dir={out}", printed=", on cpu", after=0.5, send=send)
         assert code == 130 and "Traceback" not in log, log
         step = torch.load(out / name, weights_only=True)["step"]
         assert 0 < step < 3000 and f"step {step:,}, which is saved" in log and "--resume" in log

@@ -621,7 +621,7 @@ def test_load_gives_back_exactly_what_save_wrote(tmp_path, recipe, input_norm):
 def test_a_save_that_fails_leaves_the_old_file(tmp_path):
     sae, path = make("scaling").float(), tmp_path / "sae.pt"
     save_sae(path, sae, step=1)
-    with pytest.raises(Exception, match="pickle"):
+    with pytest.raises(Exception, match="pickle|local object"):
         save_sae(path, sae, step=2, unpicklable=lambda: None)
     assert load_sae(path).extra == {"step": 1}
 
