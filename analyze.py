@@ -64,8 +64,8 @@ def folder_of(args, name):
 def load_run(args, device, name):
     """
     -> namespace of what an analysis needs: folder, sae (folded), recipe, site, source, held_out (contexts (N, T + 1) of
-    token ids, or rows of one's own activations), and for activations of a model gpt, tokenizer, the first contexts and
-    their tokens (N T,).
+    token ids, or rows of one's own activations), and for activations of a model gpt, tokenizer, contexts for all other
+    analyses and their tokens (N T,).
     """
     folder = folder_of(args, name)
     sae = load_sae(os.path.join(folder, "sae.pt"), device)
@@ -83,8 +83,12 @@ def load_run(args, device, name):
         raise UserError(f"{folder}/sae.pt was trained on another gpt.pt than {out_dir} has now: run train_sae.py again")
     T = this.gpt.config.block_size
     tokens = torch.from_numpy(load_tokens(out_dir, "val", this.gpt.config).astype(np.int64))
-    this.held_out = tokens.unfold(0, T + 1, T)[:max(1, args.eval_tokens // T)]   # the last token is a target only
-    this.contexts = this.held_out[:max(1, args.read_tokens // T)]
+    contexts = tokens.unfold(0, T + 1, T)                       # the last token of each is a target only
+
+    def spread(n_tokens):  # contexts from all of the held-out text
+        n = min(len(contexts), max(1, n_tokens // T))
+        return contexts[torch.arange(n) * len(contexts) // n]
+    this.held_out, this.contexts = spread(args.eval_tokens), spread(args.read_tokens)
     this.tokens = this.contexts[:, :-1].reshape(-1).numpy()
     return this
 
@@ -262,9 +266,9 @@ def explained_by_tokens(this, acts):
 # -----------------------------------------------------------------------------
 # showing
 
-def token_text(this, token):
-    """A token as one printable line: ⏎ and ⇥ for white space, · for other control characters, � for parts of one."""
-    text = this.tokenizer.decode_single_token_bytes(int(token)).decode("utf-8", "replace")
+def token_text(this, *tokens):
+    """Tokens as one printable line: ⏎ and ⇥ for white space, · for other control characters, � for parts of one."""
+    text = b"".join(this.tokenizer.decode_single_token_bytes(int(token)) for token in tokens).decode("utf-8", "replace")
     text = text.replace("\n", "⏎").replace("\t", "⇥")
     return "".join(c if c.isprintable() else "·" for c in text)
 
@@ -277,9 +281,10 @@ def bars(counts):
 def snippet(this, position, width):
     """The held-out token at `position` (counted through all contexts), «marked», within its context."""
     T = this.contexts.shape[1] - 1
-    context, t = [token_text(this, token) for token in this.contexts[position // T]], position % T
-    left, right = max(10, width - len(context[t])) * 2 // 3, max(10, width - len(context[t])) // 3
-    return f"{''.join(context[:t])[-left:].rjust(left)}«{context[t]}»{''.join(context[t + 1:-1])[:right]}"
+    context, t = this.contexts[position // T], position % T
+    left, token, right = (token_text(this, *some) for some in (context[:t], context[t:t + 1], context[t + 1:-1]))
+    room = max(10, width - len(token))
+    return f"{left[-(room * 2 // 3):].rjust(room * 2 // 3)}«{token}»{right[:room // 3]}"
 
 
 def title(this, i, acts):
@@ -565,7 +570,7 @@ def steer(this, args):
         ids = this.gpt.generate(start, 60, hook=hook, generator=generator)[0, start.shape[1]:]
         name = "unsteered" if multiple is None else f"{multiple:+g} x max"
         print(f"\n{name:>12}  {token_text(this, token)!r} has probability {probability:.4f}\n"
-              f"{'':14}{''.join(token_text(this, t) for t in ids)}")
+              f"{'':14}{token_text(this, *ids)}")
     save(this, "steer", feature=i, token=token_text(this, token), clamped=clamped)
 
 

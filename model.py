@@ -484,12 +484,13 @@ def resumable(path, args, device):
     """
     if not (args.resume and os.path.exists(path)):
         return None
-    hint = "run without --resume to start anew"
+    hint, free = "run without --resume to start anew", "resume out_dir name device compile save_interval max_iters".split()
     checkpoint = load_checkpoint(path, device, ["args", "step", "log", "optimizer"], hint)
     step, was = checkpoint["step"], checkpoint["args"]
+    if not isinstance(was, dict) or "max_iters" not in was:
+        raise UserError(f"{path} is damaged or not a checkpoint of this project: {hint}")
     for key, value in vars(args).items():
-        if key not in ("resume", "out_dir", "name", "device", "compile", "save_interval", "max_iters") \
-                and was.get(key) != value:
+        if key not in free and was.get(key) != value:
             raise UserError(f"--{key}={value}, but {path} was trained with {was.get(key)}: {hint}")
     if args.max_iters < was["max_iters"]:
         raise UserError(f"--max_iters={args.max_iters}, but {path} was started for {was['max_iters']}: {hint}")
@@ -503,6 +504,7 @@ def resumable(path, args, device):
 
 
 def restore(path, checkpoint, module, weights, optimizer):
+    """Puts a checkpoint's weights and its optimizer's state back. UserError when they do not fit."""
     try:
         module.load_state_dict(weights)
         optimizer.load_state_dict(checkpoint["optimizer"])

@@ -404,6 +404,27 @@ def test_the_frontier_has_the_lowest_loss_among_the_runs_that_were_at_a_budget()
 
 
 # -----------------------------------------------------------------------------
+# what is read, and how it is shown
+
+@pytest.mark.parametrize("n_tokens, expected", [(10**6, range(25)), (8 * 5, [0, 5, 10, 15, 20]), (8 * 2, [0, 12]), (1, [0])])
+def test_contexts_come_from_all_of_the_held_out_text(tmp_path, n_tokens, expected):
+    random_run(tmp_path, tokens=range(207))  # 25 contexts of 8 tokens and one more that is a target only
+    given = []
+    with mock.patch.dict(analyze.COMMANDS, feature=lambda this, args: given.append(this)):
+        script("analyze.py", "feature", f"--out_dir={tmp_path}", f"--read_tokens={n_tokens}", f"--eval_tokens={n_tokens}")
+    for contexts in (given[0].contexts, given[0].held_out):
+        assert contexts.tolist() == [list(range(8 * k, 8 * k + 9)) for k in expected]
+
+
+def test_a_character_of_several_tokens_is_shown_whole(tmp_path):
+    this = lookup_run(tmp_path, "é 漢字 foo\n bar" * 20, fires({7: {" foo": 1.0}}))
+    position = TOKENIZER.encode_ordinary("é 漢字 foo\n bar").index(TOKENIZER.encode_ordinary(" foo")[0])
+    assert analyze.snippet(this, position, 40).strip().startswith("é 漢字« foo»⏎ baré 漢")
+    assert analyze.token_text(this, *TOKENIZER.encode_ordinary("漢")) == "漢"
+    assert analyze.token_text(this, TOKENIZER.encode_ordinary("漢")[0]) == "�"
+
+
+# -----------------------------------------------------------------------------
 # the page's data
 
 @pytest.mark.parametrize("recipe, input_norm", [("scaling", "dataset"), ("towards", "token")])
