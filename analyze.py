@@ -126,10 +126,10 @@ def measure(this):
         def loss(name, replace):  # of the model with replace(x) in the place of x
             hook = lambda site, x: replace(x) if site == this.site else None
             losses[name] += this.gpt(some[:, :-1], some[:, 1:], hook)[1].item() * some[:, 1:].numel()
-        kept = [] if this.gpt else [some.float()]
+        kept = []
         if this.gpt:
             loss("plain", kept.append)
-        x, = kept
+        x = kept[0] if this.gpt else some.float()
         f = sae.encode(x)
         x_hat = sae.decode(f, sae.input_scale(x))
         if this.gpt:
