@@ -216,6 +216,18 @@ def test_the_sparse_step_is_picked_when_fewer_than_one_entry_in_ten_is_active(mo
     assert loss == pytest.approx(reference(parameters(sae), 1.0, x, 0.8, "scaling").loss, rel=1e-5)
 
 
+def test_without_mkl_the_dense_step_takes_over(monkeypatch):
+    sae = make("scaling").float()
+    with torch.no_grad():
+        sae.b_enc.fill_(-2.5)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    monkeypatch.setattr(SparseStep, "apply", lambda *args: pytest.fail("the sparse step needs MKL"))
+    x = inputs(64).float()
+    loss, stats = sae.loss(x, 0.8)
+    assert 0 < stats["l0"] < 1.1  # few enough for the sparse step
+    assert loss.item() == pytest.approx(reference(parameters(sae), 0.7, x, 0.8, "scaling").loss, rel=1e-5)
+
+
 # -----------------------------------------------------------------------------
 # unit decoder rows (Towards Monosemanticity, appendix: the part of the gradient along a row is removed)
 
