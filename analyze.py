@@ -1003,7 +1003,7 @@ def write_page(this, headline, rows, n_texts=8):
             for label, position in examples(this, a, n_top=6, n_intervals=4, each=1, rng=rng):
                 start = position - position % T + min(max(0, position % T - 15), T - width)
                 shown.append([label, this.tokens[start:start + width].tolist(), position - start, {}])
-                windows.append((i, start, a[start:start + width], shown[-1][3]))
+                windows.append((i, start, a[start:start + width].copy(), shown[-1][3]))
             pairs = zip(("up", "down", "near"), related(this, i, a.max().item(), 8))
             features[i] |= {key: [[j, short(value)] for j, value in pair] for key, pair in pairs}
             features[i] |= {"m": short(a.max()), "e": short(e), "n": short(n), "h": histogram(a), "x": shown}
