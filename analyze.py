@@ -615,7 +615,7 @@ def search(this, args):
 def neurons(this, args, n_sample=256):
     """
     Are features something else than neurons, and more explainable? Each feature's highest Pearson correlation with any
-    MLP neuron of the layer (82% had 0.3 or less in Towards Monosemanticity), and explained_by_tokens for features,
+    MLP neuron of the layer (82% had 0.3 or less in Scaling Monosemanticity), and explained_by_tokens for features,
     neurons and random directions, the last two cut by a threshold to the features' median density.
     """
     rng, mlp = np.random.default_rng(args.seed), neuron_activations(this)
