@@ -112,14 +112,14 @@ def batches(this, label, what):
 
 def measure(this):
     """
-    -> metrics (plain numbers), and per feature: density (share of tokens it is active on), max, energy (mean square).
+    -> metrics (plain numbers), and per feature: density (share of tokens it is active on), energy (mean square).
 
     variance explained = 1 - sum ||x - x_hat||^2 / sum ||x - mean||^2; loss recovered = (zero - spliced) / (zero -
     plain), the model's loss as it is, with x_hat, and with 0 in the place of x at the same site (Towards
     Monosemanticity, "How much of the model does our interpretation explain?").
     """
     sae, m = this.sae, this.sae.n_features
-    active, largest, energy = torch.zeros(m, dtype=torch.long), torch.zeros(m), torch.zeros(m, dtype=torch.float64)
+    active, energy = torch.zeros(m, dtype=torch.long), torch.zeros(m, dtype=torch.float64)
     total, squares, error, n_tokens = torch.zeros(sae.d_in, dtype=torch.float64), 0.0, 0.0, 0
     losses, mean = Counter(), read(this).mean(0).to(sae.W_dec) if this.gpt else None
     for some in batches(this, "measuring", this.held_out):
@@ -139,7 +139,6 @@ def measure(this):
         rows, f = x.flatten(0, -2), f.flatten(0, -2)
         n_tokens += len(rows)
         active += (f > 0).sum(0).cpu()
-        largest = torch.maximum(largest, f.amax(0).cpu())
         energy += f.square().sum(0).double().cpu()
         total += rows.sum(0).double().cpu()
         squares += rows.double().square().sum().item()
@@ -152,8 +151,7 @@ def measure(this):
         metrics |= {f"loss_{name}": value / n_tokens for name, value in losses.items()}
         zero = metrics["loss_zero_ablated"]
         metrics["loss_recovered"] = (zero - metrics["loss_spliced"]) / (zero - metrics["loss_plain"])
-    features = {"density": active / n_tokens, "max": largest, "energy": energy / n_tokens}
-    return metrics, SimpleNamespace(**{name: value.numpy() for name, value in features.items()})
+    return metrics, SimpleNamespace(density=(active / n_tokens).numpy(), energy=(energy / n_tokens).numpy())
 
 
 def read(this, site=None):
@@ -320,13 +318,13 @@ def examples(this, acts, n_top, n_intervals, each, rng):
     edges = np.linspace(0, acts.max(), n_intervals + 1)
     for k in reversed(range(n_intervals)):
         inside = on[(acts[on] > edges[k]) & (acts[on] <= edges[k + 1])]
-        label = f"{100 * k // n_intervals}-{100 * (k + 1) // n_intervals}%"
-        chosen += [(label, int(position)) for position in rng.permutation(inside)[:each]]
+        chosen += [(f"{100 * k // n_intervals}-{100 * (k + 1) // n_intervals}%", int(position))
+                   for position in rng.permutation(inside)[:each]]
     return chosen
 
 
 def related(this, i, largest, n):
-    """-> [(id, value)] of the tokens that feature i at its largest activation raises, lowers; of its nearest neurons."""
+    """-> [(id, value)] of tokens that feature i at its largest activation raises, lowers; of its nearest neurons."""
     direction = this.sae.W_dec[i]
     effects, cosines = logit_effects(this, direction[None])[0] * largest, neuron_directions(this) @ direction
 
@@ -387,9 +385,6 @@ def report(this, args):
     print(f"\n{headline}, on {metrics['tokens']:,} held-out {'tokens' if this.gpt else 'rows'}")
     for name, value, note in rows:
         print(f"  {name:<20}{value:>9}   {note}")
-    counts, _ = np.histogram(np.log10(features.density.clip(1e-6)), bins=48, range=(-6, 0))
-    print(f"\n  log10 density   -6 {bars(counts)} 0")
-
     with figure(os.path.join(this.folder, "density.png")) as ax:
         bins = np.linspace(min(math.log10(ULTRA_LOW) - 0.5, np.log10(alive.min(initial=1)) - 0.1), 0, 60)
         for which, colour, label in ((alive >= ULTRA_LOW, BLUE, "alive"), (alive < ULTRA_LOW, RED, "ultra-low")):
@@ -816,19 +811,18 @@ def compare(this, args):
     a, b = sorted((this, load_run(args, this.sae.W_dec.device, args.names[1])), key=lambda run: run.sae.n_features)
     if None in (a.gpt, b.gpt) or a.tokens.shape != b.tokens.shape or (a.tokens != b.tokens).any():
         raise UserError("compare needs two autoencoders on models with the same tokenizer and held-out text")
-    names = [os.path.relpath(run.folder, args.out_dir) for run in (a, b)]
     if a.source["gpt"] == b.source["gpt"] and a.site == b.site:
         cosines = (a.sae.W_dec @ b.sae.W_dec.t()).cpu().numpy()
         best = cosines.max(1)
         shares = {f"{c}": float((best > c).mean()) for c in (0.5, 0.7, 0.9)}
-        print(f"{len(best):,} features of {names[0]} among {cosines.shape[1]:,} of {names[1]}: highest cosine over "
+        print(f"{len(best):,} features of {a.folder} among {cosines.shape[1]:,} of {b.folder}: highest cosine over "
               + ", ".join(f"{c} for {share:.1%}" for c, share in shares.items()) + f"; median {np.median(best):.2f}")
         for i in np.argsort(-(cosines > 0.5).sum(1), kind="stable")[:args.show].tolist():
             print(f"\n{title(a, i, activations_of(a, [i])[0])}")
             near = np.argsort(-cosines[i])[:min(6, max(1, (cosines[i] > 0.5).sum()))]
             for j, acts in zip(near.tolist(), activations_of(b, near)):
                 print(f"   {cosines[i, j]:.2f}  {title(b, j, acts)}")
-        save(this, "compare", of=names, shares=shares, median=float(np.median(best)))
+        save(this, "compare", of=[a.folder, b.folder], shares=shares, median=float(np.median(best)))
         return
     n = 2**16  # tokens: enough for a correlation, and the activations of all features on them fit into memory
     others = np.concatenate([activations_of(b, block)[:, :n] for block in blocks(b.sae.n_features)])
@@ -842,7 +836,7 @@ def compare(this, args):
         for (kind, values), colour in zip(best.items(), (BLUE, RED)):
             ax.hist(values, bins=np.linspace(0, 1, 41), density=True, histtype="step", color=colour, label=kind)
         ax.set(xlabel="highest activation correlation across models", ylabel="density")
-    save(this, "compare", of=names, medians=medians)
+    save(this, "compare", of=[a.folder, b.folder], medians=medians)
 
 
 # -----------------------------------------------------------------------------

@@ -35,6 +35,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 
 # -----------------------------------------------------------------------------
 # GPT
@@ -258,20 +259,16 @@ def gpt2_tokenizer():
 
 def save_tokenizer(path, tokenizer):
     """Readable JSON: the tokens in order of rank, each as text, or as a list of bytes where it is no valid UTF-8."""
-    def readable(token):
-        try:
-            return token.decode()
-        except UnicodeDecodeError:
-            return list(token)
     saved = {"kind": tokenizer.name, "vocab_size": tokenizer.n_vocab}
     if tokenizer.name == "bpe":
         tokens = [tokenizer.decode_single_token_bytes(i) for i in range(tokenizer.n_vocab - 1)]
-        saved |= {"pattern": PATTERN, "tokens": [readable(token) for token in tokens]}
+        saved |= {"pattern": PATTERN, "tokens": [text if (text := token.decode(errors="replace")).encode() == token
+                                                 else list(token) for token in tokens]}
     save_json(path, saved)
 
 
 def load_tokens(out_dir, split, config):
-    """out_dir/train.bin or val.bin, as train_gpt.py left them for a GPTConfig -> memory-mapped token ids (n,) uint16."""
+    """out_dir/train.bin or val.bin, as train_gpt.py left them for a GPTConfig -> memory-mapped ids (n,) uint16."""
     path, hint = os.path.join(out_dir, f"{split}.bin"), "run python train_gpt.py again"
     load_json(os.path.join(out_dir, "data.json"), hint)  # written when both are whole
     try:
@@ -314,7 +311,8 @@ def run(main):
         print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stop:
-        print(stop.args[0] if stop.args else "interrupted: run the same command again", file=sys.stderr)
+        print(f"interrupted at {stop}, which is saved: go on with the same command and --resume" if stop.args else
+              "interrupted: run the same command again", file=sys.stderr)
         sys.exit(130)
 
 
@@ -484,7 +482,8 @@ def resumable(path, args, device):
     """
     if not (args.resume and os.path.exists(path)):
         return None
-    hint, free = "run without --resume to start anew", "resume out_dir name device compile save_interval max_iters".split()
+    hint = "run without --resume to start anew"
+    free = ("resume", "out_dir", "name", "device", "compile", "save_interval", "max_iters")
     checkpoint = load_checkpoint(path, device, ["args", "step", "log", "optimizer"], hint)
     step, was = checkpoint["step"], checkpoint["args"]
     if not isinstance(was, dict) or "max_iters" not in was:
@@ -495,7 +494,7 @@ def resumable(path, args, device):
     if args.max_iters < was["max_iters"]:
         raise UserError(f"--max_iters={args.max_iters}, but {path} was started for {was['max_iters']}: {hint}")
     if args.max_iters > was["max_iters"]:
-        print(f"--max_iters={args.max_iters} instead of {was['max_iters']}: from here on the schedules are the longer run's")
+        print(f"--max_iters={args.max_iters} instead of {was['max_iters']}: from here on with its schedules")
     if step == args.max_iters:
         print(f"{path} is finished: all {step:,} steps are done")
         sys.exit(0)
@@ -545,10 +544,8 @@ BLUE, RED = "#2a6f97", "#d1495b"
 @contextmanager
 def figure(path, panels=1, width=6.0, height=3.6):
     """with figure(path) as ax: draws on one panel (or a list of them); the picture is written at the end."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(1, panels, figsize=(width, height), layout="constrained")
+    fig = Figure(figsize=(width, height), layout="constrained")
+    axes = fig.subplots(1, panels)
     yield axes
     for ax in np.atleast_1d(axes):
         ax.grid(alpha=0.25)
@@ -556,4 +553,3 @@ def figure(path, panels=1, width=6.0, height=3.6):
         if ax.get_legend_handles_labels()[1]:
             ax.legend(frameon=False, fontsize="small")
     write_atomic(path, lambda f: fig.savefig(f, format="png", dpi=120))
-    plt.close(fig)

@@ -92,10 +92,9 @@ class SparseAutoencoder(nn.Module):
     def __init__(self, d_in, n_features, recipe="scaling", input_norm="dataset", decoder_norm=0.3,
                  pre_bias=None):
         super().__init__()
-        if recipe not in RECIPES:
-            raise UserError(f"unknown recipe {recipe}: it is one of {', '.join(RECIPES)}")
-        if input_norm not in ("dataset", "token", "none"):
-            raise UserError(f"unknown input_norm {input_norm}: it is dataset, token or none")
+        for value, known in ((recipe, RECIPES), (input_norm, ("dataset", "token", "none"))):
+            if value not in known:
+                raise UserError(f"{value} is unknown: it must be one of {', '.join(known)}")
         self.d_in, self.n_features, self.recipe, self.input_norm = d_in, n_features, recipe, input_norm
         self.pre_bias = recipe == "towards" if pre_bias is None else pre_bias
         directions = F.normalize(torch.randn(n_features, d_in), dim=1)
@@ -142,7 +141,7 @@ class SparseAutoencoder(nn.Module):
         return (f @ self.W_dec + self.b_dec) / (self.scale if scale is None else scale)
 
     def forward(self, x, l1_coeff=None):
-        """(..., d_in) raw activations -> their reconstruction; with l1_coeff their loss, for engines that wrap forward."""
+        """(..., d_in) raw activations -> their reconstruction; with l1_coeff their loss, for what wraps forward."""
         return self.decode(self.encode(x), self.input_scale(x)) if l1_coeff is None else self.loss(x, l1_coeff)
 
     def loss(self, x, l1_coeff, sparse=None):
@@ -325,19 +324,23 @@ class ActivationStore:
         """Rows position .. position + n of the stream -> float tensor (n, width)."""
         parts = []
         while n > 0:
-            epoch, offset = divmod(position, self.rows)
-            order = np.random.default_rng((self.seed, epoch)).permutation(len(self.slices))
-            ends = np.cumsum(self.sizes[order])
-            k = int(np.searchsorted(ends, offset, side="right"))
-            i, offset = int(order[k]), offset - int(ends[k] - self.sizes[order[k]])
-            if self.loaded[0] != (epoch, i):
-                self.loaded = None, None  # frees the last slice before the next comes
-                shuffled = np.random.default_rng((self.seed, epoch, i)).permutation(self.sizes[i])
-                self.loaded = (epoch, i), self.read(i, shuffled)
-            parts.append(torch.from_numpy(self.loaded[1][offset:offset + n]))
+            parts.append(self.rows_from(position)[:n])
             position += len(parts[-1])
             n -= len(parts[-1])
         return torch.cat(parts).float()
+
+    def rows_from(self, position):
+        """The rest of the slice that row `position` of the stream is in; it is kept in memory for the next batch."""
+        epoch, offset = divmod(position, self.rows)
+        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.slices))
+        ends = np.cumsum(self.sizes[order])
+        k = int(np.searchsorted(ends, offset, side="right"))
+        i, offset = int(order[k]), offset - int(ends[k] - self.sizes[order[k]])
+        if self.loaded[0] != (epoch, i):
+            self.loaded = None, None  # frees the last slice before the next comes
+            shuffled = np.random.default_rng((self.seed, epoch, i)).permutation(self.sizes[i])
+            self.loaded = (epoch, i), torch.from_numpy(self.read(i, shuffled))
+        return self.loaded[1][offset:]
 
     def sample(self, n, seed):
         """n rows drawn evenly from all of them, without repetition -> tensor (n, width) in the files' own precision."""
@@ -349,26 +352,22 @@ class ActivationStore:
         return torch.from_numpy(np.concatenate(parts))
 
 
-class ActivationStream:
+class ActivationStream(ActivationStore):
     """
     Activations that are made when they are needed and never written: ActivationStore's batch and sample without an end.
     make(n, key) -> (n, width), decided by key; batch takes them by shards of SHARD_ROWS, of which one is kept.
     """
+
     def __init__(self, make, width, seed):
         self.make, self.width, self.seed, self.rows = make, width, seed, math.inf
         self.loaded = None, None
 
-    def batch(self, position, n):
-        parts = []
-        while n > 0:
-            number, offset = divmod(position, SHARD_ROWS)
-            if self.loaded[0] != number:
-                self.loaded = None, None
-                self.loaded = number, self.make(SHARD_ROWS, (self.seed, number))
-            parts.append(self.loaded[1][offset:offset + n])
-            position += len(parts[-1])
-            n -= len(parts[-1])
-        return torch.cat(parts).float()
+    def rows_from(self, position):
+        number, offset = divmod(position, SHARD_ROWS)
+        if self.loaded[0] != number:
+            self.loaded = None, None
+            self.loaded = number, self.make(SHARD_ROWS, (self.seed, number))
+        return self.loaded[1][offset:]
 
     def sample(self, n, seed):
         return self.make(n, seed)

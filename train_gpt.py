@@ -129,7 +129,7 @@ def read_documents(path):
 
 
 def documents(paths, label, skipped):
-    """Yields every document of every file as str, with progress; what is no UTF-8 text is left out, and is `skipped`."""
+    """Yields every document of every file as str, with progress; what is no UTF-8 text is left out and `skipped`."""
     progress, before = Progress(label, sum(p.stat().st_size for p in paths), "bytes"), 0
     for path in paths:
         try:
@@ -181,7 +181,8 @@ def prepare(args):
     made_from = {"tokenizer": args.tokenizer, "vocab_size": args.vocab_size, "files": hashlib.sha256(
         repr([(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]).encode()).hexdigest()}
     file = {name: os.path.join(args.out_dir, name) for name in ("tokenizer.json", "train.bin", "val.bin", "data.json")}
-    if all(map(os.path.exists, file.values())) and load_json(file["data.json"], "delete it").get("made_from") == made_from:
+    there = all(map(os.path.exists, file.values()))
+    if there and load_json(file["data.json"], "delete it").get("made_from") == made_from:
         print(f"data: {file['train.bin']} and val.bin are there, made from the same files")
         return load_tokenizer(file["tokenizer.json"]), made_from
 
@@ -199,7 +200,7 @@ def prepare(args):
         if skipped:
             print(f"data: skipped {len(skipped):,} documents that are not UTF-8 text")
         if min(counts.values()) <= args.block_size:
-            raise UserError(f"data set {args.dataset} has {counts['train']:,} tokens for training and {counts['val']:,} "
+            raise UserError(f"data set {args.dataset} has {counts['train']:,} tokens to train on, {counts['val']:,} "
                             f"held out: both must be more than --block_size={args.block_size}")
         if os.path.exists(file["data.json"]):
             os.remove(file["data.json"])
@@ -216,9 +217,8 @@ def prepare(args):
 
 
 def get_batch(tokens, args, seed, rank=0, ranks=1):
-    """Random contexts of a token file -> inputs, targets (batch_size, block_size): this rank's share. Seed decides all."""
-    starts = np.random.default_rng(seed).integers(0, len(tokens) - args.block_size, args.batch_size * ranks)
-    starts = starts[rank * args.batch_size:(rank + 1) * args.batch_size]
+    """Random contexts of a token file, decided by seed -> this rank's inputs and targets (batch_size, block_size)."""
+    starts = np.random.default_rng(seed).integers(0, len(tokens) - args.block_size, (ranks, args.batch_size))[rank]
     rows = torch.from_numpy(np.stack([tokens[s:s + args.block_size + 1] for s in starts]).astype(np.int64))
     return rows[:, :-1], rows[:, 1:]
 
@@ -234,11 +234,11 @@ def learning_rate(step, max_iters, peak):
 
 def make_optimizer(gpt, peak):
     """AdamW; weight decay on matrices only, not on biases, LayerNorm gains and embeddings."""
-    decayed = [p for name, p in gpt.named_parameters() if p.dim() == 2 and "wte" not in name and "wpe" not in name]
-    ids = {id(p) for p in decayed}
-    rest = [p for p in gpt.parameters() if id(p) not in ids]
+    decayed, rest = [], []
+    for name, p in gpt.named_parameters():
+        (decayed if p.dim() == 2 and not re.match("wte|wpe", name) else rest).append(p)
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.95), fused=decayed[0].device.type != "mps")
+    return torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.95), fused=p.device.type != "mps")
 
 
 def main():
@@ -279,7 +279,8 @@ def main():
         log.append({"step": step, "tokens": step * tokens_a_step, "train": train, "val": val})
         progress.show(step * tokens_a_step, f"step {step:,}  train loss {train:.3f}  val loss {val:.3f}")
 
-    def save(step):  # the checkpoint last: where it says that the run is finished, all is there
+    def save(step, loss):  # the checkpoint last: where it says that the run is finished, all is there
+        check_finite(loss.item(), gpt, step, optimizer, path)
         if rank:
             return
         save_jsonl(os.path.join(args.out_dir, "gpt.jsonl"), log)
@@ -305,15 +306,13 @@ def main():
         if progress.due():
             progress.show(done * tokens_a_step, f"step {done:,}  loss {loss.item():.3f}")
         if done % args.save_interval == 0 and done < args.max_iters:
-            check_finite(loss.item(), gpt, done, optimizer, path)
-            save(done)
+            save(done, loss)
     if done < args.max_iters:
-        check_finite(loss.item(), gpt, done, optimizer, path)
-        save(done)
-        raise KeyboardInterrupt(f"interrupted at step {done:,}, which is saved: go on with the same command and --resume")
+        save(done, loss)
+        raise KeyboardInterrupt(f"step {done:,}")
 
     measure(done)
-    save(done)
+    save(done, loss)
     start = torch.from_numpy(data["val"][None, :args.block_size // 4].astype(np.int64)).to(device)
     text = tokenizer.decode(gpt.eval().generate(start, 200)[0].tolist())
     print(f"\nsample, continued from {start.shape[1]} held-out tokens:\n{'-' * 80}\n{text}\n{'-' * 80}")

@@ -32,6 +32,11 @@ from sae import (RECIPES, SHARD_ROWS, ActivationStore, ActivationStream, SparseA
                  resample_schedule, save_sae)
 
 
+def step_list(text):
+    """argparse type: auto, none, or whole numbers with commas between: '100,200' -> [100, 200]."""
+    return text if text in ("auto", "none") else [positive(part) for part in text.split(",")]
+
+
 def parse_args():
     parser = make_parser(__doc__)
     group = parser.add_argument_group("activations")
@@ -47,7 +52,7 @@ def parse_args():
     group.add_argument("--input_norm", default="dataset", choices=["dataset", "token", "none"],
                        help="what brings ||x||^2 to the width: one scalar for all, each vector's own norm, nothing")
     group = parser.add_argument_group("autoencoder")
-    group.add_argument("--recipe", default="scaling", help=f"one of {', '.join(RECIPES)}")
+    group.add_argument("--recipe", default="scaling", choices=RECIPES, help="which paper's: see sae.py")
     group.add_argument("--name", default="auto", help="folder under out_dir/sae; auto: the recipe")
     group.add_argument("--n_features", type=positive, default=2048, help="dictionary size")
     group.add_argument("--decoder_norm", type=not_negative, default=0.3,
@@ -59,12 +64,11 @@ def parse_args():
     group.add_argument("--batch_size", type=positive, default=2048, help="activation vectors a step")
     group.add_argument("--max_iters", type=positive, default=1500, help="steps")
     group.add_argument("--learning_rate", type=not_negative, default=1e-3, help="of Adam")
-    group.add_argument("--resample", default="auto",
+    group.add_argument("--resample", type=step_list, default="auto",
                        help="steps after which dead features are resampled, with commas; none; auto: for towards "
                        "25,000, 50,000, 75,000, 100,000 (earlier in runs of fewer than 200,000 steps), else none")
-    group.add_argument("--dead_steps", default="auto",
-                       help="a feature is dead when it was silent for so many steps; auto: 12,500 (fewer in runs of "
-                       "fewer than 200,000 steps)")
+    group.add_argument("--dead_steps", type=positive, help="a feature is dead when it was silent for so many steps; "
+                       "None: 12,500 (fewer in runs of fewer than 200,000 steps)")
     group.add_argument("--log_interval", type=positive, default=50, help="steps between lines of log.jsonl")
     group.add_argument("--save_interval", type=positive, default=500, help="steps between checkpoints")
     group.add_argument("--resume", action="store_true", help="go on from the last checkpoint, if there is one")
@@ -124,7 +128,7 @@ def dump(folder, meta, make, n_acts):
     need = sum(n for _, n, _ in missing.values()) * meta["width"] * 2
     free = shutil.disk_usage(folder).free + sum(map(os.path.getsize, old))
     print(f"activations: {n_acts + n_val:,} rows of {meta['width']} in {folder}; {len(shards) - len(missing)} of "
-          f"{len(shards)} files are there, the others need {need / 1e9:.2f} GB of the {free / 1e9:.1f} GB that are free")
+          f"{len(shards)} files are there, the others need {need / 1e9:.2f} of {free / 1e9:.1f} GB that are free")
     if need > free:
         raise UserError(f"{folder} needs {need / 1e9:.2f} GB and {free / 1e9:.2f} GB are free: lower --n_acts or use "
                         "--stream")
@@ -176,33 +180,8 @@ def prepare(args, device):
 # -----------------------------------------------------------------------------
 # training
 
-def step_list(text, flag):
-    """'100,200' -> [100, 200]"""
-    try:
-        return [positive(part) for part in text.split(",")]
-    except Exception:
-        raise UserError(f"{flag} takes auto, none or whole numbers with commas between, not {text}")
-
-
-@torch.no_grad()
-def held_out(sae, store, n_rows=65536):
-    """-> variance explained (about the mean) and L0 on up to n_rows held-out rows."""
-    rows = min(n_rows, store.rows)
-    error, active, total, squares = 0.0, 0, torch.zeros(store.width, dtype=torch.float64), 0.0
-    for start in range(0, rows, 4096):
-        x = store.batch(start, min(4096, rows - start)).to(sae.W_dec)
-        f = sae.encode(x)
-        error += (sae.decode(f, sae.input_scale(x)) - x).square().sum().item()
-        active += (f > 0).sum().item()
-        total += x.sum(0).double().cpu()
-        squares += x.double().square().sum().item()
-    return 1 - error / (squares - total.square().sum().item() / rows), active / rows
-
-
 def main():
     args = parse_args()
-    if args.recipe not in RECIPES:
-        raise UserError(f"unknown --recipe={args.recipe}: it is one of {', '.join(RECIPES)}")
     name = args.recipe if args.name == "auto" else args.name
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise UserError(f"--name={name} is no name for a folder: use letters, digits, '.', '_' and '-'")
@@ -220,9 +199,8 @@ def main():
 
     resample_steps, dead_steps = resample_schedule(args.max_iters)
     if args.resample != "auto" or args.recipe != "towards":
-        resample_steps = [] if args.resample in ("auto", "none") else step_list(args.resample, "--resample")
-    if args.dead_steps != "auto":
-        dead_steps = step_list(args.dead_steps, "--dead_steps")[0]
+        resample_steps = [] if args.resample in ("auto", "none") else args.resample
+    dead_steps = args.dead_steps or dead_steps
 
     sae = SparseAutoencoder(store.width, args.n_features, args.recipe, args.input_norm, args.decoder_norm,
                             {"yes": True, "no": False}.get(args.pre_bias)).to(device)
@@ -242,7 +220,8 @@ def main():
     print(f"sae: {args.recipe}, {store.width} -> {args.n_features:,} features, {args.max_iters * batch_size:,} rows of "
           f"{store.rows:,} there are, inputs x {sae.scale.item():.4g}, on {device}")
 
-    def save(step):  # the checkpoint last: where it says that the run is finished, all is there
+    def save(step, loss):  # the checkpoint last: where it says that the run is finished, all is there
+        check_finite(loss.item(), sae, step, optimizer, path)
         if rank:
             return
         os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -280,10 +259,8 @@ def main():
                     dist.broadcast(p.data, 0)
             last_fired[dead] = done
             print(f"step {done:,}: resampled {n:,} dead features")
-        saving = done % args.save_interval == 0
-        if done % args.log_interval == 0 or saving or done == args.max_iters:
-            check_finite(loss.item(), sae, done, optimizer, path)
         if done % args.log_interval == 0 or done == args.max_iters:
+            check_finite(loss.item(), sae, done, optimizer, path)
             scaled = x * sae.input_scale(x)
             log.append({"step": done, "rows": done * batch_size, "loss": loss.item(), "mse": stats["mse"].item(),
                         "l1": stats["l1"].item(), "l0": stats["l0"].item(), "dead": dead.float().mean().item(),
@@ -293,16 +270,18 @@ def main():
             row = log[-1]
             progress.show(done, f"loss {row['loss']:.2f}  L0 {row['l0']:.1f}  variance explained "
                           f"{row['variance_explained']:.3f}  dead {row['dead']:.1%}")
-        if saving and done < args.max_iters:
-            save(done)
+        if done % args.save_interval == 0 and done < args.max_iters:
+            save(done, loss)
     if done < args.max_iters:
-        check_finite(loss.item(), sae, done, optimizer, path)
-        save(done)
-        raise KeyboardInterrupt(f"interrupted at step {done:,}, which is saved: go on with the same command and --resume")
+        save(done, loss)
+        raise KeyboardInterrupt(f"step {done:,}")
 
-    variance_explained, l0 = held_out(sae, val_store)
-    save(done)
-    print(f"held-out rows: variance explained {variance_explained:.3f} at L0 {l0:.1f}")
+    save(done, loss)
+    with torch.no_grad():
+        x = val_store.batch(0, min(8192, val_store.rows)).to(device)
+        l0, unexplained = (sae.encode(x) > 0).sum() / len(x), (sae(x) - x).square().sum()
+    print(f"{len(x):,} held-out rows: variance explained {1 - unexplained / (x - x.mean(0)).square().sum():.3f} "
+          f"at L0 {l0:.1f}")
     print(f"wrote {path}; next: python analyze.py --name={name}")
 
 

@@ -345,7 +345,8 @@ def test_the_metrics_are_those_of_plain_numpy():
     )
     assert metrics["dead"] == ((f > 0).sum(0) == 0).mean() >= 1 / 20
     np.testing.assert_allclose(features.density, (f > 0).mean(0), atol=1e-3)
-    np.testing.assert_allclose(features.max, f.max(0) * np.linalg.norm(W_dec, axis=1) / 3.0, rtol=1e-4, atol=1e-6)
+    energy = (f**2).mean(0) * np.linalg.norm(W_dec, axis=1) ** 2 / 9.0
+    np.testing.assert_allclose(features.energy, energy, rtol=1e-4, atol=1e-6)
     mean = torch.from_numpy(x.mean(0)).float()
     for name, put in (
         ("spliced", torch.from_numpy(x_hat).float().view(300, 16, 32)),
