@@ -71,7 +71,7 @@ def load_run(args, device, name):
     sae = load_sae(os.path.join(folder, "sae.pt"), device)
     source = sae.extra.get("source", {"site": "own", "acts": []})
     this = SimpleNamespace(folder=folder, sae=sae.fold().requires_grad_(False), recipe=sae.recipe, gpt=None,
-                           site=source["site"], source=source, seed=args.seed, cache={})
+                           site=source["site"], source=source, cache={})
     if this.site == "own" and args.command == "report":
         store = ActivationStore(source["acts"], sae.extra["args"]["seed"], (0.95, 1))
         this.held_out = store.sample(args.eval_tokens, args.seed)
@@ -98,6 +98,10 @@ def known(this, i):
     if not 0 <= i < this.sae.n_features:
         raise UserError(f"there is no feature {i}: {this.folder} has 0 to {this.sae.n_features - 1}")
     return i
+
+
+def all_dead(this):
+    return UserError(f"{this.folder}: every feature is dead on these tokens")
 
 
 # -----------------------------------------------------------------------------
@@ -185,11 +189,11 @@ def logit_effects(this, directions):
     through the unembedding (Towards Monosemanticity, logit weights). Later blocks, if any, are passed by.
     """
     kind, layer = this.site.split(".")
-    stream = read(this, f"resid.{this.gpt.config.n_layer - 1}")
     if kind == "mlp":
         directions = directions @ this.gpt.blocks[int(layer)].mlp_proj.weight.t()       # (k, n_embd)
     centred = directions - directions.mean(1, keepdim=True)
     if "inverse_sigma" not in this.cache:
+        stream = read(this, f"resid.{this.gpt.config.n_layer - 1}")
         this.cache["inverse_sigma"] = (stream.var(1, correction=0) + this.gpt.ln_f.eps).rsqrt().mean().item()
     logits = this.gpt.lm_head(centred * this.gpt.ln_f.weight * this.cache["inverse_sigma"])
     return logits - logits.mean(1, keepdim=True)
@@ -227,7 +231,7 @@ def highest_correlations(this, others):
         acts = activations_of(this, block)[:, :others.shape[1]]
         best[block], density[block] = correlations(acts, others).max(1), (acts > 0).mean(1)
     if not density.any():
-        raise UserError(f"{this.folder}: every feature is dead on these tokens")
+        raise all_dead(this)
     return best, density
 
 
@@ -511,7 +515,7 @@ def cause(this, args, n_tokens=400):
     p = torch.from_numpy(rng.integers(0, contexts.shape[1] - 1, n_tokens)).to(contexts.device)
     e = effects(this, contexts[:, :-1], p, contexts.gather(1, p[:, None] + 1)[:, 0])
     if not len(e.row):
-        raise UserError(f"{this.folder}: every feature is dead on these tokens")
+        raise all_dead(this)
     numbers = {"tokens": n_tokens, "active_features": len(e.row)}
     with figure(os.path.join(this.folder, "cause.png"), panels=2, width=8) as axes:
         for ax, name in zip(axes, ("attribution", "activation")):
@@ -715,7 +719,7 @@ def complete(this, args, threshold=0.5):
             raise UserError(f"{name} was trained on activations of another model than {args.names[0]}")
         f1, feature, alive = best_detectors(run, places)
         if not alive:
-            raise UserError(f"{run.folder}: every feature is dead on these tokens")
+            raise all_dead(run)
         found[name], x[name] = f1 > threshold, np.log10(frequency * alive)
         table = zip(places, frequency.tolist(), feature.tolist(), f1.tolist())
         results[name] = {"alive": alive, "found": float(found[name].mean()),

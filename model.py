@@ -395,13 +395,13 @@ def rank_0_first(ranks):
 
 
 class Progress:
-    """Every few seconds, when due(), show(done, note) prints one line: done of total, the note, rate, time left."""
-    def __init__(self, label, total, unit, done=0, every=5.0):
-        self.label, self.total, self.unit, self.first, self.every = label, total, unit, done, every
+    """Every five seconds, when due(), show(done, note) prints one line: done of total, the note, rate, time left."""
+    def __init__(self, label, total, unit, done=0):
+        self.label, self.total, self.unit, self.first = label, total, unit, done
         self.start = self.last = time.time()
 
     def due(self):
-        return time.time() - self.last >= self.every
+        return time.time() - self.last >= 5.0
 
     def show(self, done, note=""):
         self.last = time.time()

@@ -296,7 +296,6 @@ def run_on(gpt, sae, site, contexts):
         folder="unused",
         tokens=contexts[:, :-1].reshape(-1).numpy(),
         cache={},
-        seed=0,
     )
 
 
