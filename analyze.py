@@ -140,13 +140,13 @@ def measure(this):
             loss("spliced", lambda x: x_hat)
             loss("mean_ablated", mean.expand_as)
             loss("zero_ablated", torch.zeros_like)
-        rows, f = x.flatten(0, -2), f.flatten(0, -2)
+        rows, f = x.flatten(0, -2).cpu().double(), f.flatten(0, -2)
         n_tokens += len(rows)
         active += (f > 0).sum(0).cpu()
-        energy += f.square().sum(0).double().cpu()
-        total += rows.sum(0).double().cpu()
-        squares += rows.double().square().sum().item()
-        error += (x_hat - x).double().square().sum().item()
+        energy += f.square().sum(0).cpu()
+        total += rows.sum(0)
+        squares += rows.square().sum().item()
+        error += (x_hat - x).cpu().double().square().sum().item()
     metrics = {"tokens": n_tokens, "l0": active.sum().item() / n_tokens,
                "variance_explained": 1 - error / (squares - total.square().sum().item() / n_tokens),
                "n_features": m, "dead": (active == 0).sum().item() / m,

@@ -25,7 +25,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter, defaultdict
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 
@@ -373,7 +373,7 @@ def setup(args):
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")  # TF32 on cuda; float32 on the CPU is not affected
     half = args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda")
-    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=half)
+    autocast = torch.autocast(device.type, dtype=torch.bfloat16) if half else nullcontext()
     compiled = args.compile == "yes" or (args.compile == "auto" and device.type == "cuda")
     if ranks > 1:
         if device.type == "cuda":

@@ -208,7 +208,7 @@ class SparseAutoencoder(nn.Module):
             f = self.encode(chunk.to(self.W_dec))
             norms = self.W_dec.norm(dim=1) if self.recipe == "scaling" else 1.0
             losses.append((f @ self.W_dec + self.b_dec - scaled).square().sum(1) + l1_coeff * (f * norms).sum(1))
-        losses = torch.cat(losses).double().cpu()
+        losses = torch.cat(losses).cpu().double()
         odds = (losses / losses.max().clamp_min(1e-300)).square() + 1e-12  # so that a perfect autoencoder can draw, too
         picked = torch.multinomial(odds, n_dead, replacement=n_dead > len(odds), generator=generator)
         rows = F.normalize(x[picked.to(x.device)].to(self.W_dec), dim=1)           # (n_dead, n), unit norm

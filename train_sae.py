@@ -79,13 +79,14 @@ def parse_args():
 # activations
 
 @torch.no_grad()
-def gpt_rows(gpt, tokens, site, n, key, device):
+def gpt_rows(gpt, tokens, site, n, key):
     """
     n activations at a site (n, width) float16 in random order: 250 of every 256 tokens of random contexts, picked at
     random (Towards Monosemanticity, appendix on the data set). key (integers) decides contexts, tokens and order.
     """
-    T, rng, kept = gpt.config.block_size, np.random.default_rng(key), {}
-    n_contexts, n_kept = max(1, 8192 // T), math.ceil(T * 250 / 256)
+    T, device, rng, kept = gpt.config.block_size, gpt.wte.weight.device, np.random.default_rng(key), {}
+    n_contexts = max(1, (8192 if device.type == "cpu" else 34_000) // T)     # a GPU wants more at once
+    n_kept = math.ceil(T * 250 / 256)
     rows = torch.empty(n, gpt.site_width(site), dtype=torch.float16, device=device)
     places = torch.from_numpy(rng.permutation(n)).to(device)
     for start in range(0, n, n_contexts * n_kept):
@@ -156,7 +157,7 @@ def prepare(args, device):
         tokens = {split: load_tokens(args.out_dir, split, gpt.config) for split in ("train", "val")}
 
         def make(split, n, key):
-            return gpt_rows(gpt, tokens[split], site, n, (split == "val", *key), device)
+            return gpt_rows(gpt, tokens[split], site, n, (split == "val", *key))
     elif args.acts == "toy":
         truth = np.random.default_rng((seed, 4)).standard_normal((256, 64), dtype=np.float32)
         truth /= np.linalg.norm(truth, axis=1, keepdims=True)

@@ -98,7 +98,7 @@ def main():
     parser.add_argument("held_out")
     parser.add_argument("--n_features", type=int, default=2048)
     parser.add_argument("--batch_size", type=int, default=2048)
-    parser.add_argument("--max_iters", type=int, default=1000)
+    parser.add_argument("--max_iters", type=int, default=1500)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--l1_coeffs", default="3,5,8")
     parser.add_argument("--rounds", type=int, default=15)

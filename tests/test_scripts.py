@@ -158,7 +158,7 @@ def tiny_gpt():
 def test_dumped_rows_are_what_the_hook_gives_each_token_of_a_context_at_most_once(site):
     gpt, tokens = tiny_gpt(), np.random.default_rng(0).integers(0, 50, 500).astype(np.uint16)
     n_contexts, rng, kept = 8192 // 16, np.random.default_rng(3), {}
-    rows = train_sae.gpt_rows(gpt, tokens, site, n_contexts * 16, 3, "cpu").float()
+    rows = train_sae.gpt_rows(gpt, tokens, site, n_contexts * 16, 3).float()
     order = rng.permutation(len(rows))  # rows are shuffled: back to the order of the contexts
     rows, starts = rows[order], rng.integers(0, len(tokens) - 16 + 1, n_contexts)
     gpt(
@@ -175,7 +175,7 @@ def test_of_long_contexts_250_tokens_in_256_are_taken():
     """Contexts of 128 tokens that all start at 0: each of the 125 kept tokens of one is another."""
     torch.manual_seed(0)
     gpt = GPT(GPTConfig(block_size=128, vocab_size=128, n_layer=1, n_head=2, n_embd=8)).eval().requires_grad_(False)
-    rows = train_sae.gpt_rows(gpt, np.arange(128, dtype=np.uint16), "resid.0", 64 * 125 + 300, 0, "cpu")
+    rows = train_sae.gpt_rows(gpt, np.arange(128, dtype=np.uint16), "resid.0", 64 * 125 + 300, 0)
     counts = rows.unique(dim=0, return_counts=True)[1]
     assert len(counts) == 128 and counts.sum() == 8300  # 64 contexts, then 300 rows of the next
     assert counts.max() <= 67 and counts.float().std() > 0.5  # a token is once in a context, and sometimes left out
@@ -252,7 +252,7 @@ def test_what_float16_cannot_hold_is_an_error_that_names_the_site(bad):
     gpt = tiny_gpt()
     gpt.blocks[0].attn_proj.bias[3] = bad
     with pytest.raises(UserError, match=r"attn\.0"):
-        train_sae.gpt_rows(gpt, np.arange(40, dtype=np.uint16), "attn.0", 100, 0, "cpu")
+        train_sae.gpt_rows(gpt, np.arange(40, dtype=np.uint16), "attn.0", 100, 0)
 
 
 def test_a_dump_too_large_for_the_disk_is_refused_before_anything_is_touched(tmp_path, monkeypatch):
