@@ -378,7 +378,7 @@ def setup(args):
     if ranks > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
+        dist.init_process_group(timeout=timedelta(days=1))  # gloo, for what is on a GPU nccl
         if rank:
             sys.stdout = open(os.devnull, "w")  # one voice
     return device, autocast, compiled, rank, ranks
@@ -523,7 +523,10 @@ def steps(start, stop):
     try:
         for step in range(start, stop):
             yield step
-            if came:
+            signals = torch.tensor(len(came))
+            if dist.is_initialized():
+                dist.all_reduce(signals)  # all ranks stop after the same step
+            if signals:
                 return
     finally:
         for which, handler in before.items():

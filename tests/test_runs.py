@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -381,6 +382,29 @@ def test_a_stream_writes_no_activations_and_resumes(trained, tmp_path, monkeypat
     assert same(*(weights(out / f"sae/{name}/sae.pt", "weights") for name in ("whole", "halves")))
 
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(trained, tmp_path):
+    out, ranks = tmp_path / "out", 'import os, sys; print(os.environ["RANK"], os.getpid(), file=sys.stderr)\n'
+    shutil.copytree(trained, out)
+    (tmp_path / "start.py").write_text(
+        f"{ranks}import sys; sys.path.insert(0, {ROOT!r})\nimport train_sae\nfrom model import run\nrun(train_sae.main)"
+    )
+    command = [*TORCHRUN, str(tmp_path / "start.py"), f"--out_dir={out}", *SMALL_SAE, "--max_iters=1000000"]
+    with open(tmp_path / "log", "w+") as log:
+        torchrun = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        while "sae: " not in (text := (tmp_path / "log").read_text()) and torchrun.poll() is None:
+            time.sleep(0.1)
+        time.sleep(0.5)
+        os.kill(int(re.search(r"^1 (\d+)$", text, re.M).group(1)), signal.SIGINT)
+        torchrun.wait()
+    stopped = re.findall(r"interrupted at step ([\d,]+), which is saved", (tmp_path / "log").read_text())
+    assert len(stopped) == 2 and stopped[0] == stopped[1]
+    saved = torch.load(out / "sae/scaling/sae.pt", weights_only=True)
+    assert saved["step"] == int(stopped[0].replace(",", "")) > 0
+
+
 @pytest.mark.parametrize("name", ["train_gpt.py", "train_sae.py --recipe=towards --l1_coeff=30"])
 def test_two_ranks_are_one_with_the_doubled_batch(trained, tmp_path, name):
     """Started in the middle and resumed, with resampling on the way; the second rank is silent."""
@@ -392,8 +416,7 @@ def test_two_ranks_are_one_with_the_doubled_batch(trained, tmp_path, name):
         shutil.copytree(trained, out)
     done = script(name, f"--out_dir={one}", *flags, f"--batch_size={size}")
     assert done.returncode == 0, done.stderr
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [os.path.join(ROOT, name), f"--out_dir={two}", *flags, f"--batch_size={size // 2}"]
+    command = [*TORCHRUN, os.path.join(ROOT, name), f"--out_dir={two}", *flags, f"--batch_size={size // 2}"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     steps = 30 if name == "train_gpt.py" else 60
     for more in ([f"--max_iters={steps}"], [f"--max_iters={steps}", "--resume"]):
