@@ -26,7 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from model import (BLUE, RED, UserError, figure, load_gpt, load_tokens, make_parser, positive, run, save_json, setup,
+from model import (BLUE, RED, UserError, at_least, figure, load_gpt, load_tokens, make_parser, run, save_json, setup,
                    tracked, write_atomic)
 from sae import ActivationStore, load_sae
 
@@ -40,10 +40,10 @@ def parse_args():
     group = parser.add_argument_group("analysis")
     group.add_argument("--name", default="scaling", help="folder under out_dir/sae")
     group.add_argument("--names", default="", help="complete, scaling: several names, with commas between")
-    group.add_argument("--eval_tokens", type=positive, default=2**18, help="held-out tokens for the report's metrics")
-    group.add_argument("--read_tokens", type=positive, default=2**17,
+    group.add_argument("--eval_tokens", type=at_least(1), default=2**18, help="report: held-out tokens of its metrics")
+    group.add_argument("--read_tokens", type=at_least(1), default=2**17,
                        help="held-out tokens whose activations are kept in memory, for examples and all other analyses")
-    group.add_argument("--show", type=positive, default=10, help="how many features to print (report: of each kind)")
+    group.add_argument("--show", type=at_least(1), default=10, help="how many features to print (report: of each kind)")
     group.add_argument("--prompt", default="", help="cause, steer: text to start from")
     group.add_argument("--target", default="", help="cause: token to explain; default: the most likely one")
     group.add_argument("--feature", type=int, default=-1, help="steer: which feature")

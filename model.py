@@ -333,22 +333,17 @@ def make_parser(doc):
     group.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
                        help="of matrix products; weights stay float32; auto: bfloat16 on cuda, else float32")
     group.add_argument("--compile", default="auto", choices=["auto", "yes", "no"], help="torch.compile; auto: on cuda")
-    group.add_argument("--seed", type=int, default=1337, help="same seed, same machine: same files")
+    group.add_argument("--seed", type=at_least(0), default=1337, help="same seed, same machine: same files")
     return parser
 
 
-def positive(text):
-    """argparse type: a whole number, 1 or more."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, not {text}")
-    return int(text)
-
-
-def not_negative(text):
-    """argparse type: a finite number, 0 or more."""
-    if not 0 <= float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"must be 0 or more, not {text}")
-    return float(text)
+def at_least(low, kind=int):
+    """-> argparse type: a finite number of a kind, low or more."""
+    def number(text):
+        if not low <= kind(text) < 2**63:
+            raise argparse.ArgumentTypeError(f"must be at least {low} and below 2^63, not {text}")
+        return kind(text)
+    return number
 
 
 def setup(args):
@@ -359,12 +354,12 @@ def setup(args):
     rank, ranks, local_rank = 0, 1, 0
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun
         rank, ranks, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    name = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+    name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name if args.device == "auto" else args.device)
+        device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device={args.device} is not to be had here: {str(error).splitlines()[0]}")
+        raise UserError(f"--device={args.device} is not available here: {str(error).splitlines()[0]}")
     try:
         os.makedirs(args.out_dir, exist_ok=True)
         tempfile.TemporaryFile(dir=args.out_dir).close()
@@ -378,7 +373,7 @@ def setup(args):
     if ranks > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group(timeout=timedelta(days=1))  # gloo, for what is on a GPU nccl
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
         if rank:
             sys.stdout = open(os.devnull, "w")  # one voice
     return device, autocast, compiled, rank, ranks

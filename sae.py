@@ -89,8 +89,7 @@ class SparseAutoencoder(nn.Module):
     matrix, each feature's weights side by side: that is the layout in which SparseStep makes its gradient.
     """
 
-    def __init__(self, d_in, n_features, recipe="scaling", input_norm="dataset", decoder_norm=0.3,
-                 pre_bias=None):
+    def __init__(self, d_in, n_features, recipe="scaling", input_norm="dataset", decoder_norm=0.3, pre_bias=None):
         super().__init__()
         for value, known in ((recipe, RECIPES), (input_norm, ("dataset", "token", "none"))):
             if value not in known:
@@ -192,7 +191,7 @@ class SparseAutoencoder(nn.Module):
     def resample(self, dead, x, optimizer, l1_coeff, generator=None):
         """
         Gives every dead feature a new start at an input that the autoencoder reconstructs badly (Towards
-        Monosemanticity, appendix on neuron resampling): one input each, drawn with odds of its squared loss; as unit
+        Monosemanticity, appendix on neuron resampling): one input each, with odds of its loss squared; as unit
         vector it is the new decoder row; rescaled to 0.2 of the alive features' mean encoder norm it is the new
         encoder column; encoder bias 0; Adam's moments of just these entries 0.
 
@@ -202,16 +201,15 @@ class SparseAutoencoder(nn.Module):
         x = x[x.abs().amax(1) > 0]  # zeros have no direction
         if n_dead == 0 or len(x) == 0:
             return 0
-        losses = []
+        losses, norms = [], self.W_dec.norm(dim=1) if self.recipe == "scaling" else 1.0
         for chunk in x.split(4096):
-            scaled = chunk.to(self.W_dec) * self.input_scale(chunk.to(self.W_dec))
-            f = self.encode(chunk.to(self.W_dec))
-            norms = self.W_dec.norm(dim=1) if self.recipe == "scaling" else 1.0
+            f, scaled = self.encode(chunk), chunk.to(self.W_dec) * self.input_scale(chunk)
             losses.append((f @ self.W_dec + self.b_dec - scaled).square().sum(1) + l1_coeff * (f * norms).sum(1))
         losses = torch.cat(losses).cpu().double()
         odds = (losses / losses.max().clamp_min(1e-300)).square() + 1e-12  # so that a perfect autoencoder can draw, too
         picked = torch.multinomial(odds, n_dead, replacement=n_dead > len(odds), generator=generator)
-        rows = F.normalize(x[picked.to(x.device)].to(self.W_dec), dim=1)           # (n_dead, n), unit norm
+        picked = x[picked.to(x.device)].to(self.W_dec)
+        rows = F.normalize(picked * self.input_scale(picked), dim=1)               # (n_dead, n), unit norm
         alive_norm = self.W_enc[:, ~dead].norm(dim=0).mean() if n_dead < self.n_features else 1.0
         self.W_dec[dead] = rows
         self.b_enc[dead] = 0.0
@@ -289,27 +287,26 @@ class ActivationStore:
     as (from, to). UserError for what is no such file, and for NaN or infinity in the rows.
     """
     SLICE_BYTES = 128 * 2**20
+    loaded = None, None  # (which slice, its rows shuffled): the one in memory
 
     def __init__(self, paths, seed=0, part=(0.0, 1.0)):
-        files = [(path, open_npy(path)) for path in paths]
-        self.width, self.seed = files[0][1].shape[1], seed
-        for path, rows in files:
-            if rows.shape[1] != self.width:
-                raise UserError(f"{path} has rows of width {rows.shape[1]}, {files[0][0]} of {self.width}: "
-                                "give files of one width")
-        total, before = sum(len(rows) for _, rows in files), 0
+        files = [(path, *(rows := open_npy(path)).shape, rows.itemsize) for path in paths]
+        self.width, self.seed = files[0][2], seed
+        total, before = sum(n for _, n, _, _ in files), 0
         first, last = int(part[0] * total), int(part[1] * total)
         self.slices = []  # (path, first row, last row + 1)
-        for path, rows in files:
-            start, stop = max(first - before, 0), min(last - before, len(rows))
-            step = max(1, self.SLICE_BYTES // (self.width * rows.itemsize))
+        for path, n, width, itemsize in files:
+            if width != self.width:
+                raise UserError(f"{path} has rows of width {width}, {files[0][0]} of {self.width}: "
+                                "give files of one width")
+            start, stop = max(first - before, 0), min(last - before, n)
+            step = max(1, self.SLICE_BYTES // (width * itemsize))
             self.slices += [(path, i, min(i + step, stop)) for i in range(start, stop, step)]
-            before += len(rows)
+            before += n
         self.sizes = np.array([stop - start for _, start, stop in self.slices], dtype=np.int64)
         self.rows = int(self.sizes.sum())
         if self.rows == 0:
             raise UserError(f"{files[0][0]}: {total} rows are too few to train on some and hold out others")
-        self.loaded = None, None
 
     def read(self, i, pick):
         """Rows `pick` (indices) of slice i, in memory."""
@@ -360,7 +357,6 @@ class ActivationStream(ActivationStore):
 
     def __init__(self, make, width, seed):
         self.make, self.width, self.seed, self.rows = make, width, seed, math.inf
-        self.loaded = None, None
 
     def rows_from(self, position):
         number, offset = divmod(position, SHARD_ROWS)

@@ -29,10 +29,9 @@ import torch
 
 from torch.nn.parallel import DistributedDataParallel
 
-from model import (BLUE, END_OF_TEXT, GPT, RED, GPTConfig, Progress, UserError, bpe_tokenizer, check_finite, figure,
-                   gpt2_tokenizer, learn_bpe, load_json, load_tokenizer, load_tokens, make_parser, not_negative,
-                   positive, rank_0_first, restore, resumable, run, save_checkpoint, save_json, save_jsonl,
-                   save_tokenizer, setup, steps)
+from model import (BLUE, END_OF_TEXT, GPT, RED, GPTConfig, Progress, UserError, at_least, bpe_tokenizer, check_finite,
+                   figure, gpt2_tokenizer, learn_bpe, load_json, load_tokenizer, load_tokens, make_parser, rank_0_first,
+                   restore, resumable, run, save_checkpoint, save_json, save_jsonl, save_tokenizer, setup, steps)
 
 URLS = {
     "shakespeare": "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
@@ -49,20 +48,20 @@ def parse_args():
                        f"are; a line {END_OF_TEXT} separates documents")
     group.add_argument("--tokenizer", default="bpe", choices=["bpe", "gpt2"],
                        help="bpe: byte-pair merges learned from the data set; gpt2: tiktoken's")
-    group.add_argument("--vocab_size", type=positive, default=2048, help="tokens of the bpe tokenizer, 257 to 65,536")
+    group.add_argument("--vocab_size", type=at_least(1), default=2048, help="tokens of the bpe tokenizer, 257 to 65536")
     group = parser.add_argument_group("model")
-    group.add_argument("--block_size", type=positive, default=128, help="longest context, in tokens")
-    group.add_argument("--n_layer", type=positive, default=1, help="transformer blocks")
-    group.add_argument("--n_head", type=positive, default=4, help="attention heads a block")
-    group.add_argument("--n_embd", type=positive, default=128, help="width of the residual stream")
+    group.add_argument("--block_size", type=at_least(1), default=128, help="longest context, in tokens")
+    group.add_argument("--n_layer", type=at_least(1), default=1, help="transformer blocks")
+    group.add_argument("--n_head", type=at_least(1), default=4, help="attention heads a block")
+    group.add_argument("--n_embd", type=at_least(1), default=128, help="width of the residual stream")
     group = parser.add_argument_group("training")
-    group.add_argument("--batch_size", type=positive, default=32, help="contexts a step")
-    group.add_argument("--max_iters", type=positive, default=1000, help="steps")
-    group.add_argument("--learning_rate", type=not_negative, default=3e-3,
+    group.add_argument("--batch_size", type=at_least(1), default=32, help="contexts a step, of each rank")
+    group.add_argument("--max_iters", type=at_least(1), default=1000, help="steps")
+    group.add_argument("--learning_rate", type=at_least(0, float), default=3e-3,
                        help="peak of AdamW's rate: reached after 2%% of the steps, then falls linearly to 0")
-    group.add_argument("--eval_interval", type=positive, default=100, help="steps between measurements of both losses")
-    group.add_argument("--eval_iters", type=positive, default=20, help="batches a measurement")
-    group.add_argument("--save_interval", type=positive, default=500, help="steps between checkpoints")
+    group.add_argument("--eval_interval", type=at_least(1), default=100, help="steps between measurements of loss")
+    group.add_argument("--eval_iters", type=at_least(1), default=20, help="batches a measurement")
+    group.add_argument("--save_interval", type=at_least(1), default=500, help="steps between checkpoints")
     group.add_argument("--resume", action="store_true", help="go on from the last checkpoint, if there is one")
     return parser.parse_args()
 
@@ -217,8 +216,12 @@ def prepare(args):
 
 
 def get_batch(tokens, args, seed, rank=0, ranks=1):
-    """Random contexts of a token file, decided by seed -> this rank's inputs and targets (batch_size, block_size)."""
-    starts = np.random.default_rng(seed).integers(0, len(tokens) - args.block_size, (ranks, args.batch_size))[rank]
+    """
+    batch_size random contexts of a token file, decided by seed
+    -> this rank's share of them: inputs and targets (batch_size / ranks, block_size)
+    """
+    starts = np.random.default_rng(seed).integers(0, len(tokens) - args.block_size, (ranks, args.batch_size // ranks))
+    starts = starts[rank]
     rows = torch.from_numpy(np.stack([tokens[s:s + args.block_size + 1] for s in starts]).astype(np.int64))
     return rows[:, :-1], rows[:, 1:]
 
@@ -244,6 +247,7 @@ def make_optimizer(gpt, peak):
 def main():
     args = parse_args()
     device, autocast, compiled, rank, ranks = setup(args)
+    args.batch_size *= ranks
     path = os.path.join(args.out_dir, "gpt.pt")
     checkpoint = resumable(path, args, device)
     config = GPTConfig(args.block_size, 257, args.n_layer, args.n_head, args.n_embd)  # refuses bad sizes at once
@@ -263,7 +267,7 @@ def main():
     if ranks > 1:
         loss_of = DistributedDataParallel(loss_of)
     print(f"gpt: {sum(p.numel() for p in gpt.parameters()):,} parameters, on {device}")
-    tokens_a_step = ranks * args.batch_size * args.block_size
+    tokens_a_step = args.batch_size * args.block_size
     progress = Progress("training", args.max_iters * tokens_a_step, "tokens", first * tokens_a_step)
 
     def loss_on(name, *share):
@@ -273,8 +277,8 @@ def main():
 
     @torch.no_grad()
     def measure(step):  # on the same batches each time, so that two measurements differ by the model alone
-        train, val = (sum(loss_on(name, (args.seed, 1, i)).item() for i in range(args.eval_iters)) / args.eval_iters
-                      for name in ("train", "val"))
+        seeds = [(args.seed, 1, i) for i in range(args.eval_iters)]
+        train, val = (sum(loss_on(name, seed, 0, ranks).item() for seed in seeds) / len(seeds) for name in data)
         check_finite(train, gpt, step, optimizer, path)
         log.append({"step": step, "tokens": step * tokens_a_step, "train": train, "val": val})
         progress.show(step * tokens_a_step, f"step {step:,}  train loss {train:.3f}  val loss {val:.3f}")
@@ -307,12 +311,12 @@ def main():
             progress.show(done * tokens_a_step, f"step {done:,}  loss {loss.item():.3f}")
         if done % args.save_interval == 0 and done < args.max_iters:
             save(done, loss)
+    if done == args.max_iters:
+        measure(done)
+    save(done, loss)
     if done < args.max_iters:
-        save(done, loss)
         raise KeyboardInterrupt(f"step {done:,}")
 
-    measure(done)
-    save(done, loss)
     start = torch.from_numpy(data["val"][None, :args.block_size // 4].astype(np.int64)).to(device)
     text = tokenizer.decode(gpt.eval().generate(start, 200)[0].tolist())
     print(f"\nsample, continued from {start.shape[1]} held-out tokens:\n{'-' * 80}\n{text}\n{'-' * 80}")

@@ -25,16 +25,15 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from model import (Progress, UserError, check_finite, load_gpt, load_json, load_tokens, make_parser, not_negative,
-                   positive, rank_0_first, restore, resumable, run, save_json, save_jsonl, setup, steps,
-                   write_atomic)
+from model import (Progress, UserError, at_least, check_finite, load_gpt, load_json, load_tokens, make_parser,
+                   rank_0_first, restore, resumable, run, save_json, save_jsonl, setup, steps, tracked, write_atomic)
 from sae import (RECIPES, SHARD_ROWS, ActivationStore, ActivationStream, SparseAutoencoder, l1_at, lr_at,
                  resample_schedule, save_sae)
 
 
 def step_list(text):
-    """argparse type: auto, none, or whole numbers with commas between: '100,200' -> [100, 200]."""
-    return text if text in ("auto", "none") else [positive(part) for part in text.split(",")]
+    """argparse type: auto, or none, or whole numbers with commas between: '100,200' -> [100, 200]."""
+    return text if text == "auto" else [] if text == "none" else [at_least(1)(part) for part in text.split(",")]
 
 
 def parse_args():
@@ -44,7 +43,7 @@ def parse_args():
                        help="mlp: MLP activations after the ReLU; resid: residual stream after the block; "
                        "attn: attention output")
     group.add_argument("--layer", type=int, default=0, help="which block, counted from 0")
-    group.add_argument("--n_acts", type=positive, default=2_000_000, help="training vectors to keep on disk")
+    group.add_argument("--n_acts", type=at_least(1), default=2_000_000, help="training vectors to keep on disk")
     group.add_argument("--acts", default="gpt",
                        help="gpt: dump them from out_dir/gpt.pt; toy: made from known directions; or a pattern of your "
                        "own .npy files, quoted (their last twentieth is held out)")
@@ -54,23 +53,23 @@ def parse_args():
     group = parser.add_argument_group("autoencoder")
     group.add_argument("--recipe", default="scaling", choices=RECIPES, help="which paper's: see sae.py")
     group.add_argument("--name", default="auto", help="folder under out_dir/sae; auto: the recipe")
-    group.add_argument("--n_features", type=positive, default=2048, help="dictionary size")
-    group.add_argument("--decoder_norm", type=not_negative, default=0.3,
+    group.add_argument("--n_features", type=at_least(1), default=2048, help="dictionary size")
+    group.add_argument("--decoder_norm", type=at_least(1e-6, float), default=0.3,
                        help="scaling: norm of the decoder rows at the start")
     group.add_argument("--pre_bias", default="auto", choices=["auto", "yes", "no"],
                        help="subtract b_dec from the activations before they are encoded; auto: in towards alone")
-    group.add_argument("--l1_coeff", type=not_negative, default=5.0, help="lambda, weight of the sparsity penalty")
+    group.add_argument("--l1_coeff", type=at_least(0, float), default=5.0, help="lambda, weight of the sparsity")
     group = parser.add_argument_group("training")
-    group.add_argument("--batch_size", type=positive, default=2048, help="activation vectors a step")
-    group.add_argument("--max_iters", type=positive, default=1500, help="steps")
-    group.add_argument("--learning_rate", type=not_negative, default=1e-3, help="of Adam")
+    group.add_argument("--batch_size", type=at_least(1), default=2048, help="activation vectors a step, of each rank")
+    group.add_argument("--max_iters", type=at_least(1), default=1500, help="steps")
+    group.add_argument("--learning_rate", type=at_least(0, float), default=1e-3, help="of Adam")
     group.add_argument("--resample", type=step_list, default="auto",
                        help="steps after which dead features are resampled, with commas; none; auto: for towards "
                        "25,000, 50,000, 75,000, 100,000 (earlier in runs of fewer than 200,000 steps), else none")
-    group.add_argument("--dead_steps", type=positive, help="a feature is dead when it was silent for so many steps; "
+    group.add_argument("--dead_steps", type=at_least(1), help="a feature is dead when it was silent for so many steps; "
                        "None: 12,500 (fewer in runs of fewer than 200,000 steps)")
-    group.add_argument("--log_interval", type=positive, default=50, help="steps between lines of log.jsonl")
-    group.add_argument("--save_interval", type=positive, default=500, help="steps between checkpoints")
+    group.add_argument("--log_interval", type=at_least(1), default=50, help="steps between lines of log.jsonl")
+    group.add_argument("--save_interval", type=at_least(1), default=500, help="steps between checkpoints")
     group.add_argument("--resume", action="store_true", help="go on from the last checkpoint, if there is one")
     return parser.parse_args()
 
@@ -93,8 +92,8 @@ def gpt_rows(gpt, tokens, site, n, key):
         starts = rng.integers(0, len(tokens) - T + 1, (n_contexts, 1))
         idx = torch.from_numpy(tokens[starts + np.arange(T)].astype(np.int64))       # (n_contexts, T)
         gpt.trunk(idx.to(device), lambda name, x: kept.update({name: x}))
-        pick = rng.permuted(np.tile(np.arange(T), (n_contexts, 1)), axis=1)[:, :n_kept]
-        x = kept[site][np.arange(n_contexts)[:, None], pick].flatten(0, 1)[:n - start]
+        pick = rng.permuted(np.arange(n_contexts * T).reshape(-1, T), axis=1)[:, :n_kept].ravel()[:n - start]
+        x = kept[site].flatten(0, 1)[torch.from_numpy(pick).to(device)]
         rows[places[start:start + len(x)]] = x.half()
     if not rows.isfinite().all():
         raise UserError(f"activations of {site} are NaN or beyond float16 (65,504): train another model")
@@ -114,7 +113,7 @@ def toy_rows(directions, n, key, n_active=3.0):
 def dump(folder, meta, make, n_acts):
     """
     Fills folder with train-NNN.npy and val-NNN.npy, shards of make(split, n, key), and leaves those that are there and
-    go with meta (what the rows depend on, with "width" and "seed") as they are. meta.json says whether all are there.
+    go with meta (what the rows depend on, with "width" and "seed"; in meta.json) as they are.
     -> paths of the training and of the held-out shards
     """
     n_val = max(1024, min(SHARD_ROWS, n_acts // 20))
@@ -124,7 +123,7 @@ def dump(folder, meta, make, n_acts):
     found = load_json(path, f"delete {folder}") if os.path.exists(path) else {}
     os.makedirs(folder, exist_ok=True)
     present = glob.glob(os.path.join(glob.escape(folder), "*.npy"))
-    old = [] if found in (meta | {"complete": True}, meta | {"complete": False}) else present
+    old = present if found != meta else []
     missing = {name: shard for name, shard in shards.items() if name not in present or name in old}
     need = sum(n for _, n, _ in missing.values()) * meta["width"] * 2
     free = shutil.disk_usage(folder).free + sum(map(os.path.getsize, old))
@@ -133,18 +132,14 @@ def dump(folder, meta, make, n_acts):
     if need > free:
         raise UserError(f"{folder} needs {need / 1e9:.2f} GB and {free / 1e9:.2f} GB are free: lower --n_acts or use "
                         "--stream")
-    if missing:
-        save_json(path, meta | {"complete": False})
-    for name in old:
-        os.remove(name)
-    progress, done = Progress("writing activations", sum(n for _, n, _ in missing.values()), "rows"), 0
-    for name, (split, n, start) in missing.items():
+    if found != meta:  # in this order: a shard that is there goes with the meta.json that is
+        for name in old:
+            os.remove(name)
+        save_json(path, meta)
+    rows_of = [range(n) for _, n, _ in missing.values()]
+    for (name, (split, n, start)), _ in zip(missing.items(), tracked("writing activations", rows_of, "rows")):
         rows = make(split, n, (meta["seed"], start // SHARD_ROWS))
         write_atomic(name, lambda f: np.save(f, rows.cpu().numpy()))
-        done += n
-        if progress.due():
-            progress.show(done)
-    save_json(path, meta | {"complete": True})
     return [[name for name, shard in shards.items() if shard[0] == split] for split in ("train", "val")]
 
 
@@ -187,20 +182,21 @@ def main():
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise UserError(f"--name={name} is no name for a folder: use letters, digits, '.', '_' and '-'")
     device, autocast, compiled, rank, ranks = setup(args)
-    path, batch_size = os.path.join(args.out_dir, "sae", name, "sae.pt"), ranks * args.batch_size
+    args.batch_size *= ranks
+    path = os.path.join(args.out_dir, "sae", name, "sae.pt")
     checkpoint = resumable(path, args, device)
     with rank_0_first(ranks):
         store, val_store, source = prepare(args, device)
     source["rows"] = store.rows
-    if store.rows < batch_size:
-        raise UserError(f"--batch_size={batch_size} is more than the {store.rows:,} rows there are")
+    if store.rows < args.batch_size:
+        raise UserError(f"--batch_size={args.batch_size} is more than the {store.rows:,} rows there are")
     sample = store.sample(32768, (args.seed, 5)).to(device)
-    if not sample.float().var(0).sum() > 0:
-        raise UserError("the activations are all the same: there is nothing to learn from them")
+    if not 0 < sample.float().var(0).sum() < math.inf:
+        raise UserError("the activations are all the same, or too large or too small for float32")
 
     resample_steps, dead_steps = resample_schedule(args.max_iters)
     if args.resample != "auto" or args.recipe != "towards":
-        resample_steps = [] if args.resample in ("auto", "none") else args.resample
+        resample_steps = [] if args.resample == "auto" else args.resample
     dead_steps = args.dead_steps or dead_steps
 
     sae = SparseAutoencoder(store.width, args.n_features, args.recipe, args.input_norm, args.decoder_norm,
@@ -215,11 +211,11 @@ def main():
         restore(path, checkpoint, sae, checkpoint["weights"], optimizer)
         sae.scale.fill_(checkpoint["scale"])
         first, log, last_fired = checkpoint["step"], checkpoint["log"], checkpoint["last_fired"]
-    loss_of = torch.compile(sae.loss) if compiled else sae.loss
+    loss_of = torch.compile(sae) if compiled else sae
     if ranks > 1:
-        loss_of = DistributedDataParallel(sae)
-    print(f"sae: {args.recipe}, {store.width} -> {args.n_features:,} features, {args.max_iters * batch_size:,} rows of "
-          f"{store.rows:,} there are, inputs x {sae.scale.item():.4g}, on {device}")
+        loss_of = DistributedDataParallel(loss_of)
+    print(f"sae: {args.recipe}, {store.width} -> {args.n_features:,} features, trained on "
+          f"{args.max_iters * args.batch_size:,} rows of {store.rows:,}, scale {sae.scale.item():.4g}, on {device}")
 
     def save(step, loss):  # the checkpoint last: where it says that the run is finished, all is there
         check_finite(loss.item(), sae, step, optimizer, path)
@@ -232,12 +228,13 @@ def main():
 
     progress, done = Progress("training", args.max_iters, "steps", first), first
     for step in steps(first, args.max_iters):
-        x = store.batch(step * batch_size + rank * args.batch_size, args.batch_size).to(device)
+        share = args.batch_size // ranks
+        x = store.batch(step * args.batch_size + rank * share, share).to(device)
         l1_coeff = l1_at(step, args.max_iters, args.l1_coeff, args.recipe)
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, args.max_iters, args.learning_rate, args.recipe)
         with autocast:
-            loss, stats = loss_of(x, torch.tensor(l1_coeff, device=device))
+            loss, stats = loss_of(x, torch.full((), l1_coeff, device=device))  # a GPU waits for torch.tensor
         optimizer.zero_grad()
         loss.backward()
         sae.remove_parallel_gradient()                                  # towards only
@@ -253,19 +250,20 @@ def main():
         last_fired.masked_fill_(fired.bool(), done)
         dead = done - last_fired >= dead_steps
         if done in resample_steps:
-            inputs = store.sample(100 * batch_size, (args.seed, 6, step)).to(device)      # the paper's 819,200
+            check_finite(loss.item(), sae, done, optimizer, path)
+            inputs = store.sample(100 * args.batch_size, (args.seed, 6, step)).to(device)   # the paper's 819,200
             n = sae.resample(dead, inputs, optimizer, l1_coeff, torch.Generator().manual_seed(args.seed + done))
             if ranks > 1:
                 for p in sae.parameters():  # the ranks may differ in the last bit, and so in what they drew
-                    dist.broadcast(p.data, 0)
+                    dist.broadcast(p.data if p.is_contiguous() else p.data.t(), 0)
             last_fired[dead] = done
             print(f"step {done:,}: resampled {n:,} dead features")
         if done % args.log_interval == 0 or done == args.max_iters:
             check_finite(loss.item(), sae, done, optimizer, path)
-            scaled = x * sae.input_scale(x)
-            log.append({"step": done, "rows": done * batch_size, "loss": loss.item(), "mse": stats["mse"].item(),
+            variance = (x * sae.input_scale(x)).var(0, correction=0).sum().clamp_min(1e-9)
+            log.append({"step": done, "rows": done * args.batch_size, "loss": loss.item(), "mse": stats["mse"].item(),
                         "l1": stats["l1"].item(), "l0": stats["l0"].item(), "dead": dead.float().mean().item(),
-                        "variance_explained": 1 - (stats["mse"] / scaled.var(0, correction=0).sum()).item(),
+                        "variance_explained": 1 - (stats["mse"] / variance).item(),
                         "l1_coeff": l1_coeff, "learning_rate": optimizer.param_groups[0]["lr"]})
         if (progress.due() or done == args.max_iters) and log:
             row = log[-1]
@@ -273,13 +271,12 @@ def main():
                           f"{row['variance_explained']:.3f}  dead {row['dead']:.1%}")
         if done % args.save_interval == 0 and done < args.max_iters:
             save(done, loss)
+    save(done, loss)
     if done < args.max_iters:
-        save(done, loss)
         raise KeyboardInterrupt(f"step {done:,}")
 
-    save(done, loss)
     with torch.no_grad():
-        x = val_store.batch(0, min(8192, val_store.rows)).to(device)
+        x = val_store.batch(0, min(2048, val_store.rows)).to(device)
         l0, unexplained = (sae.encode(x) > 0).sum() / len(x), (sae(x) - x).square().sum()
     print(f"{len(x):,} held-out rows: variance explained {1 - unexplained / (x - x.mean(0)).square().sum():.3f} "
           f"at L0 {l0:.1f}")

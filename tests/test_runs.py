@@ -137,8 +137,7 @@ def test_a_killed_training_of_the_autoencoder_ends_with_the_same_weights(forks, 
     for k in range(KILLS // 2):
         out = fresh(str(k))
         forks.run("train_sae", f"--out_dir={out}", *flags, after=moments.uniform(0, whole))
-        meta = load_json(out / "acts/mlp.0/meta.json", "") if (out / "acts/mlp.0/meta.json").exists() else {}
-        stages.add((meta.get("complete"), (out / f"sae/{recipe}/sae.pt").exists()))
+        stages.add((len(list(out.rglob("acts/mlp.0/*.npy"))), (out / f"sae/{recipe}/sae.pt").exists()))
         for path in (out / "acts").rglob("*.npy"):  # whatever has its final name is whole
             assert path.read_bytes() == (tmp_path / "whole/acts/mlp.0" / path.name).read_bytes()
         _, code, log = forks.run("train_sae", f"--out_dir={out}", *flags)
@@ -342,6 +341,13 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_last_good_checkpoi
     assert all(torch.isfinite(value).all() for value in values)
 
 
+def test_a_resampling_of_weights_that_are_no_numbers_stops_the_run(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "out")
+    flags = ["--recipe=towards", "--resample=7", "--dead_steps=2", "--learning_rate=1e18", "--log_interval=50"]
+    done = script("train_sae.py", f"--out_dir={tmp_path / 'out'}", *SMALL_SAE, *flags)
+    assert done.returncode == 2 and "step 7" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
 def own(folder, rows, *flags):
     np.save(folder / "a.npy", rows)
     return script("train_sae.py", f"--acts={folder}/*.npy", f"--out_dir={folder / 'out'}", *SMALL_SAE, *flags)
@@ -423,6 +429,8 @@ def test_two_ranks_are_one_with_the_doubled_batch(trained, tmp_path, name):
         ran = subprocess.run([*command, *more], capture_output=True, text=True, env=env)
         assert ran.returncode == 0, ran.stderr
     assert "is finished" in ran.stdout and ran.stdout.count("is finished") == 1
+    refused = script(name, f"--out_dir={two}", *flags, f"--batch_size={size // 2}", "--max_iters=90", "--resume")
+    assert refused.returncode == 2 and f"--batch_size={size // 2}" in refused.stderr  # one rank alone is another run
     path, key = ("gpt.pt", "model") if name == "train_gpt.py" else ("sae/towards/sae.pt", "weights")
     a, b = weights(one / path, key), weights(two / path, key)
     for which in a:

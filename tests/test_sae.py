@@ -5,6 +5,7 @@ hand. The reference itself is held against central differences and a case worked
     python -m pytest -q tests/test_sae.py
 """
 import copy
+import os
 import re
 from types import SimpleNamespace
 
@@ -738,6 +739,14 @@ def test_slices_are_shuffled_and_so_are_the_rows_within(tmp_path, monkeypatch, s
     for epoch in (ids(store.batch(0, 50)), ids(store.batch(50, 50))):
         assert np.mean(np.diff(epoch) == 1) < 0.2   # share of rows that follow their neighbour in the file
     assert np.mean(np.equal(ids(store.batch(0, 50)), ids(store.batch(50, 50)))) < 0.2
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="needs /proc")
+def test_a_store_keeps_no_file_open(tmp_path):
+    paths, before = write_rows(tmp_path, (5, 5, 5)), len(os.listdir("/proc/self/fd"))
+    store = ActivationStore(paths)
+    store.batch(0, 12)
+    assert store.rows == 15 and len(os.listdir("/proc/self/fd")) == before
 
 
 def test_the_seed_decides_the_order(paths):

@@ -205,14 +205,13 @@ def test_a_dump_is_its_shards(tmp_path, monkeypatch):
     assert made == [("train", 1024, (7, 0)), ("train", 1024, (7, 1)), ("train", 452, (7, 2)), ("val", 1024, (7, 0))]
 
 
-@pytest.mark.parametrize("found", ["unfinished", "whole", "other"])
+@pytest.mark.parametrize("found", ["same", "other"])
 def test_shards_are_kept_while_they_go_with_the_rest(tmp_path, monkeypatch, found):
     monkeypatch.setattr(train_sae, "SHARD_ROWS", 1024)
     train, val = train_sae.dump(str(tmp_path), META, rows_of, 2500)
     os.remove(train[1])
     meta = json.loads((tmp_path / "meta.json").read_text())
-    assert meta["complete"]
-    changes = {"unfinished": {"complete": False}, "whole": {}, "other": {"gpt": "another"}}[found]
+    changes = {"gpt": "another"} if found == "other" else {}
     (tmp_path / "meta.json").write_text(json.dumps(meta | changes))
     (tmp_path / "train-001.npy.tmp").write_bytes(b"half a file")
     stamps = {path: os.stat(path).st_mtime_ns for path in (train[0], train[2], *val)}
@@ -223,7 +222,26 @@ def test_shards_are_kept_while_they_go_with_the_rest(tmp_path, monkeypatch, foun
     assert json.loads((tmp_path / "meta.json").read_text()) == meta
 
 
-def test_a_dump_is_unfinished_until_its_last_shard(tmp_path, monkeypatch):
+def test_a_kill_while_old_shards_go_leaves_none_that_pass_as_new(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_sae, "SHARD_ROWS", 1024)
+    train_sae.dump(str(tmp_path), META | {"gpt": "another"}, lambda split, n, key: torch.ones(n, 3), 2500)
+    removed = []
+
+    def remove(path, really=os.remove):
+        if len(removed) == 2:
+            raise KeyboardInterrupt
+        removed.append(path)
+        really(path)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "remove", remove)
+        train_sae.dump(str(tmp_path), META, rows_of, 2500)
+    train, val = train_sae.dump(str(tmp_path), META, rows_of, 2500)
+    assert all((np.load(path)[:, 1] == (split == "val")).all() for split, paths in (("train", train), ("val", val))
+               for path in paths)  # fmt: skip
+
+
+def test_an_interrupted_dump_leaves_its_finished_shards(tmp_path, monkeypatch):
     monkeypatch.setattr(train_sae, "SHARD_ROWS", 1024)
 
     def make(split, n, key):
@@ -233,7 +251,6 @@ def test_a_dump_is_unfinished_until_its_last_shard(tmp_path, monkeypatch):
 
     with pytest.raises(KeyboardInterrupt):
         train_sae.dump(str(tmp_path), META, make, 2500)
-    assert not json.loads((tmp_path / "meta.json").read_text())["complete"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["meta.json", "train-000.npy"]
 
 
@@ -671,6 +688,10 @@ def spoil(case, out, folder):
         return acts, ["all the same"]
     if case == "no learning rate":
         return ("train_sae.py", flag, "--learning_rate=nan"), ["--learning_rate"]
+    if case == "negative seed":
+        return ("train_sae.py", flag, *SMALL_SAE, "--seed=-1"), ["--seed", "-1"]
+    if case == "decoder of norm 0":
+        return ("train_sae.py", flag, *SMALL_SAE, "--decoder_norm=0"), ["--decoder_norm", "0"]
     if case == "resampling steps":
         return ("train_sae.py", flag, *SMALL_SAE, "--resample=often"), ["--resample", "often"]
     if case == "truncated .npy":
@@ -751,6 +772,8 @@ def spoil(case, out, folder):
         "no URL",
         "constant activations",
         "no learning rate",
+        "negative seed",
+        "decoder of norm 0",
         "resampling steps",
     ],
 )
