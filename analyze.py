@@ -6,7 +6,7 @@ A sparse autoencoder -> numbers, plots, a page to browse, and what the papers do
     python analyze.py cause --prompt="def __init__("  # which features cause the next token: ablation and attribution
     python analyze.py steer --feature=304             # text written with a feature clamped to multiples of its maximum
     python analyze.py search "import numpy as" --without "import os"
-    python analyze.py neurons                         # are features something else, and more explainable, than neurons?
+    python analyze.py neurons                         # do features differ from neurons, and are they more explainable?
     python analyze.py complete --names=small,large    # which words have a feature of their own?
     python analyze.py scaling --names=a,b,c           # loss against compute, from the logs of many runs
     python analyze.py compare small large             # splitting; with a folder of another model, universality
@@ -19,6 +19,7 @@ import math
 import os
 import re
 import shutil
+from bisect import bisect
 from collections import Counter, defaultdict
 from types import SimpleNamespace
 
@@ -46,10 +47,12 @@ def parse_args():
     group.add_argument("--show", type=at_least(1), default=10, help="how many features to print (report: of each kind)")
     group.add_argument("--prompt", default="", help="cause, steer: text to start from")
     group.add_argument("--target", default="", help="cause: token to explain; default: the most likely one")
-    group.add_argument("--feature", type=int, default=-1, help="steer: which feature")
-    group.add_argument("--value", default="-2,0,1,2,4", help="steer: clamp to these multiples of its maximum")
+    group.add_argument("--feature", default="", help="steer: which feature")
+    group.add_argument("--value", default="-2,0,1,2,4",
+                       help="steer: clamp to these multiples of its maximum, as --value=-2,0,1")
     group.add_argument("--without", nargs="*", default=[], help="search: texts that lack the concept")
-    group.add_argument("--words", default="", help="complete: file of words; default: words of the held-out text")
+    group.add_argument("--words", default="",
+                       help="complete: file of words (ASCII letters); default: words of the held-out text")
     return parser.parse_args()
 
 
@@ -58,7 +61,7 @@ def parse_args():
 
 def folder_of(args, name):
     """A name under out_dir/sae, or a folder such as other_out/sae/scaling -> folder."""
-    return name if os.path.dirname(name) else os.path.join(args.out_dir, "sae", name)
+    return os.path.normpath(name if os.path.dirname(name) else os.path.join(args.out_dir, "sae", name))
 
 
 def load_run(args, device, name):
@@ -69,7 +72,9 @@ def load_run(args, device, name):
     """
     folder = folder_of(args, name)
     sae = load_sae(os.path.join(folder, "sae.pt"), device)
-    source = sae.extra.get("source", {"site": "own", "acts": []})
+    if "source" not in sae.extra:
+        raise UserError(f"{folder}/sae.pt does not say what it was trained on: only train_sae.py's can be analyzed")
+    source = sae.extra["source"]
     this = SimpleNamespace(folder=folder, sae=sae.fold().requires_grad_(False), recipe=sae.recipe, gpt=None,
                            site=source["site"], source=source, cache={})
     if this.site == "own" and args.command == "report":
@@ -93,11 +98,11 @@ def load_run(args, device, name):
     return this
 
 
-def known(this, i):
-    """Feature number i, or a UserError when there is none."""
-    if not 0 <= i < this.sae.n_features:
-        raise UserError(f"there is no feature {i}: {this.folder} has 0 to {this.sae.n_features - 1}")
-    return i
+def known(this, text):
+    """Text -> number of a feature, or a UserError when there is none."""
+    if not (text.isdecimal() and int(text) < this.sae.n_features):
+        raise UserError(f"give the number of a feature of {this.folder}, 0 to {this.sae.n_features - 1}, not {text!r}")
+    return int(text)
 
 
 def all_dead(this):
@@ -122,49 +127,36 @@ def measure(this):
     plain), the model's loss as it is, with x_hat, and with 0 in the place of x at the same site (Towards
     Monosemanticity, "How much of the model does our interpretation explain?").
     """
-    sae, m = this.sae, this.sae.n_features
-    active, energy = torch.zeros(m, dtype=torch.long), torch.zeros(m, dtype=torch.float64)
-    total, squares, error, n_tokens = torch.zeros(sae.d_in, dtype=torch.float64), 0.0, 0.0, 0
-    losses, mean = Counter(), read(this).mean(0).to(sae.W_dec) if this.gpt else None
+    sae, sums, losses = this.sae, [], Counter()
+    n = len(this.held_out) * (this.held_out.shape[1] - 1 if this.gpt else 1)
+    mean = read(this).mean(0).to(sae.W_dec) if this.gpt else None
     for some in batches(this, "measuring", this.held_out):
-        def loss(name, replace):  # of the model with replace(x) in the place of x
-            hook = lambda site, x: replace(x) if site == this.site else None
-            losses[name] += this.gpt(some[:, :-1], some[:, 1:], hook)[1].item() * some[:, 1:].numel()
-        kept = []
-        if this.gpt:
-            loss("plain", kept.append)
-        x = kept[0] if this.gpt else some.float()
+        x = this.gpt.activations(some[:, :-1], this.site) if this.gpt else some.float()
         f = sae.encode(x)
         x_hat = sae.decode(f, sae.input_scale(x))
-        if this.gpt:
-            loss("spliced", lambda x: x_hat)
-            loss("mean_ablated", mean.expand_as)
-            loss("zero_ablated", torch.zeros_like)
-        rows, f = x.flatten(0, -2).cpu().double(), f.flatten(0, -2)
-        n_tokens += len(rows)
-        active += (f > 0).sum(0).cpu()
-        energy += f.square().sum(0).cpu()
-        total += rows.sum(0)
-        squares += rows.square().sum().item()
-        error += (x_hat - x).cpu().double().square().sum().item()
-    metrics = {"tokens": n_tokens, "l0": active.sum().item() / n_tokens,
-               "variance_explained": 1 - error / (squares - total.square().sum().item() / n_tokens),
-               "n_features": m, "dead": (active == 0).sum().item() / m,
-               "ultra_low": ((active > 0) & (active < ULTRA_LOW * n_tokens)).sum().item() / m}
+        parts = (f > 0, f.square(), x, x.square(), (x_hat - x).square())
+        sums.append([part.flatten(0, -2).sum(0).cpu().double() for part in parts])
+        if this.gpt:  # the model's loss with something in the place of x
+            for name, put in (("plain", x), ("spliced", x_hat), ("mean_ablated", mean.expand_as(x)),
+                              ("zero_ablated", torch.zeros_like(x))):
+                loss = this.gpt(some[:, :-1], some[:, 1:], lambda site, _: put if site == this.site else None)[1]
+                losses[f"loss_{name}"] += loss.item() * len(some) / len(this.held_out)
+    density, energy, center, square, error = (torch.stack(parts).sum(0).numpy() / n for parts in zip(*sums))
+    metrics = {"tokens": n, "l0": density.sum(), "variance_explained": 1 - error.sum() / (square - center**2).sum(),
+               "n_features": sae.n_features, "dead": (density == 0).mean(),
+               "ultra_low": ((density > 0) & (density < ULTRA_LOW)).mean(), **losses}
     if this.gpt:
-        metrics |= {f"loss_{name}": value / n_tokens for name, value in losses.items()}
         zero = metrics["loss_zero_ablated"]
         metrics["loss_recovered"] = (zero - metrics["loss_spliced"]) / (zero - metrics["loss_plain"])
-    return metrics, SimpleNamespace(density=(active / n_tokens).numpy(), energy=(energy / n_tokens).numpy())
+    return metrics, SimpleNamespace(density=density, energy=energy)
 
 
 def read(this, site=None):
     """Activations x (tokens, n) of this.contexts at a site (default: the autoencoder's), kept in memory."""
-    site, parts = site or this.site, []
+    site = site or this.site
     if site not in this.cache:
-        for some in batches(this, f"reading {site}", this.contexts):
-            this.gpt.trunk(some[:, :-1], lambda name, x: parts.append(x.flatten(0, 1).cpu()) if name == site else None)
-        this.cache[site] = torch.cat(parts)
+        parts = batches(this, f"reading {site}", this.contexts)
+        this.cache[site] = torch.cat([this.gpt.activations(some[:, :-1], site).flatten(0, 1).cpu() for some in parts])
     return this.cache[site]
 
 
@@ -173,7 +165,7 @@ def activations_of(this, features):
     x, W, b = read(this), this.sae.W_enc[:, features].cpu(), this.sae.b_enc[features].cpu()
     if this.sae.input_norm == "token":
         x = x * this.sae.input_scale(x)
-    return F.relu(torch.addmm(b[:, None], W.t(), x.t())).numpy()
+    return torch.addmm(b[:, None], W.t(), x.t()).relu_().numpy()
 
 
 def blocks(n, size=256):
@@ -186,7 +178,8 @@ def logit_effects(this, directions):
     What directions (k, n) at the site do to the logits (k, vocab_size) per unit of activation, about their mean over
     the vocabulary: through the site's output matrix and along the residual stream to the last LayerNorm, which is taken
     as linear (centred, its gain, the mean 1 / sigma of held-out tokens; not applied to the bare direction), then
-    through the unembedding (Towards Monosemanticity, logit weights). Later blocks, if any, are passed by.
+    through the unembedding (Towards Monosemanticity, logit weights). What else
+    reads the stream in between (later blocks, for attn this block's MLP) is passed by.
     """
     kind, layer = this.site.split(".")
     if kind == "mlp":
@@ -199,40 +192,27 @@ def logit_effects(this, directions):
     return logits - logits.mean(1, keepdim=True)
 
 
-def neuron_directions(this):
-    """Unit vectors (n_neurons, n) of the layer's MLP neurons at the site: themselves, or what they write there."""
-    kind, layer = this.site.split(".")
-    if kind == "mlp":
-        return torch.eye(this.sae.d_in, device=this.sae.W_dec.device)
-    return F.normalize(this.gpt.blocks[int(layer)].mlp_proj.weight.t(), dim=1)
-
-
 def neuron_activations(this):
     """Activations of the layer's MLP neurons on every held-out token -> (n_neurons, tokens) float32."""
     return read(this, "mlp." + this.site.split(".")[1]).t().contiguous().numpy()
 
 
-def correlations(a, b):
-    """Pearson correlation of each row of a (k, tokens) with each row of b (l, tokens), by streamed sums -> (k, l)."""
-    mean_a, mean_b = a.mean(1, keepdims=True), b.mean(1, keepdims=True)
-    squares_a, squares_b, products = np.zeros(len(a)), np.zeros(len(b)), np.zeros((len(a), len(b)))
-    for i in range(0, a.shape[1], 8192):
-        x, y = a[:, i:i + 8192] - mean_a, b[:, i:i + 8192] - mean_b
-        squares_a += (x * x).sum(1)
-        squares_b += (y * y).sum(1)
-        products += x @ y.T
-    return products / np.sqrt(np.outer(squares_a, squares_b).clip(1e-30))
+def unit_rows(a):
+    """Rows of a (k, tokens) about their means and of unit norm: products of two such rows are Pearson correlations."""
+    a = a - a.mean(1, keepdims=True)
+    return a / np.linalg.norm(a, axis=1, keepdims=True).clip(1e-15)
 
 
 def highest_correlations(this, others):
-    """For every feature the highest correlation with any row of others (k, tokens), and its density -> (m,), (m,)."""
+    """-> numbers of the alive features, their highest correlations with any of others (unit_rows), densities."""
     best, density = np.zeros(this.sae.n_features), np.zeros(this.sae.n_features)
     for block in tracked("correlating", blocks(len(best)), "features"):
-        acts = activations_of(this, block)[:, :others.shape[1]]
-        best[block], density[block] = correlations(acts, others).max(1), (acts > 0).mean(1)
-    if not density.any():
+        acts = activations_of(this, block)
+        best[block], density[block] = (unit_rows(acts) @ others.T).max(1), (acts > 0).mean(1)
+    alive = np.flatnonzero(density)
+    if not len(alive):
         raise all_dead(this)
-    return best, density
+    return alive, best[alive], density[alive]
 
 
 def explained_by_tokens(this, acts):
@@ -243,26 +223,22 @@ def explained_by_tokens(this, acts):
     of what a feature does, and a feature of a topic, which no one or two tokens show, scores low though it is clear.
     """
     T, V = this.contexts.shape[1] - 1, this.tokenizer.n_vocab
-    learn = np.arange(len(this.tokens)) // T % 2 == 0
-    previous = np.where(np.arange(len(this.tokens)) % T == 0, V, np.roll(this.tokens, 1))     # V: nothing comes before
-    pairs, group = np.unique(previous * V + this.tokens, return_inverse=True)
-    token_of, n = pairs % V, len(pairs)                                                     # sums over pairs do it all
-    counts, test_counts = np.bincount(group[learn], minlength=n), np.bincount(group[~learn], minlength=n)
+    tokens = this.tokens.reshape(-1, T)
+    previous = np.pad(tokens[:, :-1], ((0, 0), (1, 0)), constant_values=V)                    # V: nothing comes before
+    pairs, group = np.unique(previous * V + tokens, return_inverse=True)
+    learn, judge = (group.reshape(-1, T)[k::2].ravel() for k in (0, 1))
+    counts, token_of, scores = np.bincount(learn, minlength=len(pairs)), pairs % V, []    # sums over pairs do it all
     token_counts = np.bincount(token_of, counts, V)
-    scores = np.full((len(acts), 2), np.nan)
-    for row, score in zip(acts, scores):
-        on = np.flatnonzero(row)
-        values, known = row[on].astype(np.float64), learn[on]
-        sums = np.bincount(group[on[known]], values[known], n)
-        test_sums, squares = np.bincount(group[on[~known]], values[~known], n), (values[~known] ** 2).sum()
-        total = squares - test_sums.sum() ** 2 / max(1, test_counts.sum())
+    for row in acts.reshape(len(acts), -1, T):
+        learned, truth = row[::2].ravel(), row[1::2].ravel().astype(np.float64)
+        sums = np.bincount(learn, learned, len(pairs))
         token_means = np.bincount(token_of, sums, V) / token_counts.clip(1)
-        by_token = np.where(token_counts > 0, token_means, sums.sum() / learn.sum())[token_of]
+        by_token = np.where(token_counts > 0, token_means, learned.mean())[token_of]
         by_pair = np.where(counts > 0, sums / counts.clip(1), by_token)
-        for k, guess in enumerate((by_token, by_pair)):
-            if total > 0:
-                score[k] = 1 - (squares - 2 * test_sums @ guess + test_counts @ guess ** 2) / total
-    return scores
+        total = np.square(truth - truth.sum() / max(1, len(truth))).sum()
+        errors = [np.square(truth - guess[judge]).sum() for guess in (by_token, by_pair)]
+        scores.append(1 - np.array(errors) / (total or np.nan))                               # NaN: never active there
+    return np.array(scores)
 
 
 # -----------------------------------------------------------------------------
@@ -270,14 +246,8 @@ def explained_by_tokens(this, acts):
 
 def token_text(this, *tokens):
     """Tokens as one printable line: ⏎ and ⇥ for white space, · for other control characters, � for parts of one."""
-    text = b"".join(this.tokenizer.decode_single_token_bytes(int(token)) for token in tokens).decode("utf-8", "replace")
-    text = text.replace("\n", "⏎").replace("\t", "⇥")
+    text = this.tokenizer.decode([int(token) for token in tokens]).replace("\n", "⏎").replace("\t", "⇥")
     return "".join(c if c.isprintable() else "·" for c in text)
-
-
-def bars(counts):
-    """Counts -> a line of bars, on a square-root scale so that small ones show."""
-    return "".join(" ▁▂▃▄▅▆▇█"[math.ceil(8 * math.sqrt(count / max(1, *counts)))] for count in counts)
 
 
 def snippet(this, position, width):
@@ -296,8 +266,10 @@ def title(this, i, acts):
         return f"feature {i}  not active on any of {len(acts):,} held-out tokens"
     best = on[np.argsort(-acts[on], kind="stable")[:50]]
     token, n = Counter(this.tokens[best].tolist()).most_common(1)[0]
+    counts = histogram(acts)
+    bars = (" ▁▂▃▄▅▆▇█"[math.ceil(8 * math.sqrt(count / max(counts)))] for count in counts)  # a root, so that few show
     return (f"feature {i}  density {len(on) / len(acts):.2%}  max {acts.max():.2f}  '{token_text(this, token)}' at {n} "
-            f"of its top {len(best)}  {bars(histogram(acts))}")
+            f"of its top {len(best)}  {''.join(bars)}")
 
 
 def histogram(acts):
@@ -311,15 +283,10 @@ def examples(this, acts, n_top, n_intervals, each, rng):
     `each` random ones from n_intervals evenly spaced intervals of its activation, the highest first (Towards
     Monosemanticity, feature browser). acts: (tokens,) -> list of (label, position)
     """
-    def around(position):  # two examples with the same tokens here show the same thing twice
-        return this.tokens[max(0, position - 4):position + 2].tobytes()
-    on = np.flatnonzero(acts)
-    chosen, seen = [], set()
-    for position in on[np.argsort(-acts[on], kind="stable")][:max(200, 4 * n_top)]:
-        if around(position) not in seen and len(chosen) < n_top:
-            chosen.append(("top", int(position)))
-            seen.add(around(position))
-    edges = np.linspace(0, acts.max(), n_intervals + 1)
+    on, top, edges = np.flatnonzero(acts), {}, np.linspace(0, acts.max(), n_intervals + 1)
+    for position in on[np.argsort(-acts[on], kind="stable")][:200].tolist():  # one of those with the same tokens around
+        top.setdefault(this.tokens[max(0, position - 4):position + 2].tobytes(), ("top", position))
+    chosen = list(top.values())[:n_top]
     for k in reversed(range(n_intervals)):
         inside = on[(acts[on] > edges[k]) & (acts[on] <= edges[k + 1])]
         chosen += [(f"{100 * k // n_intervals}-{100 * (k + 1) // n_intervals}%", int(position))
@@ -329,12 +296,12 @@ def examples(this, acts, n_top, n_intervals, each, rng):
 
 def related(this, i, largest, n):
     """-> [(id, value)] of tokens that feature i at its largest activation raises, lowers; of its nearest neurons."""
-    direction = this.sae.W_dec[i]
-    effects, cosines = logit_effects(this, direction[None])[0] * largest, neuron_directions(this) @ direction
-
-    def top(values, by, n):
-        return [(j, values[j].item()) for j in by.topk(min(n, len(by))).indices.tolist()]
-    return top(effects, effects, n), top(effects, -effects, n), top(cosines, cosines.abs(), 6)
+    (kind, layer), direction = this.site.split("."), this.sae.W_dec[i]
+    effects, cosines = logit_effects(this, direction[None])[0] * largest, direction     # at mlp neurons are the axes
+    if kind != "mlp":                                                                   # else what they write there
+        cosines = direction @ F.normalize(this.gpt.blocks[int(layer)].mlp_proj.weight, dim=0)
+    kinds = ((effects, effects), (effects, -effects), (cosines, cosines.abs()))
+    return [[(j, values[j].item()) for j in by.topk(min(n, len(by))).indices.tolist()] for values, by in kinds]
 
 
 def print_feature(this, i, acts, n_top=5, n_intervals=4, each=1, n_tokens=8, note=""):
@@ -363,10 +330,9 @@ def read_log(folder):
     try:
         with open(path, encoding="utf-8") as f:
             log = [json.loads(line) for line in f]
-        if not all({"step", "rows", "mse", "l1", "l0", "dead", "variance_explained"} <= set(row) for row in log):
-            raise ValueError
-        return log
-    except (FileNotFoundError, TypeError, ValueError):
+        return {key: np.array([row[key] for row in log], float)
+                for key in ("step", "rows", "mse", "l1", "l0", "dead", "variance_explained")}
+    except (FileNotFoundError, KeyError, TypeError, ValueError):
         raise UserError(f"{path} is missing or damaged: run python train_sae.py --name={os.path.basename(folder)}")
 
 
@@ -399,7 +365,7 @@ def report(this, args):
     log = read_log(this.folder)
     with figure(os.path.join(this.folder, "training.png"), panels=3, width=9, height=2.8) as axes:
         for ax, key in zip(axes, ("variance_explained", "l0", "dead")):
-            ax.plot([row["step"] for row in log], [row[key] for row in log], color=BLUE)
+            ax.plot(log["step"], log[key], color=BLUE)
             ax.set(xlabel="step", title=key.replace("_", " "), yscale="log" if key == "l0" else "linear")
     if this.gpt:
         best = np.argsort(-features.energy, kind="stable")[:args.show]
@@ -410,22 +376,18 @@ def report(this, args):
                 print_feature(this, i, acts)
         print()
         write_page(this, headline, rows)
+        print(f"wrote {os.path.join(this.folder, 'features.html')}: open it in a browser")
     save(this, "metrics", **metrics)
 
 
 def feature(this, args):
     """One feature in full."""
-    try:
-        i, = map(int, args.arguments)
-    except ValueError:
-        raise UserError("feature takes one number, as in: python analyze.py feature 12")
-    print_feature(this, i, activations_of(this, [known(this, i)])[0], n_top=20, n_intervals=10, each=3, n_tokens=12)
+    i = known(this, " ".join(args.arguments))
+    print_feature(this, i, activations_of(this, [i])[0], n_top=20, n_intervals=10, each=3, n_tokens=12)
 
 
 def toy(this, args):
     """How many true directions have a feature of their own: the highest cosine with any decoder row is over 0.9."""
-    if this.site != "toy":
-        raise UserError(f"{this.folder} was not trained on toy data: run python train_sae.py --acts=toy --name=toy")
     cosines = (this.source["truth"].to(this.sae.W_dec) @ this.sae.W_dec.t()).amax(1).cpu().numpy()
     found = cosines > 0.9
     print(f"{found.sum()} of {len(found)} true directions found ({found.mean():.1%}): cosine with a feature over 0.9; "
@@ -446,20 +408,10 @@ def encode_text(this, text):
     return torch.tensor([ids], device=this.sae.W_dec.device)
 
 
-def logits_at(this, idx, p, remove=None):
-    """
-    Logits (b, vocab_size) at token p[b] of each context idx[b] (b, T); with remove (b, n), after that was subtracted
-    from the activations at the site and token, which ablates features and keeps the reconstruction error.
-    """
-    rows = torch.arange(len(idx), device=idx.device)
-
-    def hook(site, x):
-        if site == this.site:
-            x = x.clone()
-            x[rows, p] -= remove
-            return x
-    stream = this.gpt.trunk(idx[:, :int(p.max()) + 1], None if remove is None else hook)  # later tokens have no say
-    return this.gpt.lm_head(stream[rows, p])
+def logits_at(this, idx, p, x=None):
+    """Logits (b, vocab_size) at token p[b] of each context idx[b] (b, T), with x (b, T, n), if given, at the site."""
+    stream = this.gpt.trunk(idx, lambda site, _: x if site == this.site else None)
+    return this.gpt.lm_head(stream[torch.arange(len(idx), device=idx.device), p])
 
 
 def effects(this, idx, p, targets):
@@ -470,26 +422,23 @@ def effects(this, idx, p, targets):
     first-order estimate f_i W_dec_i . gradient; one backward pass serves all features.
     -> namespace of arrays (k,): row, feature, activation, attribution, ablation
     """
-    rows, kept = torch.arange(len(idx), device=idx.device), {}
+    rows, x = torch.arange(len(idx), device=idx.device), this.gpt.activations(idx, this.site)
 
-    def leaf(site, x):
-        if site == this.site:
-            kept["x"] = x.detach().requires_grad_()
-            return kept["x"]
-
-    def contrast(logits, targets):
-        return logits.gather(1, targets[:, None])[:, 0] - logits.mean(1)
+    def contrast(r, x):  # of contexts r with x at the site: the target's logit, about the mean
+        logits = logits_at(this, idx[r], p[r], x)
+        return logits.gather(1, targets[r, None])[:, 0] - logits.mean(1)
     with torch.enable_grad():
-        before = contrast(this.gpt.lm_head(this.gpt.trunk(idx, leaf)[rows, p]), targets)
-        gradient, = torch.autograd.grad(before.sum(), kept["x"])
-    x, before = kept["x"].detach()[rows, p], before.detach()
-    f = this.sae.encode(x)                                                           # (b, m)
+        before = contrast(rows, x.requires_grad_())
+        gradient, = torch.autograd.grad(before.sum(), x)
+    x, before = x.detach(), before.detach()
+    f, scale = this.sae.encode(x[rows, p]), this.sae.input_scale(x[rows, p])                  # (b, m), (b, 1)
     row, feature = f.nonzero(as_tuple=True)
-    part = f[row, feature, None] * this.sae.W_dec[feature] / this.sae.input_scale(x)[row]   # (k, n), in raw units
+    part = f[row, feature, None] * this.sae.W_dec[feature] / scale[row]                       # (k, n), in raw units
     ablation = torch.zeros(len(row), device=idx.device)
     for k in tracked("ablating", blocks(len(row)), "features"):
-        r = row[k]
-        ablation[k] = before[r] - contrast(logits_at(this, idx[r], p[r], part[k]), targets[r])
+        r, changed = row[k], x[row[k]]                                                        # a copy
+        changed[torch.arange(len(k)), p[r]] -= part[k]
+        ablation[k] = before[r] - contrast(r, changed)
     arrays = {"row": row, "feature": feature, "activation": f[row, feature], "ablation": ablation,
               "attribution": (part * gradient[rows, p][row]).sum(1)}
     return SimpleNamespace(**{name: value.cpu().numpy() for name, value in arrays.items()})
@@ -550,16 +499,15 @@ def steer(this, args):
     """Text with a feature clamped to multiples of its maximum, and how likely the token it raises most becomes."""
     i, device = known(this, args.feature), this.sae.W_dec.device
     try:
-        multiples = [float(value) for value in args.value.split(",")]
-        if not np.isfinite(multiples).all():
-            raise ValueError
+        multiples = np.asarray_chkfinite(args.value.split(","), float).tolist()
     except ValueError:
         raise UserError(f"--value takes multiples of the feature's maximum with commas between, not {args.value}")
     acts = activations_of(this, [i])[0]
     print(title(this, i, acts))
     if not acts.any():
         return
-    token, idx = logit_effects(this, this.sae.W_dec[i:i + 1]).argmax().item(), this.contexts[:16, :-1].to(device)
+    token = logit_effects(this, this.sae.W_dec[i:i + 1]).argmax().item()
+    idx = this.contexts[::max(1, len(this.contexts) // 16), :-1].to(device)
     start, clamped = encode_text(this, args.prompt) if args.prompt else idx[:1, :16], []
     for multiple in [None] + multiples:
         hook = None if multiple is None else clamp(this, [i], multiple * acts.max().item())
@@ -578,32 +526,26 @@ def search_scores(this, texts, without=()):
     -> scores (m,): a feature's activation on each text's token marked with «...» (else its last), plus its mean over
     the text, averaged over the texts; minus twice the highest it reaches on any text without the concept.
     """
-    def activations(text):
-        marked = re.search("«(.+?)»", text, re.S)
-        plain = text.replace("«", "").replace("»", "") if marked else text
-        idx, kept = encode_text(this, plain), {}
-        this.gpt.trunk(idx, lambda site, x: kept.update({site: x}))
-        at = idx.shape[1] - 1
-        if marked:  # the token that holds the last marked character
-            end = len(plain[:marked.end(1) - 1].encode()) - 1
-            lengths = [len(this.tokenizer.decode_single_token_bytes(t)) for t in idx[0].tolist()]
-            at = int(np.searchsorted(np.cumsum(lengths), end, side="right"))
-        return this.sae.encode(kept[this.site])[0], at
+    def activations(text):  # f (T, m), and the place of the token that holds the last marked character
+        marked = re.search("«.+?»", text, re.S)
+        upto, plain = (re.sub("[«»]", "", part) for part in (text[:marked.end()] if marked else text, text))
+        idx = encode_text(this, plain)
+        starts = this.tokenizer.decode_with_offsets(idx[0].tolist())[1]                       # in characters
+        return this.sae.encode(this.gpt.activations(idx, this.site))[0], bisect(starts, len(upto) - 1) - 1
     found = [f[at] + f.mean(0) for f, at in map(activations, texts)]
     elsewhere = [f.amax(0) for f, _ in map(activations, without)] or [torch.zeros_like(found[0])]
     return (torch.stack(found).mean(0) - 2 * torch.stack(elsewhere).amax(0)).cpu().numpy()
 
 
 def search(this, args):
-    """The features that are most active on some texts, and less on others."""
+    """Features most active on texts with a concept and not on texts without it."""
     if not args.arguments:
         raise UserError('search takes texts, as in: python analyze.py search "import numpy" --without "import os"')
     scores = search_scores(this, args.arguments, args.without)
     hits = [int(i) for i in np.argsort(-scores, kind="stable")[:args.show] if scores[i] > 0]
     if not hits:
-        print("no feature is active there" + (" and not on the texts without the concept" if args.without else ""))
-    for i in hits:
-        acts = activations_of(this, [i])[0]
+        print("no feature is active there" + (" but not on the texts without it" if args.without else ""))
+    for i, acts in zip(hits, activations_of(this, hits)):
         print_feature(this, i, acts, n_top=4, n_intervals=0, each=0, note=f"  score {scores[i]:.2f}")
     save(this, "search", texts=args.arguments, without=args.without, hits=[[i, float(scores[i])] for i in hits])
 
@@ -613,14 +555,13 @@ def search(this, args):
 
 def neurons(this, args, n_sample=256):
     """
-    Are features something else than neurons, and more explainable? Each feature's highest Pearson correlation with any
+    Do features differ from neurons, and are they more explainable? Each feature's highest Pearson correlation with any
     MLP neuron of the layer (82% had 0.3 or less in Scaling Monosemanticity), and explained_by_tokens for features,
     neurons and random directions, the last two cut by a threshold to the features' median density.
     """
     rng, mlp = np.random.default_rng(args.seed), neuron_activations(this)
-    best, density = highest_correlations(this, mlp)
-    alive = np.flatnonzero(density > 0)
-    best, keep, share = best[alive], np.median(density[alive]), float((best[alive] <= 0.3).mean())
+    alive, best, density = highest_correlations(this, unit_rows(mlp))
+    keep, share = np.median(density), float((best <= 0.3).mean())
     print(f"{share:.1%} of {len(alive):,} alive features have no neuron that they correlate with above 0.3; "
           f"median of the highest correlations {np.median(best):.2f}")
 
@@ -641,15 +582,15 @@ def neurons(this, args, n_sample=256):
         left.set(xlabel="highest correlation with a neuron", ylabel="features", title=f"{share:.0%} at 0.3 or less")
         for (kind, score), colour in zip(scores.items(), (BLUE, RED, "#888888")):
             right.plot(np.sort(score[:, 1]), np.linspace(0, 1, len(score)), color=colour, label=kind)
-        right.set(xlabel="R^2 given previous and current token", ylabel="share at most that", xlim=(-0.2, 1))
+        right.set(xlabel="R^2 given previous and current token", ylabel="cumulative share", xlim=(-0.2, 1))
     save(this, "neurons", share_at_most_03=share, median_correlation=float(np.median(best)), density=float(keep),
          explained=medians)
 
 
-def word_places(this, path, n_bins=12, n_each=20):
+def word_places(this, path, n=240):
     """
     Words -> positions of their last token in the held-out text (a concept is a word with all its tokens): those of a
-    file, or n_each from each of n_bins intervals of frequency, evenly spaced in its log, down to 3 occurrences.
+    file, or n of the words with 3 or more occurrences, evenly spaced in the log of their rank (ranks come once).
     """
     pieces = [this.tokenizer.decode_single_token_bytes(t) if t != this.tokenizer.eot_token else b"\n"
               for t in this.tokens.tolist()]
@@ -657,18 +598,12 @@ def word_places(this, path, n_bins=12, n_each=20):
     for match in re.finditer(rb"[A-Za-z]{2,}", b"".join(pieces)):
         places[match.group().decode()].append(match.end() - 1)
     if path:
-        try:
-            with open(path, encoding="utf-8") as f:
-                wanted = [word for word in f.read().split() if word in places]
-        except UnicodeDecodeError:
-            raise UserError(f"{path} is not UTF-8 text: --words takes a file of words")
+        with open(path, encoding="utf-8", errors="replace") as f:
+            wanted = [word for word in f.read().split() if word in places]
     else:
-        words = np.array(sorted(word for word in places if len(places[word]) >= 3))
-        logs = np.log([len(places[word]) for word in words])
-        bins = np.digitize(logs, np.linspace(logs.min(initial=0), logs.max(initial=1), n_bins + 1)[1:-1])
-        rng = np.random.default_rng(0)
-        wanted = [word for b in reversed(range(n_bins)) for word in rng.permutation(words[bins == b])[:n_each]]
-    return {str(word): np.searchsorted(ends, places[word], side="right") for word in wanted}
+        ranked = sorted((word for word in places if len(places[word]) > 2), key=lambda word: (-len(places[word]), word))
+        wanted = [ranked[k] for k in np.unique(np.geomspace(1, len(ranked) + 1, n).astype(int) - 1)[:-1]]
+    return {word: np.searchsorted(ends, places[word], side="right") for word in wanted}
 
 
 def best_detectors(this, places):
@@ -733,14 +668,12 @@ def complete(this, args, threshold=0.5):
     for word in sorted(last, key=lambda word: -last[word]["f1"])[:2 * args.show]:
         print(f"{word:>12}  {last[word]['frequency']:9.5f}  {last[word]['feature']:7}  {last[word]['f1']:5.2f}")
     with figure(os.path.join(this.folder, "complete.png")) as ax:
-        edges = np.geomspace(frequency.min(), frequency.max() * (1 + 1e-9), 7)
-        which = np.digitize(frequency, edges) - 1
+        groups = np.array_split(frequency.argsort(), min(6, len(frequency)))                  # as many words in each
+        middle = [np.exp(np.log(frequency[group]).mean()) for group in groups]
         for name, hit in found.items():
-            shares = [hit[which == k].mean() for k in np.unique(which)]
-            middle = np.sqrt(edges[:-1] * edges[1:])[np.unique(which)]
-            line, = ax.plot(middle, shares, "o-", label=f"{name}: {results[name]['alive']:,} alive")
-            order = frequency.argsort()
-            ax.plot(frequency[order], sigmoid(x[name][order], a, b), ":", color=line.get_color())
+            shares, label = [hit[group].mean() for group in groups], f"{name}: {results[name]['alive']:,} alive"
+            line, = ax.plot(middle, shares, "o-", label=label)
+            ax.plot(np.sort(frequency), sigmoid(np.sort(x[name]), a, b), ":", color=line.get_color())
         ax.set(xscale="log", xlabel="frequency of the word", ylabel="share with a feature", ylim=(-0.02, 1.02))
     save(this, "complete", threshold=threshold, a=a, b=b, runs=results)
 
@@ -766,7 +699,7 @@ def frontier(runs, n_budgets=24):
 def scaling(this, args):
     """
     Loss against compute from the logs of runs that differ in size, steps or learning rate (Scaling Monosemanticity,
-    Scaling Laws). compute = 12 d_in n_features rows: encoder and decoder, two operations a weight and row, and twice
+    Scaling Laws). compute = 12 d_in n_features rows: encoder and decoder, two operations per weight and row, and twice
     that for their gradients. loss = mse + lambda l1 with the full lambda from the first step on.
     """
     runs, ends, laws = [], defaultdict(list), {}
@@ -775,8 +708,7 @@ def scaling(this, args):
         sae, log = load_sae(os.path.join(folder_of(args, name), "sae.pt")), read_log(folder_of(args, name))
         used, source, m = sae.extra["args"], sae.extra["source"], sae.n_features
         lr, l1_coeff = used["learning_rate"], used["l1_coeff"]
-        compute = np.array([12.0 * sae.d_in * m * row["rows"] for row in log])
-        loss = np.array([row["mse"] + l1_coeff * row["l1"] for row in log])
+        compute, loss = 12.0 * sae.d_in * m * log["rows"], log["mse"] + l1_coeff * log["l1"]
         same = source.get("gpt"), source["site"], sae.recipe, sae.input_norm, l1_coeff
         runs.append({"same": same, "n_features": m, "compute": compute, "loss": loss})
         ends[f"{compute[-1]:.2g}"].append((loss[-1], lr))
@@ -785,8 +717,9 @@ def scaling(this, args):
         raise UserError("these runs differ in data, site, recipe, normalisation or lambda: give --names that agree")
     budgets, best, losses = frontier(runs)
     sizes = np.array([runs[k]["n_features"] for k in best])
-    if len(budgets) > 1:
-        for name, values in (("n_features", sizes), ("steps x batch", budgets / sizes), ("loss", losses)):
+    if budgets[-1] > budgets[0]:
+        rows = budgets / (12 * sae.d_in * sizes)
+        for name, values in (("n_features", sizes), ("steps x batch", rows), ("loss", losses)):
             laws[name] = power_law(budgets, values)
     rates = {float(budget): min(group)[1] for budget, group in ends.items() if len({lr for _, lr in group}) > 1}
     if len(rates) > 1:  # of the runs that end at one budget the one with the lowest loss has the best learning rate
@@ -828,17 +761,17 @@ def compare(this, args):
                 print(f"   {cosines[i, j]:.2f}  {title(b, j, acts)}")
         save(this, "compare", of=[a.folder, b.folder], shares=shares, median=float(np.median(best)))
         return
-    n = 2**16  # tokens: enough for a correlation, and the activations of all features on them fit into memory
-    others = np.concatenate([activations_of(b, block)[:, :n] for block in blocks(b.sae.n_features)])
-    correlation, density = highest_correlations(a, others)
-    best = {"features": correlation[density > 0],
-            "neurons": correlations(neuron_activations(a), neuron_activations(b)).max(1)}
+    for one in (a, b):  # tokens enough for a correlation; the activations of all features on them fit into memory
+        one.contexts = one.contexts[:max(1, 2**16 // one.gpt.config.block_size)]
+    mlp = neuron_activations(a)
+    best = {"features": highest_correlations(a, unit_rows(activations_of(b, slice(None))))[1],
+            "neurons": (unit_rows(mlp[mlp.any(1)]) @ unit_rows(neuron_activations(b)).T).max(1)}
     medians = {kind: float(np.median(values)) for kind, values in best.items()}
-    print(f"highest correlation with any of the other model's, median: features {medians['features']:.2f}, "
+    print(f"median of the highest correlation with the other model: features {medians['features']:.2f}, "
           f"neurons {medians['neurons']:.2f}")
     with figure(os.path.join(this.folder, "compare.png")) as ax:
-        for (kind, values), colour in zip(best.items(), (BLUE, RED)):
-            ax.hist(values, bins=np.linspace(0, 1, 41), density=True, histtype="step", color=colour, label=kind)
+        bins, style = np.linspace(0, 1, 41), {"density": True, "histtype": "step"}
+        ax.hist(best.values(), bins, color=[BLUE, RED], label=list(best), **style)
         ax.set(xlabel="highest activation correlation across models", ylabel="density")
     save(this, "compare", of=[a.folder, b.folder], medians=medians)
 
@@ -890,7 +823,6 @@ bdi::after { position: fixed; bottom: 20px; left: 20px; width: 230px; padding: 6
 <script type="application/json" id="data">__DATA__</script>
 <script>
 const $ = id => document.getElementById(id), D = JSON.parse($("data").textContent);
-const vocab = D.vocab.map(text => text.replace(/(?! )[\p{C}\p{Z}]/gu, "·"));  // invisible and bidi characters
 const number = x => x < 999 ? x.toPrecision(3) : x.toFixed(), fixed = x => x?.toFixed(2).replace("-", "−") ?? "–";
 const signed = x => (x > 0 ? "+" : "") + fixed(x);
 function make(tag, properties, ...children) {  // strings become text, never markup
@@ -898,7 +830,7 @@ function make(tag, properties, ...children) {  // strings become text, never mar
   element.append(...children);
   return element;
 }
-const token = (id, properties) => make("bdi", properties, vocab[id]);
+const token = (id, properties) => make("bdi", properties, D.vocab[id]);
 const label = f => [`${f.i} `.padStart(6), f.x?.[0] ? token(f.x[0][1][f.x[0][2]]) : ""];  // in lists
 const panel = (title, ...children) => make("section", {}, make("h2", {}, title), ...children);
 const ranked = (list, name, show = signed) => list.map(([what, value]) => make("div",
@@ -925,7 +857,7 @@ function show({ title, summary, d, m, h, up, down, near, x = [] }) {  // a featu
 
 D.features.forEach((f, i) => {
   const { x = [], up = [] } = f, ids = [...x.map(([, tokens, marked]) => tokens[marked]), ...up.map(([id]) => id)];
-  Object.assign(f, { i, title: `feature ${i}`, words: ids.map(id => vocab[id]).join("\n").toLowerCase() });
+  Object.assign(f, { i, title: `feature ${i}`, words: ids.map(id => D.vocab[id]).join("\n").toLowerCase() });
   f.kinds = ["all", f.d ? "alive" : "dead", f.d && f.d < D.ultra && "ultra-low"];
   f.summary = f.d ? [["density", +(100 * f.d).toPrecision(2) + "%"], ["largest activation", number(f.m)],
     ["explainability R²", fixed(f.e)], ["neuron correlation", fixed(f.n)]] : [["density", "0%", "dead: never active"]];
@@ -933,7 +865,7 @@ D.features.forEach((f, i) => {
     f.summary.map(([, text], k) => text.padStart(k ? 7 : 9)).join(""));
 });
 $("texts").append(...D.texts.map(([tokens, active], t) => make("p", { className: "text" }, ...tokens.map((id, k) =>
-  make("a", { href: `#texts/${t}/${k}`, tabIndex: -1, active: active[k] }, vocab[id].replaceAll("⏎", "⏎\n"))))));
+  make("a", { href: `#texts/${t}/${k}`, tabIndex: -1, active: active[k] }, D.vocab[id].replaceAll("⏎", "⏎\n"))))));
 let here, key, sign;
 
 function arrange({ target }) {  // the list: filtered and sorted
@@ -960,7 +892,7 @@ function go() {  // to the place in the address
 addEventListener("keydown", event => {  // arrows step through the list, or through the tokens of a text
   const side = { ArrowLeft: "previous", ArrowUp: "previous", ArrowRight: "next", ArrowDown: "next" }[event.key];
   const to = here?.closest("nav, p") ? here[side + "ElementSibling"] : document.querySelector("body:not(.texts) a.row");
-  if (!side || !to || event.altKey || event.metaKey || event.target.matches("input, select")) return;
+  if (!side || !to || event.altKey || event.ctrlKey || event.metaKey || event.target.matches("input, select")) return;
   event.preventDefault();
   to.focus({ preventScroll: true });
   to.click();
@@ -985,14 +917,14 @@ def write_page(this, headline, rows, n_texts=8):
     example token's effect is how the next token's log-probability changes when the feature is ablated on the whole
     context (Towards Monosemanticity, feature browser).
     """
-    T, mlp, features, windows = this.contexts.shape[1] - 1, neuron_activations(this), [], []
+    T, mlp, features, windows = this.contexts.shape[1] - 1, unit_rows(neuron_activations(this)), [], []
     width, device = min(24, T), this.sae.W_dec.device
 
     def short(x):  # three digits are enough to look at
         return float(f"{x:.3g}") if np.isfinite(x) else None
     for block in tracked("describing", blocks(this.sae.n_features), "features"):
         acts = activations_of(this, block)
-        nearest, explained = correlations(acts, mlp).max(1), explained_by_tokens(this, acts)[:, 1]
+        nearest, explained = (unit_rows(acts) @ mlp.T).max(1), explained_by_tokens(this, acts)[:, 1]
         for i, a, n, e in zip(block.tolist(), acts, nearest, explained):
             features.append({"d": short((a > 0).mean())})
             if not a.any():
@@ -1010,9 +942,8 @@ def write_page(this, headline, rows, n_texts=8):
         row = torch.arange(len(t), device=device)[:, None]
         logits = this.gpt.lm_head(this.gpt.trunk(contexts[:, :int(t.max()) + 1], hook)[row, t])
         return logits.log_softmax(2).gather(2, contexts[row, t + 1, None])[..., 0].cpu()
-    everywhere = torch.arange(T, device=device)
-    plain = torch.cat([log_probabilities(contexts, everywhere.expand(len(contexts), -1))
-                       for contexts in batches(this, "log-probabilities", this.contexts)]).flatten()
+    plain = torch.cat([log_probabilities(some, torch.arange(T, device=device).expand(len(some), -1))
+                       for some in batches(this, "log-probabilities", this.contexts)]).flatten()
     windows.sort(key=lambda window: window[1] % T)                # tokens after a window need no computing
     for block in tracked("ablating", blocks(len(windows)), "examples"):
         numbers, starts, acts, shown = zip(*(windows[k] for k in block))
@@ -1022,7 +953,7 @@ def write_page(this, headline, rows, n_texts=8):
         for a, change, on in zip(acts, (after - plain[at]).tolist(), shown):
             on.update({j: [short(a[j]), short(change[j])] for j in np.flatnonzero(a).tolist()})
     texts = []
-    for k in np.linspace(0, len(this.contexts) - 1, n_texts).astype(int).tolist():
+    for k in np.unique(np.linspace(0, len(this.contexts) - 1, n_texts).astype(int)).tolist():
         f = this.sae.encode(read(this)[k * T:(k + 1) * T].to(device)).sort(1, descending=True)
         ranked = [[[j, short(v)] for j, v in zip(*row) if v > 0] for row in zip(f.indices.tolist(), f.values.tolist())]
         texts.append([this.contexts[k, :-1].tolist(), ranked])
@@ -1038,11 +969,14 @@ COMMANDS = {"report": report, "feature": feature, "cause": cause, "steer": steer
 def main():
     args = parse_args()
     device, *_ = setup(args)
-    args.names = args.arguments if args.command == "compare" else [name for name in args.names.split(",") if name]
-    this = load_run(args, device, args.names[0] if args.names else args.name)
-    args.names = args.names or [args.name]
-    if this.gpt is None and args.command not in ("report", "toy"):
-        raise UserError(f"{args.command} needs a model, and {this.folder} was not trained on a model's activations")
+    if args.arguments and args.command not in ("feature", "search", "compare"):
+        raise UserError(f"{args.command} takes flags only, not {args.arguments[0]!r}")
+    names = args.arguments if args.command == "compare" else args.names.split(",")
+    args.names = list(filter(None, names)) or [args.name]
+    this = load_run(args, device, args.names[0])
+    able = {"own": ["report", "scaling"], "toy": ["toy", "scaling"]}.get(this.site, [*COMMANDS][:-1])
+    if args.command not in able:
+        raise UserError(f"{this.folder} was trained on {this.site} activations: choose from {', '.join(able)}")
     with torch.no_grad():
         COMMANDS[args.command](this, args)
 

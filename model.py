@@ -120,6 +120,12 @@ class GPT(nn.Module):
             x = block(x, call, layer)
         return self.ln_f(x)
 
+    def activations(self, idx, site):
+        """Activations (B, T, site_width) at a site on idx (B, T) token ids."""
+        kept = {}
+        self.trunk(idx, lambda name, x: kept.update({name: x}))
+        return kept[site]
+
     def forward(self, idx, targets=None, hook=None):
         """
         idx, targets: (B, T) token ids -> logits (B, T, vocab_size), loss: mean cross-entropy in nats, None without
@@ -331,8 +337,9 @@ def make_parser(doc):
     group.add_argument("--out_dir", default="out", help="folder of everything that is written")
     group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: cuda if there is one")
     group.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
-                       help="of matrix products; weights stay float32; auto: bfloat16 on cuda, else float32")
-    group.add_argument("--compile", default="auto", choices=["auto", "yes", "no"], help="torch.compile; auto: on cuda")
+                       help="of training's products; weights stay float32; auto: bfloat16 on cuda, else float32")
+    group.add_argument("--compile", default="auto", choices=["auto", "yes", "no"],
+                       help="torch.compile the training step; auto: on cuda")
     group.add_argument("--seed", type=at_least(0), default=1337, help="same seed, same machine: same files")
     return parser
 
@@ -348,8 +355,8 @@ def at_least(low, kind=int):
 
 def setup(args):
     """
-    Common flags -> device, autocast context manager, whether to compile, rank and number of ranks (0 and 1 but under
-    torchrun, whose process group it joins). Seeds torch, makes `out_dir`.
+    Common flags -> device, autocast context manager, whether to compile, rank and number of ranks (0 and 1 unless
+    torchrun started it; then it joins the process group). Seeds torch, makes `out_dir`.
     """
     rank, ranks, local_rank = 0, 1, 0
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun
@@ -430,7 +437,7 @@ def write_atomic(path, write):
 
 
 def save_json(path, obj):
-    write_atomic(path, lambda f: f.write(json.dumps(obj, ensure_ascii=False, indent=1).encode()))
+    write_atomic(path, lambda f: f.write(json.dumps(obj, ensure_ascii=False, indent=1).encode("utf-8", "replace")))
 
 
 def load_json(path, hint):

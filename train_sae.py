@@ -83,7 +83,7 @@ def gpt_rows(gpt, tokens, site, n, key):
     n activations at a site (n, width) float16 in random order: 250 of every 256 tokens of random contexts, picked at
     random (Towards Monosemanticity, appendix on the data set). key (integers) decides contexts, tokens and order.
     """
-    T, device, rng, kept = gpt.config.block_size, gpt.wte.weight.device, np.random.default_rng(key), {}
+    T, device, rng = gpt.config.block_size, gpt.wte.weight.device, np.random.default_rng(key)
     n_contexts = max(1, (8192 if device.type == "cpu" else 34_000) // T)     # a GPU wants more at once
     n_kept = math.ceil(T * 250 / 256)
     rows = torch.empty(n, gpt.site_width(site), dtype=torch.float16, device=device)
@@ -91,9 +91,8 @@ def gpt_rows(gpt, tokens, site, n, key):
     for start in range(0, n, n_contexts * n_kept):
         starts = rng.integers(0, len(tokens) - T + 1, (n_contexts, 1))
         idx = torch.from_numpy(tokens[starts + np.arange(T)].astype(np.int64))       # (n_contexts, T)
-        gpt.trunk(idx.to(device), lambda name, x: kept.update({name: x}))
         pick = rng.permuted(np.arange(n_contexts * T).reshape(-1, T), axis=1)[:, :n_kept].ravel()[:n - start]
-        x = kept[site].flatten(0, 1)[torch.from_numpy(pick).to(device)]
+        x = gpt.activations(idx.to(device), site).flatten(0, 1)[torch.from_numpy(pick).to(device)]
         rows[places[start:start + len(x)]] = x.half()
     if not rows.isfinite().all():
         raise UserError(f"activations of {site} are NaN or beyond float16 (65,504): train another model")
@@ -280,7 +279,7 @@ def main():
         l0, unexplained = (sae.encode(x) > 0).sum() / len(x), (sae(x) - x).square().sum()
     print(f"{len(x):,} held-out rows: variance explained {1 - unexplained / (x - x.mean(0)).square().sum():.3f} "
           f"at L0 {l0:.1f}")
-    print(f"wrote {path}; next: python analyze.py --name={name}")
+    print(f"wrote {path}; next: python analyze.py {'toy ' if args.acts == 'toy' else ''}--name={name}")
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def alive(density, m, explained, neuron, marked, raised):
 DATA = {
     "title": "tiny · mlp.0",
     "summary": [["L0", "10.5", "active features a token"]],
-    "vocab": VOCAB,
+    "vocab": SEEN,
     "ultra": 1e-5,
     "features": [alive(*f) if f else {"d": 0} for f in FEATURES],
     "texts": [
