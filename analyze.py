@@ -27,8 +27,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from model import (BLUE, RED, UserError, at_least, figure, load_gpt, load_tokens, make_parser, run, save_json, setup,
-                   tracked, write_atomic)
+from model import (BLUE, RED, UserError, at_least, figure, load_gpt, load_tokens, make_parser, reading, run, save_json,
+                   setup, tracked, write_atomic)
 from sae import ActivationStore, load_sae
 
 ULTRA_LOW = 1e-5  # density that sets apart the "ultra-low density cluster" of Towards Monosemanticity
@@ -327,13 +327,10 @@ def save(this, name, **numbers):
 
 def read_log(folder):
     path = os.path.join(folder, "log.jsonl")
-    try:
-        with open(path, encoding="utf-8") as f:
-            log = [json.loads(line) for line in f]
+    with reading(path, f"run python train_sae.py --name={os.path.basename(folder)}"), open(path, encoding="utf-8") as f:
+        log = [json.loads(line) for line in f]
         return {key: np.array([row[key] for row in log], float)
                 for key in ("step", "rows", "mse", "l1", "l0", "dead", "variance_explained")}
-    except (FileNotFoundError, KeyError, TypeError, ValueError):
-        raise UserError(f"{path} is missing or damaged: run python train_sae.py --name={os.path.basename(folder)}")
 
 
 # -----------------------------------------------------------------------------

@@ -26,7 +26,7 @@ import time
 import warnings
 from collections import Counter, defaultdict
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import timedelta
 
 import numpy as np
@@ -36,6 +36,8 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+
+warnings.filterwarnings("ignore", "Detected pickle protocol")  # of a file that is then refused
 
 # -----------------------------------------------------------------------------
 # GPT
@@ -49,9 +51,6 @@ class GPTConfig:
     n_embd: int = 128       # width of the residual stream; the MLP is four times as wide
 
     def __post_init__(self):
-        for name, value in asdict(self).items():
-            if value < 1:
-                raise UserError(f"{name} must be 1 or more, not {value}")
         if self.n_embd % self.n_head:
             raise UserError(f"n_embd ({self.n_embd}) must be divisible by n_head ({self.n_head})")
 
@@ -113,7 +112,7 @@ class GPT(nn.Module):
     def trunk(self, idx, hook=None):
         """Everything before the unembedding. idx: (B, T) token ids -> (B, T, n_embd), after the last LayerNorm."""
         def call(site, x):
-            y = hook(site, x) if hook is not None else None
+            y = hook(site, x) if hook else None
             return x if y is None else y
         x = self.wte(idx) + self.wpe(torch.arange(idx.shape[1], device=idx.device))  # (B, T, C)
         for layer, block in enumerate(self.blocks):
@@ -134,9 +133,8 @@ class GPT(nn.Module):
         takes the place of x, None keeps x.
         """
         logits = self.lm_head(self.trunk(idx, hook))
-        if targets is None:
-            return logits, None
-        return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten()) if targets is not None else None
+        return logits, loss
 
     @torch.no_grad()
     def generate(self, idx, n_tokens, temperature=0.8, top_k=50, hook=None, generator=None):
@@ -158,27 +156,20 @@ class GPT(nn.Module):
 
     def fingerprint(self):
         """16 hex digits that change with any weight: tells activations and SAEs of one model from another's."""
-        digest = hashlib.sha256()
-        for name, p in self.state_dict().items():
-            digest.update(name.encode() + p.detach().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        weights = b"".join(p.cpu().numpy().tobytes() for p in self.state_dict().values())
+        return hashlib.sha256(weights).hexdigest()[:16]
 
 
 def load_gpt(out_dir, device="cpu"):
     """-> (GPT in eval mode, tiktoken.Encoding), as train_gpt.py left them in out_dir. UserError if it did not."""
     path, hint = os.path.join(out_dir, "gpt.pt"), "run python train_gpt.py first"
-    checkpoint, data = load_checkpoint(path, device, ["model", "config"], hint), os.path.join(out_dir, "data.json")
-    try:
+    with reading(path, hint):
+        checkpoint = torch.load(path, map_location=device, weights_only=True) | {}
         gpt = GPT(GPTConfig(**checkpoint["config"])).to(device)
         gpt.load_state_dict(checkpoint["model"])
-    except (TypeError, RuntimeError):
-        raise UserError(f"{path} is not a checkpoint of this project's GPT: {hint}")
-    tokenizer = load_tokenizer(os.path.join(out_dir, "tokenizer.json"))
-    if tokenizer.n_vocab != gpt.config.vocab_size:
-        raise UserError(f"{path} has {gpt.config.vocab_size} tokens, tokenizer.json {tokenizer.n_vocab}: {hint}")
-    if "data" in checkpoint and os.path.exists(data) and load_json(data, hint).get("made_from") != checkpoint["data"]:
-        raise UserError(f"{path} was trained on other data than {out_dir} has now: run python train_gpt.py again")
-    return gpt.eval().requires_grad_(False), tokenizer
+    if load_json(os.path.join(out_dir, "data.json"), hint).get("made_from") != checkpoint.get("data"):
+        raise UserError(f"{path} was trained on other data than {out_dir} has now: {hint}")
+    return gpt.eval().requires_grad_(False), load_tokenizer(os.path.join(out_dir, "tokenizer.json"))
 
 
 # -----------------------------------------------------------------------------
@@ -202,50 +193,42 @@ def learn_bpe(texts, vocab_size):
     counts = Counter()
     for text in texts:
         counts.update(re.findall(PATTERN, text))
-    words = [list(word.encode("utf-8", "replace")) for word in counts]
-    freqs = list(counts.values())
-    pair_counts, where = defaultdict(int), defaultdict(set)  # (a, b) -> how often; -> indices of words that hold it
-    for i, word in enumerate(words):
-        for pair in zip(word, word[1:]):
-            pair_counts[pair] += freqs[i]
-            where[pair].add(i)
+    words, freqs = [list(word.encode()) for word in counts], list(counts.values())
+    pair_counts, where, touched = Counter(), defaultdict(set), set()  # (a, b) -> how often; -> words that hold it
 
-    ranks = {bytes([i]): i for i in range(256)}
-    tokens = list(ranks)
-    heap = [(-count, pair) for pair, count in pair_counts.items()]  # ties: the smaller pair of ranks, on any machine
-    heapq.heapify(heap)
-    progress = Progress("merging", vocab_size, "tokens", len(tokens))
-    while len(tokens) < vocab_size - 1 and heap:
-        if progress.due():
-            progress.show(len(tokens))
-        count, pair = heapq.heappop(heap)
-        if -count != pair_counts[pair]:
-            continue  # an old count: the pair was pushed again when it changed
-        if -count < 2:
+    def count(i, times):
+        for pair in zip(words[i], words[i][1:]):
+            pair_counts[pair] += times
+            where[pair].add(i)
+            touched.add(pair)
+
+    for i, freq in enumerate(freqs):
+        count(i, freq)
+    ranks, heap = {bytes([i]): i for i in range(256)}, []
+    tokens, progress = list(ranks), Progress("merging", vocab_size, "tokens", 256)
+    while len(tokens) < vocab_size - 1:
+        for pair in touched:
+            heapq.heappush(heap, (-pair_counts[pair], pair))  # ties: the smaller pair of ranks, on any machine
+        touched.clear()
+        while heap and -heap[0][0] != pair_counts[heap[0][1]]:
+            heapq.heappop(heap)  # an old count: the pair was pushed again when it changed
+        if not heap or heap[0][0] > -2:
             break  # what occurs once is not worth a token
+        pair = heap[0][1]
         merged = tokens[pair[0]] + tokens[pair[1]]
         if merged not in ranks:
             ranks[merged] = len(tokens)
             tokens.append(merged)
-        touched = set()
         for i in where.pop(pair):
-            word = words[i]
-            old = list(zip(word, word[1:]))
-            j = 0
-            while j < len(word) - 1:
-                if (word[j], word[j + 1]) == pair:
-                    word[j:j + 2] = [ranks[merged]]
-                j += 1
-            new = list(zip(word, word[1:]))
-            for p in old:
-                pair_counts[p] -= freqs[i]
-            for p in new:
-                pair_counts[p] += freqs[i]
-                where[p].add(i)
-            touched.update(old, new)
-        for p in touched:
-            if pair_counts[p] > 0:
-                heapq.heappush(heap, (-pair_counts[p], p))
+            count(i, -freqs[i])
+            word, words[i] = words[i], []
+            for token in word:
+                if words[i] and (words[i][-1], token) == pair:
+                    words[i][-1] = ranks[merged]
+                else:
+                    words[i].append(token)
+            count(i, freqs[i])
+        progress.show(len(tokens))
     return ranks
 
 
@@ -264,37 +247,31 @@ def gpt2_tokenizer():
 
 
 def save_tokenizer(path, tokenizer):
-    """Readable JSON: the tokens in order of rank, each as text, or as a list of bytes where it is no valid UTF-8."""
-    saved = {"kind": tokenizer.name, "vocab_size": tokenizer.n_vocab}
+    """Readable JSON: the tokens as text in order of rank; bytes that are no valid UTF-8 as \\udc80 to \\udcff."""
+    saved = {"kind": tokenizer.name}
     if tokenizer.name == "bpe":
-        tokens = [tokenizer.decode_single_token_bytes(i) for i in range(tokenizer.n_vocab - 1)]
-        saved |= {"pattern": PATTERN, "tokens": [text if (text := token.decode(errors="replace")).encode() == token
-                                                 else list(token) for token in tokens]}
+        tokens = map(tokenizer.decode_single_token_bytes, range(tokenizer.n_vocab - 1))
+        saved |= {"pattern": PATTERN, "tokens": [token.decode(errors="surrogateescape") for token in tokens]}
     save_json(path, saved)
 
 
 def load_tokens(out_dir, split, config):
     """out_dir/train.bin or val.bin, as train_gpt.py left them for a GPTConfig -> memory-mapped ids (n,) uint16."""
     path, hint = os.path.join(out_dir, f"{split}.bin"), "run python train_gpt.py again"
-    load_json(os.path.join(out_dir, "data.json"), hint)  # written when both are whole
-    try:
+    with reading(path, hint):
         tokens = np.memmap(path, dtype=np.uint16, mode="r")
-    except (FileNotFoundError, ValueError):
-        raise UserError(f"{path} is missing or empty: {hint}")
     if len(tokens) <= config.block_size or tokens.max() >= config.vocab_size:
         raise UserError(f"{path} is too short for a context or of another vocabulary than the model: {hint}")
     return tokens
 
 
 def load_tokenizer(path):
-    saved = load_json(path, "run python train_gpt.py first")
+    hint = "run python train_gpt.py again"
+    saved = load_json(path, hint)
     if saved.get("kind") == "gpt2":
         return gpt2_tokenizer()
-    try:
-        tokens = [token.encode() if isinstance(token, str) else bytes(token) for token in saved["tokens"]]
-        return bpe_tokenizer({token: rank for rank, token in enumerate(tokens)})
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"{path} is damaged or not a file of this project: run python train_gpt.py again")
+    with reading(path, hint):
+        return bpe_tokenizer({token.encode(errors="surrogateescape"): i for i, token in enumerate(saved["tokens"])})
 
 
 # -----------------------------------------------------------------------------
@@ -304,22 +281,37 @@ class UserError(Exception):
     """A mistake that its user can mend: the scripts print it as one line and exit with status 2."""
 
 
+@contextmanager
+def reading(path, hint):
+    """with reading(path, hint): whatever fails inside is a UserError that says what to run."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(f"{path} not found: {hint}")
+    except Exception:  # whatever the bytes are, torch's, numpy's and json's readers refuse them in a dozen ways
+        raise UserError(f"{path} is damaged or of another kind: {hint}")
+
+
 def run(main):
     """Calls a script's main() and turns a user's mistake into `error: ...` on stderr and exit status 2."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # Windows writes files in code pages
     try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        return main()
     except BrokenPipeError:  # the reader, `head` say, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:  # no space, no permission: the file's name and the system's reason say it all
-        print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
-        sys.exit(2)
+        return os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (UserError, OSError) as error:  # OSError: the file's name and the system's reason say it all
+        reason, status = f"error: {error}", 2
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        reason, status = f"error: too large for the memory: {str(error).splitlines()[0]}", 2
     except KeyboardInterrupt as stop:
-        print(f"interrupted at {stop}, which is saved: go on with the same command and --resume" if stop.args else
-              "interrupted: run the same command again", file=sys.stderr)
-        sys.exit(130)
+        reason, status = "interrupted: run the same command again", 130
+        if stop.args:
+            reason = f"interrupted at {stop}, which is saved: go on with the same command and --resume"
+    print(reason, file=sys.stderr)
+    sys.exit(status)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -367,11 +359,8 @@ def setup(args):
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device={args.device} is not available here: {str(error).splitlines()[0]}")
-    try:
-        os.makedirs(args.out_dir, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.out_dir).close()
-    except OSError as error:
-        raise UserError(f"cannot write to --out_dir={args.out_dir}: {error.strerror}")
+    os.makedirs(args.out_dir, exist_ok=True)
+    tempfile.TemporaryFile(dir=args.out_dir).close()  # an error now rather than after an hour
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")  # TF32 on cuda; float32 on the CPU is not affected
     half = args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda")
@@ -386,41 +375,29 @@ def setup(args):
     return device, autocast, compiled, rank, ranks
 
 
-@contextmanager
-def rank_0_first(ranks):
-    """with rank_0_first(ranks): the others do it when rank 0 has, and find its files."""
-    if ranks > 1 and dist.get_rank():
-        dist.barrier()
-    yield
-    if ranks > 1 and not dist.get_rank():
-        dist.barrier()
-
-
 class Progress:
-    """Every five seconds, when due(), show(done, note) prints one line: done of total, the note, rate, time left."""
+    """show(done, note) prints one line every five seconds, or `now`: done of total, note(), rate, time left."""
     def __init__(self, label, total, unit, done=0):
         self.label, self.total, self.unit, self.first = label, total, unit, done
         self.start = self.last = time.time()
 
-    def due(self):
-        return time.time() - self.last >= 5.0
-
-    def show(self, done, note=""):
+    def show(self, done, note=str, now=False):
+        if not now and time.time() - self.last < 5.0:
+            return
         self.last = time.time()
         rate = (done - self.first) / max(self.last - self.start, 1e-9)
         left = int((self.total - done) / rate) if rate else 0
         speed = f"{rate:,.{0 if rate >= 10 else 1}f} {self.unit}/s  {left // 60}m{left % 60:02}s left" if rate else ""
-        print(f"{self.label} {done:,}/{self.total:,} {self.unit}  {note}{'  ' if note else ''}{speed}", flush=True)
+        print(f"{self.label} {done:,}/{self.total:,} {self.unit}  {note()}  {speed}", flush=True)
 
 
-def tracked(label, parts, unit):
-    """Yields the parts of some work, each of a length, and prints progress."""
-    progress, done = Progress(label, sum(map(len, parts)), unit), 0
+def tracked(label, parts, unit, size=len):
+    """Yields the parts of some work, each of a size, and prints progress."""
+    progress, done = Progress(label, sum(map(size, parts)), unit), 0
     for part in parts:
         yield part
-        done += len(part)
-        if progress.due():
-            progress.show(done)
+        done += size(part)
+        progress.show(done)
 
 
 def write_atomic(path, write):
@@ -437,21 +414,14 @@ def write_atomic(path, write):
 
 
 def save_json(path, obj):
-    write_atomic(path, lambda f: f.write(json.dumps(obj, ensure_ascii=False, indent=1).encode("utf-8", "replace")))
+    text = json.dumps(obj, ensure_ascii=False, indent=1)
+    write_atomic(path, lambda f: f.write(text.encode(errors="backslashreplace")))  # \\udc80: JSON's own escape
 
 
 def load_json(path, hint):
     """JSON object at `path`. UserError with `hint` (what to run) when it is missing or no JSON object."""
-    try:
-        with open(path, encoding="utf-8") as f:
-            obj = json.load(f)
-    except FileNotFoundError:
-        raise UserError(f"{path} not found: {hint}")
-    except ValueError:
-        obj = None
-    if not isinstance(obj, dict):
-        raise UserError(f"{path} is damaged or not a file of this project: {hint}")
-    return obj
+    with reading(path, hint), open(path, encoding="utf-8") as f:
+        return json.load(f) | {}  # a TypeError unless it is an object
 
 
 def save_jsonl(path, rows):
@@ -462,19 +432,7 @@ def save_checkpoint(path, **contents):
     write_atomic(path, lambda f: torch.save(contents, f))
 
 
-def load_checkpoint(path, device, keys, hint):
-    """Dict of tensors and plain values at `path`, nothing unpickled. UserError with `hint` when it lacks `keys`."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # which pickle it is
-            checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path} not found: {hint}")
-    except Exception:  # whatever the bytes are, torch's reader refuses them in a dozen ways
-        checkpoint = None
-    if not isinstance(checkpoint, dict) or not set(keys) <= set(checkpoint):
-        raise UserError(f"{path} is damaged or not a checkpoint of this project: {hint}")
-    return checkpoint
+ANEW = "run without --resume to start anew"
 
 
 def resumable(path, args, device):
@@ -484,18 +442,15 @@ def resumable(path, args, device):
     """
     if not (args.resume and os.path.exists(path)):
         return None
-    hint = "run without --resume to start anew"
-    free = ("resume", "out_dir", "name", "device", "compile", "save_interval", "max_iters")
-    checkpoint = load_checkpoint(path, device, ["args", "step", "log", "optimizer"], hint)
-    step, was = checkpoint["step"], checkpoint["args"]
-    if not isinstance(was, dict) or "max_iters" not in was:
-        raise UserError(f"{path} is damaged or not a checkpoint of this project: {hint}")
+    free = ("resume", "out_dir", "name", "device", "compile", "save_interval")
+    with reading(path, ANEW):
+        checkpoint = torch.load(path, map_location=device, weights_only=True) | {}
+        step, was = checkpoint["step"], dict(checkpoint["args"])
+        more = args.max_iters - was["max_iters"]
     for key, value in vars(args).items():
-        if key not in free and was.get(key) != value:
-            raise UserError(f"--{key}={value}, but {path} was trained with {was.get(key)}: {hint}")
-    if args.max_iters < was["max_iters"]:
-        raise UserError(f"--max_iters={args.max_iters}, but {path} was started for {was['max_iters']}: {hint}")
-    if args.max_iters > was["max_iters"]:
+        if more < 0 if key == "max_iters" else key not in free and value != was.get(key):
+            raise UserError(f"--{key}={value}, but {path} was trained with {was.get(key)}: {ANEW}")
+    if more:
         print(f"--max_iters={args.max_iters} instead of {was['max_iters']}: from here on with its schedules")
     if step == args.max_iters:
         print(f"{path} is finished: all {step:,} steps are done")
@@ -504,35 +459,21 @@ def resumable(path, args, device):
     return checkpoint
 
 
-def restore(path, checkpoint, module, weights, optimizer):
-    """Puts a checkpoint's weights and its optimizer's state back. UserError when they do not fit."""
-    try:
-        module.load_state_dict(weights)
-        optimizer.load_state_dict(checkpoint["optimizer"])
-    except (KeyError, RuntimeError, TypeError, ValueError):
-        raise UserError(f"{path} is damaged: run without --resume to start anew")
-
-
 def steps(start, stop):
-    """Yields start .. stop - 1, but no more after Ctrl-C or SIGTERM: the caller saves. A second one stops at once."""
-    came = []
-
-    def note(number, frame):
-        came.append(number)
-        for which, handler in before.items():
-            signal.signal(which, handler)
-    before = {which: signal.signal(which, note) for which in (signal.SIGINT, signal.SIGTERM)}
+    """Yields start .. stop - 1, but no more after Ctrl-C or SIGTERM reached any rank: the caller saves."""
+    came, which = torch.zeros(1), (signal.SIGINT, signal.SIGTERM)
+    handlers = [signal.signal(number, lambda *_: came.fill_(1)) for number in which]
     try:
         for step in range(start, stop):
             yield step
-            signals = torch.tensor(len(came))
+            stopped = came.clone()
             if dist.is_initialized():
-                dist.all_reduce(signals)  # all ranks stop after the same step
-            if signals:
+                dist.all_reduce(stopped)  # all after the same step, or one would wait for another
+            if stopped:
                 return
     finally:
-        for which, handler in before.items():
-            signal.signal(which, handler)
+        for number, handler in zip(which, handlers):
+            signal.signal(number, handler)
 
 
 def check_finite(loss, module, step, optimizer, path):

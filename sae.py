@@ -29,7 +29,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import UserError, load_checkpoint, save_checkpoint
+from model import UserError, reading, save_checkpoint
 
 warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
 
@@ -397,12 +397,10 @@ def load_sae(path, device="cpu"):
     """-> SparseAutoencoder as save_sae wrote it; its attribute `extra` holds the extra values."""
     hint = "run python train_sae.py first"
     settings = ("weights", "scale", "d_in", "n_features", "recipe", "input_norm", "pre_bias")
-    checkpoint = load_checkpoint(path, device, settings, hint)
-    try:
+    with reading(path, hint):
+        checkpoint = torch.load(path, map_location=device, weights_only=True) | {}
         sae = SparseAutoencoder(**{name: checkpoint[name] for name in settings[2:]}).to(device)
         sae.load_state_dict(checkpoint["weights"])
         sae.scale.fill_(checkpoint["scale"])
-    except (TypeError, RuntimeError, UserError):
-        raise UserError(f"{path} is not a checkpoint of this project's autoencoder: {hint}")
     sae.extra = {name: value for name, value in checkpoint.items() if name not in settings}
     return sae

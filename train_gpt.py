@@ -20,18 +20,18 @@ import socket
 import sysconfig
 import urllib.request
 from contextlib import nullcontext
-from dataclasses import asdict
+from http.client import HTTPException
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
-
+import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from model import (BLUE, END_OF_TEXT, GPT, RED, GPTConfig, Progress, UserError, at_least, bpe_tokenizer, check_finite,
-                   figure, gpt2_tokenizer, learn_bpe, load_json, load_tokenizer, load_tokens, make_parser, rank_0_first,
-                   restore, resumable, run, save_checkpoint, save_json, save_jsonl, save_tokenizer, setup, steps)
+from model import (ANEW, BLUE, END_OF_TEXT, GPT, RED, GPTConfig, Progress, UserError, at_least, bpe_tokenizer,
+                   check_finite, figure, gpt2_tokenizer, learn_bpe, load_json, load_tokenizer, load_tokens, make_parser,
+                   reading, resumable, run, save_checkpoint, save_json, save_jsonl, save_tokenizer, setup, steps)
 
 URLS = {
     "shakespeare": "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
@@ -79,13 +79,12 @@ def download(url, folder):
     progress = Progress(f"downloading {url}", 0, "bytes")
 
     def show(blocks, block_size, total):
-        progress.total = total
-        if progress.due():
-            progress.show(blocks * block_size)
+        progress.total = max(total, blocks * block_size)  # -1: it does not say
+        progress.show(blocks * block_size)
     socket.setdefaulttimeout(60)  # seconds of silence
     try:
         urllib.request.urlretrieve(url, path + ".part", show)  # raises an error when it came to less than announced
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, HTTPException) as error:
         raise UserError(f"{url} cannot be downloaded ({error}): run again, or give a file as --dataset")
     os.replace(path + ".part", path)
     return path
@@ -104,8 +103,9 @@ def source_files(dataset, out_dir):
         elif source in URLS or "://" in source:
             paths.append(Path(download(URLS.get(source, source), os.path.join(out_dir, "downloads"))))
         elif os.path.isdir(source):
-            paths += [p for p in sorted(Path(source).rglob("*"))
-                      if p.is_file() and not any(part.startswith(".") for part in p.relative_to(source).parts)]
+            own = Path(out_dir).resolve()  # what the scripts write is no data
+            paths += [p for p in sorted(Path(source).rglob("*")) if p.is_file() and own not in p.resolve().parents
+                      and not any(part.startswith(".") for part in p.relative_to(source).parts)]
         elif os.path.isfile(source):
             paths.append(Path(source))
         else:
@@ -115,15 +115,17 @@ def source_files(dataset, out_dir):
 
 
 def read_documents(path):
-    """Yields the documents of one file as bytes, and how much of the file was read: memory stays at one document's."""
-    opener, lines = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, nullcontext), []
+    """Yields the documents of one file, cut into some 4 MB each, as bytes, and how much of the file was read."""
+    opener, lines, size = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, nullcontext), [], 0
     with open(path, "rb") as raw, opener(raw) as f:
         for line in f:
-            if line.rstrip(b"\r\n") == END_OF_TEXT.encode():
+            ends = line.rstrip(b"\r\n") == END_OF_TEXT.encode()
+            if ends or size > 2**22:
                 yield b"".join(lines), raw.tell()
-                lines = []
-            else:
+                lines, size = [], 0
+            if not ends:
                 lines.append(line)
+                size += len(line)
         yield b"".join(lines), raw.tell()
 
 
@@ -131,21 +133,17 @@ def documents(paths, label, skipped):
     """Yields every document of every file as str, with progress; what is no UTF-8 text is left out and `skipped`."""
     progress, before = Progress(label, sum(p.stat().st_size for p in paths), "bytes"), 0
     for path in paths:
-        try:
+        with reading(path, "mend it or leave it out of --dataset"):
             for n, (document, position) in enumerate(read_documents(path)):
-                if progress.due():
-                    progress.show(before + position)
+                progress.show(before + position)
                 try:
                     text = document.decode()
-                    if "\0" in text:
-                        raise ValueError("a binary file")
-                except ValueError:
+                except UnicodeDecodeError:
+                    text = "\0"
+                if "\0" in text:
                     skipped.add((path, n))
-                    continue
-                if text.strip():
+                elif text.strip():
                     yield text
-        except (OSError, EOFError, lzma.LZMAError) as error:
-            raise UserError(f"{path} cannot be read: {error}")
         before += path.stat().st_size
 
 
@@ -170,7 +168,7 @@ def write_tokens(texts, tokenizer, train_path, val_path):
     return n_bytes
 
 
-def prepare(args):
+def prepare(args, checkpoint=None):
     """
     The data set as out_dir/train.bin and val.bin, unless they are there already, made from the same files -> tokenizer
     (tiktoken.Encoding), what all was made from. data.json tells the latter; it is written last: without it, nothing is
@@ -181,6 +179,8 @@ def prepare(args):
         repr([(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]).encode()).hexdigest()}
     file = {name: os.path.join(args.out_dir, name) for name in ("tokenizer.json", "train.bin", "val.bin", "data.json")}
     there = all(map(os.path.exists, file.values()))
+    if checkpoint and checkpoint["data"] != made_from:
+        raise UserError(f"gpt.pt was trained on other files than --dataset={args.dataset}: run without --resume")
     if there and load_json(file["data.json"], "delete it").get("made_from") == made_from:
         print(f"data: {file['train.bin']} and val.bin are there, made from the same files")
         return load_tokenizer(file["tokenizer.json"]), made_from
@@ -251,18 +251,21 @@ def main():
     path = os.path.join(args.out_dir, "gpt.pt")
     checkpoint = resumable(path, args, device)
     config = GPTConfig(args.block_size, 257, args.n_layer, args.n_head, args.n_embd)  # refuses bad sizes at once
-    with rank_0_first(ranks):
-        tokenizer, made_from = prepare(args)
+    if rank:
+        dist.barrier()  # until rank 0 has made the files, which the others find
+    tokenizer, made_from = prepare(args, checkpoint)
+    if ranks > 1 and not rank:
+        dist.barrier()
     config.vocab_size = tokenizer.n_vocab
     data = {split: load_tokens(args.out_dir, split, config) for split in ("train", "val")}
 
     gpt = GPT(config).to(device)
     optimizer, first, log = make_optimizer(gpt, args.learning_rate), 0, []
     if checkpoint:
-        if checkpoint["data"] != made_from:
-            raise UserError(f"{path} was trained on other files than --dataset={args.dataset}: run without --resume")
-        restore(path, checkpoint, gpt, checkpoint["model"], optimizer)
-        first, log = checkpoint["step"], checkpoint["log"]
+        with reading(path, ANEW):
+            gpt.load_state_dict(checkpoint["model"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            first, log = checkpoint["step"], checkpoint["log"]
     loss_of = torch.compile(gpt) if compiled else gpt
     if ranks > 1:
         loss_of = DistributedDataParallel(loss_of)
@@ -281,7 +284,7 @@ def main():
         train, val = (sum(loss_on(name, seed, 0, ranks).item() for seed in seeds) / len(seeds) for name in data)
         check_finite(train, gpt, step, optimizer, path)
         log.append({"step": step, "tokens": step * tokens_a_step, "train": train, "val": val})
-        progress.show(step * tokens_a_step, f"step {step:,}  train loss {train:.3f}  val loss {val:.3f}")
+        progress.show(step * tokens_a_step, lambda: f"step {step:,}  train loss {train:.3f}  val loss {val:.3f}", True)
 
     def save(step, loss):  # the checkpoint last: where it says that the run is finished, all is there
         check_finite(loss.item(), gpt, step, optimizer, path)
@@ -292,7 +295,7 @@ def main():
             for name, colour in (("train", BLUE), ("val", RED)):
                 ax.plot([row["step"] for row in log], [row[name] for row in log], color=colour, label=name)
             ax.set(xlabel="step", ylabel="loss (nats a token)", title=f"language model: {log[-1]['val']:.3f} held out")
-        save_checkpoint(path, model=gpt.state_dict(), config=asdict(config), optimizer=optimizer.state_dict(),
+        save_checkpoint(path, model=gpt.state_dict(), config=vars(config), optimizer=optimizer.state_dict(),
                         step=step, log=log, args=vars(args), data=made_from)
 
     done = first
@@ -307,8 +310,7 @@ def main():
         torch.nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
         optimizer.step()
         done = step + 1
-        if progress.due():
-            progress.show(done * tokens_a_step, f"step {done:,}  loss {loss.item():.3f}")
+        progress.show(done * tokens_a_step, lambda: f"step {done:,}  loss {loss.item():.3f}")
         if done % args.save_interval == 0 and done < args.max_iters:
             save(done, loss)
     if done == args.max_iters:
@@ -317,7 +319,7 @@ def main():
     if done < args.max_iters:
         raise KeyboardInterrupt(f"step {done:,}")
 
-    start = torch.from_numpy(data["val"][None, :args.block_size // 4].astype(np.int64)).to(device)
+    start = torch.from_numpy(data["val"][None, :max(1, args.block_size // 4)].astype(np.int64)).to(device)
     text = tokenizer.decode(gpt.eval().generate(start, 200)[0].tolist())
     print(f"\nsample, continued from {start.shape[1]} held-out tokens:\n{'-' * 80}\n{text}\n{'-' * 80}")
     print(f"val loss {log[-1]['val']:.3f}; wrote {path}; next: python train_sae.py")

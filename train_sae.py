@@ -25,8 +25,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from model import (Progress, UserError, at_least, check_finite, load_gpt, load_json, load_tokens, make_parser,
-                   rank_0_first, restore, resumable, run, save_json, save_jsonl, setup, steps, tracked, write_atomic)
+from model import (ANEW, Progress, UserError, at_least, check_finite, load_gpt, load_json, load_tokens, make_parser,
+                   reading, resumable, run, save_json, save_jsonl, setup, steps, tracked, write_atomic)
 from sae import (RECIPES, SHARD_ROWS, ActivationStore, ActivationStream, SparseAutoencoder, l1_at, lr_at,
                  resample_schedule, save_sae)
 
@@ -135,8 +135,7 @@ def dump(folder, meta, make, n_acts):
         for name in old:
             os.remove(name)
         save_json(path, meta)
-    rows_of = [range(n) for _, n, _ in missing.values()]
-    for (name, (split, n, start)), _ in zip(missing.items(), tracked("writing activations", rows_of, "rows")):
+    for name, (split, n, start) in tracked("writing activations", missing.items(), "rows", lambda shard: shard[1][1]):
         rows = make(split, n, (meta["seed"], start // SHARD_ROWS))
         write_atomic(name, lambda f: np.save(f, rows.cpu().numpy()))
     return [[name for name, shard in shards.items() if shard[0] == split] for split in ("train", "val")]
@@ -184,8 +183,11 @@ def main():
     args.batch_size *= ranks
     path = os.path.join(args.out_dir, "sae", name, "sae.pt")
     checkpoint = resumable(path, args, device)
-    with rank_0_first(ranks):
-        store, val_store, source = prepare(args, device)
+    if rank:
+        dist.barrier()  # until rank 0 has written the activations, which the others find
+    store, val_store, source = prepare(args, device)
+    if ranks > 1 and not rank:
+        dist.barrier()
     source["rows"] = store.rows
     if store.rows < args.batch_size:
         raise UserError(f"--batch_size={args.batch_size} is more than the {store.rows:,} rows there are")
@@ -207,9 +209,11 @@ def main():
     if checkpoint:
         if any(checkpoint["source"].get(key) != source[key] for key in source.keys() - {"truth"}):
             raise UserError(f"{path} was trained on other activations than there are now: run without --resume")
-        restore(path, checkpoint, sae, checkpoint["weights"], optimizer)
-        sae.scale.fill_(checkpoint["scale"])
-        first, log, last_fired = checkpoint["step"], checkpoint["log"], checkpoint["last_fired"]
+        with reading(path, ANEW):
+            sae.load_state_dict(checkpoint["weights"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            sae.scale.fill_(checkpoint["scale"])
+            first, log, last_fired = checkpoint["step"], checkpoint["log"], checkpoint["last_fired"]
     loss_of = torch.compile(sae) if compiled else sae
     if ranks > 1:
         loss_of = DistributedDataParallel(loss_of)
@@ -264,10 +268,9 @@ def main():
                         "l1": stats["l1"].item(), "l0": stats["l0"].item(), "dead": dead.float().mean().item(),
                         "variance_explained": 1 - (stats["mse"] / variance).item(),
                         "l1_coeff": l1_coeff, "learning_rate": optimizer.param_groups[0]["lr"]})
-        if (progress.due() or done == args.max_iters) and log:
-            row = log[-1]
-            progress.show(done, f"loss {row['loss']:.2f}  L0 {row['l0']:.1f}  variance explained "
-                          f"{row['variance_explained']:.3f}  dead {row['dead']:.1%}")
+        if log:
+            note = "loss {loss:.2f}  L0 {l0:.1f}  variance explained {variance_explained:.3f}  dead {dead:.1%}".format
+            progress.show(done, lambda: note(**log[-1]), done == args.max_iters)
         if done % args.save_interval == 0 and done < args.max_iters:
             save(done, loss)
     save(done, loss)

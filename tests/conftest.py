@@ -40,8 +40,9 @@ SMALL_SAE = [
 ]
 
 
-def pytest_configure(config):  # pytest undoes the filter that sae.py sets
-    config.addinivalue_line("filterwarnings", "ignore:Sparse CSR tensor support is in beta")
+def pytest_configure(config):  # pytest undoes the filters that the scripts set
+    for message in ("Sparse CSR tensor support is in beta", "Detected pickle protocol"):
+        config.addinivalue_line("filterwarnings", f"ignore:{message}")
 
 
 def script(name, *flags):

@@ -17,7 +17,6 @@ import torch
 
 import train_gpt
 from conftest import ROOT, SMALL_GPT, SMALL_SAE, TEXT, script
-from model import load_json
 from test_scripts import hashes
 
 KILLS = int(os.environ.get("KILLS", 20))  # of each script; by hand: KILLS=100 python -m pytest tests/test_runs.py
@@ -205,7 +204,7 @@ def half(trained, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(trained, out)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("train_sae.steps", lambda first, last: range(first, 40))
+        patch.setattr("train_sae.steps", lambda first, *_: range(first, 40))
         assert script("train_sae.py", f"--out_dir={out}", *SMALL_SAE).returncode == 130
     return out
 
@@ -281,6 +280,25 @@ def test_a_model_is_not_resumed_on_other_text(trained, tmp_path):
     flags = [f"--out_dir={tmp_path / 'out'}", *SMALL_GPT, "--max_iters=40", "--resume"]
     done = script("train_gpt.py", *flags, f"--dataset={tmp_path / 'text.txt'}")
     assert done.returncode == 2 and "trained with" in done.stderr and "text.txt" in done.stderr
+
+
+def test_a_model_that_cannot_be_resumed_keeps_its_data(tmp_path):
+    flags = [f"--out_dir={tmp_path / 'out'}", f"--dataset={tmp_path / 'text.txt'}", *SMALL_GPT, "--max_iters=2"]
+    (tmp_path / "text.txt").write_text(TEXT)
+    assert script("train_gpt.py", *flags).returncode == 0
+    (tmp_path / "text.txt").write_text(TEXT[::-1])
+    before = hashes(tmp_path / "out")
+    done = script("train_gpt.py", *flags[:-1], "--max_iters=4", "--resume")
+    assert done.returncode == 2 and "trained on other files" in done.stderr
+    assert hashes(tmp_path / "out") == before
+
+
+def test_a_folder_of_text_may_hold_out_dir(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    flags = [f"--out_dir={tmp_path / 'out'}", f"--dataset={tmp_path}", *SMALL_GPT, "--max_iters=2"]
+    assert script("train_gpt.py", *flags).returncode == 0
+    done = script("train_gpt.py", *flags, "--resume")
+    assert done.returncode == 0 and "is finished" in done.stdout, done.stderr
 
 
 def test_a_model_and_data_that_do_not_belong_together_are_not_used(trained, tmp_path):
@@ -381,7 +399,7 @@ def test_a_stream_writes_no_activations_and_resumes(trained, tmp_path, monkeypat
     assert script("analyze.py", f"--out_dir={out}", "--name=whole", "--show=1").returncode == 0
     flags[-1] = "--name=halves"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("train_sae.steps", lambda first, last: range(first, 40))
+        patch.setattr("train_sae.steps", lambda first, *_: range(first, 40))
         assert script("train_sae.py", *flags).returncode == 130
     assert script("train_sae.py", *flags, "--resume").returncode == 0
     assert not (out / "acts").exists()
