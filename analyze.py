@@ -288,7 +288,7 @@ def examples(this, acts, n_top, n_intervals, each, rng):
         top.setdefault(this.tokens[max(0, position - 4):position + 2].tobytes(), ("top", position))
     chosen = list(top.values())[:n_top]
     for k in reversed(range(n_intervals)):
-        inside = on[(acts[on] > edges[k]) & (acts[on] <= edges[k + 1])]
+        inside = np.setdiff1d(on[(acts[on] > edges[k]) & (acts[on] <= edges[k + 1])], [place for _, place in chosen])
         chosen += [(f"{100 * k // n_intervals}-{100 * (k + 1) // n_intervals}%", int(position))
                    for position in rng.permutation(inside)[:each]]
     return chosen
@@ -367,7 +367,7 @@ def report(this, args):
     if this.gpt:
         best = np.argsort(-features.energy, kind="stable")[:args.show]
         drawn = np.random.default_rng(args.seed).permutation(np.flatnonzero(features.density > 0))[:args.show]
-        for heading, numbers in (("carry most of the reconstruction", best), ("drawn at random", drawn)):
+        for heading, numbers in (("that carry most of the reconstruction", best), ("drawn at random", drawn)):
             print("\n" + f" features {heading} ".center(100, "─"))
             for i, acts in zip(numbers.tolist(), activations_of(this, numbers)):
                 print_feature(this, i, acts)
@@ -714,7 +714,7 @@ def scaling(this, args):
         raise UserError("these runs differ in data, site, recipe, normalisation or lambda: give --names that agree")
     budgets, best, losses = frontier(runs)
     sizes = np.array([runs[k]["n_features"] for k in best])
-    if budgets[-1] > budgets[0]:
+    if len(runs) > 1 and budgets[-1] > budgets[0]:
         rows = budgets / (12 * sae.d_in * sizes)
         for name, values in (("n_features", sizes), ("steps x batch", rows), ("loss", losses)):
             laws[name] = power_law(budgets, values)

@@ -2,8 +2,8 @@
 Text -> tokens -> a small trained transformer.
 
     python train_gpt.py                                          # this machine's Python sources: offline, minutes
-    python train_gpt.py --dataset=shakespeare --max_iters=500    # a public text by name
-    python train_gpt.py --dataset=my_folder,more.txt.xz          # your own text
+    python train_gpt.py --dataset=shakespeare --out_dir=plays    # a public text by name
+    python train_gpt.py --dataset=folder,text.xz --out_dir=mine  # your own text
     python train_gpt.py --tokenizer=gpt2 --block_size=256 --batch_size=64 --max_iters=20000    # with a GPU
     python train_gpt.py --resume                                 # go on after a kill or Ctrl-C
     torchrun --nproc_per_node=2 train_gpt.py --batch_size=16     # on two GPUs or two CPUs, 16 contexts each
@@ -291,10 +291,6 @@ def main():
         if rank:
             return
         save_jsonl(os.path.join(args.out_dir, "gpt.jsonl"), log)
-        with figure(os.path.join(args.out_dir, "gpt_loss.png")) as ax:
-            for name, colour in (("train", BLUE), ("val", RED)):
-                ax.plot([row["step"] for row in log], [row[name] for row in log], color=colour, label=name)
-            ax.set(xlabel="step", ylabel="loss (nats a token)", title=f"language model: {log[-1]['val']:.3f} held out")
         save_checkpoint(path, model=gpt.state_dict(), config=vars(config), optimizer=optimizer.state_dict(),
                         step=step, log=log, args=vars(args), data=made_from)
 
@@ -315,6 +311,11 @@ def main():
             save(done, loss)
     if done == args.max_iters:
         measure(done)
+    if not rank:
+        with figure(os.path.join(args.out_dir, "gpt_loss.png")) as ax:
+            for name, colour in (("train", BLUE), ("val", RED)):
+                ax.plot([row["step"] for row in log], [row[name] for row in log], color=colour, label=name)
+            ax.set(xlabel="step", ylabel="loss (nats a token)", title=f"language model: {log[-1]['val']:.3f} held out")
     save(done, loss)
     if done < args.max_iters:
         raise KeyboardInterrupt(f"step {done:,}")
@@ -322,7 +323,7 @@ def main():
     start = torch.from_numpy(data["val"][None, :max(1, args.block_size // 4)].astype(np.int64)).to(device)
     text = tokenizer.decode(gpt.eval().generate(start, 200)[0].tolist())
     print(f"\nsample, continued from {start.shape[1]} held-out tokens:\n{'-' * 80}\n{text}\n{'-' * 80}")
-    print(f"val loss {log[-1]['val']:.3f}; wrote {path}; next: python train_sae.py")
+    print(f"val loss {log[-1]['val']:.3f}; wrote {path}; next: python train_sae.py --out_dir={args.out_dir}")
 
 
 if __name__ == "__main__":

@@ -3,10 +3,10 @@ GPT -> activations in .npy -> a sparse autoencoder.
 
     python train_sae.py                                           # Scaling Monosemanticity's recipe, MLP activations
     python train_sae.py --recipe=towards --name=t4096 --n_features=4096
-    python train_sae.py --site=resid --l1_coeff=2
-    python train_sae.py --acts='my/*.npy' --n_features=8192       # your own activations: no GPT needed
-    python train_sae.py --acts=toy --n_features=512 --l1_coeff=3  # made from known directions: does it find them?
-    python train_sae.py --stream --max_iters=100000               # activations made as they are needed, none on disk
+    python train_sae.py --site=resid --l1_coeff=2 --name=resid
+    python train_sae.py --acts='my/*.npy' --name=mine             # your own activations: no GPT needed
+    python train_sae.py --acts=toy --n_features=512 --name=toy    # made from known directions: does it find them?
+    python train_sae.py --stream --max_iters=100000 --name=long   # activations made as they are needed, none on disk
     python train_sae.py --resume                                  # go on after a kill or Ctrl-C
     torchrun --nproc_per_node=2 train_sae.py --batch_size=1024    # on two GPUs or two CPUs, 1,024 rows each
 
@@ -159,7 +159,7 @@ def prepare(args, device):
         def make(split, n, key):
             return toy_rows(truth, n, (split == "val", *key))
     else:
-        paths = sorted(glob.glob(args.acts, recursive=True))
+        paths = sorted(filter(os.path.isfile, glob.glob(args.acts, recursive=True)))
         if not paths:
             raise UserError(f"no file matches --acts={args.acts}: it takes gpt, toy or a quoted pattern of .npy files")
         source = {"site": "own", "acts": [os.path.abspath(path) for path in paths]}
@@ -282,7 +282,8 @@ def main():
         l0, unexplained = (sae.encode(x) > 0).sum() / len(x), (sae(x) - x).square().sum()
     print(f"{len(x):,} held-out rows: variance explained {1 - unexplained / (x - x.mean(0)).square().sum():.3f} "
           f"at L0 {l0:.1f}")
-    print(f"wrote {path}; next: python analyze.py {'toy ' if args.acts == 'toy' else ''}--name={name}")
+    command = "analyze.py toy" if args.acts == "toy" else "analyze.py"
+    print(f"wrote {path}; next: python {command} --name={name} --out_dir={args.out_dir}")
 
 
 if __name__ == "__main__":
