@@ -168,7 +168,7 @@ def load_gpt(out_dir, device="cpu"):
         gpt = GPT(GPTConfig(**checkpoint["config"])).to(device)
         gpt.load_state_dict(checkpoint["model"])
     if load_json(os.path.join(out_dir, "data.json"), hint).get("made_from") != checkpoint.get("data"):
-        raise UserError(f"{path} was trained on other data than {out_dir} has now: {hint}")
+        raise UserError(f"{path} was trained on other data than {out_dir} has now: run python train_gpt.py again")
     return gpt.eval().requires_grad_(False), load_tokenizer(os.path.join(out_dir, "tokenizer.json"))
 
 
