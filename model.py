@@ -303,7 +303,7 @@ def run(main):
     except (UserError, OSError) as error:  # OSError: the file's name and the system's reason say it all
         reason, status = f"error: {error}", 2
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
+        if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", str(error)):
             raise
         reason, status = f"error: too large for the memory: {str(error).splitlines()[0]}", 2
     except KeyboardInterrupt as stop:
