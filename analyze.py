@@ -569,7 +569,7 @@ def neurons(this, args, n_sample=256):
              "random directions": cut((read(this).numpy() @ directions).T)}
     scores = {kind: explained_by_tokens(this, acts) for kind, acts in kinds.items()}
     medians = {kind: np.nanmedian(score, axis=0).tolist() for kind, score in scores.items()}
-    print(f"\nvariance of the activation that tokens explain (R^2 on other contexts), at a density of {keep:.2%}: median\n"
+    print(f"\nvariance of the activation that tokens explain (R^2 on other contexts), at density {keep:.2%}: median\n"
           f"{'':24}current token   previous and current")
     for kind, (by_token, by_pair) in medians.items():
         print(f"  {kind:<20}{by_token:15.2f}{by_pair:23.2f}")

@@ -85,8 +85,9 @@ class SparseAutoencoder(nn.Module):
     vector to ||x||^2 = d_in, the other reading of Templeton et al.) or "none" (raw units). pre_bias: whether b_dec is
     subtracted before W_enc is applied; None: as the recipe has it, in towards alone.
 
-    Initialisation: random directions, W_enc = W_dec^T, biases 0 (April 2024 update). W_enc is stored as a transposed
-    matrix, each feature's weights side by side: that is the layout in which SparseStep makes its gradient.
+    Initialisation: random directions, W_enc = W_dec^T, biases 0 (April 2024 update; towards and tied take the same,
+    with unit rows). W_enc is stored as a transposed matrix, each feature's weights side by side: that is the layout in
+    which SparseStep makes its gradient.
     """
 
     def __init__(self, d_in, n_features, recipe="scaling", input_norm="dataset", decoder_norm=0.3, pre_bias=None):
@@ -191,9 +192,9 @@ class SparseAutoencoder(nn.Module):
     def resample(self, dead, x, optimizer, l1_coeff, generator=None):
         """
         Gives every dead feature a new start at an input that the autoencoder reconstructs badly (Towards
-        Monosemanticity, appendix on neuron resampling): one input each, with odds of its loss squared; as unit
-        vector it is the new decoder row; rescaled to 0.2 of the alive features' mean encoder norm it is the new
-        encoder column; encoder bias 0; Adam's moments of just these entries 0.
+        Monosemanticity, appendix on neuron resampling): one input each, drawn with a probability proportional to its
+        loss squared; as unit vector it is the new decoder row; rescaled to 0.2 of the alive features' mean encoder norm
+        it is the new encoder column; encoder bias 0; Adam's moments of just these entries 0.
 
         dead: bool (n_features,); x: (N, d_in) raw, a random sample; -> how many were resampled
         """
@@ -283,8 +284,9 @@ class ActivationStore:
     a function of (seed, epoch): an epoch visits every row once, and `batch(position, n)` needs no state to go on from.
 
     Files are cut into slices of at most 128 MiB; an epoch takes the slices in random order and shuffles the rows inside
-    each, so memory stays at one slice. Files of train_sae.py are shuffled already. part: the share of all rows to use,
-    as (from, to). UserError for what is no such file, and for NaN or infinity in the rows.
+    each, so memory stays at one slice, two where a batch reaches into the next. Files of train_sae.py are shuffled
+    already. part: the share of all rows to use, as (from, to). UserError for what is no such file, and for NaN or
+    infinity in the rows.
     """
     SLICE_BYTES = 128 * 2**20
     loaded = None, None  # (which slice, its rows shuffled): the one in memory

@@ -10,8 +10,8 @@ GPT -> activations in .npy -> a sparse autoencoder.
     python train_sae.py --resume                                  # go on after a kill or Ctrl-C
     torchrun --nproc_per_node=2 train_sae.py --batch_size=1024    # on two GPUs or two CPUs, 1,024 rows each
 
-Reads out_dir/gpt.pt and train.bin. Writes out_dir/acts/<site>.<layer>/*.npy (float16 rows, shuffled; reused while they
-match) and out_dir/sae/<name>/: sae.pt, log.jsonl.
+Reads what train_gpt.py left in out_dir. Writes out_dir/acts/<site>.<layer>/*.npy (float16 rows, shuffled; reused while
+they match) and out_dir/sae/<name>/: sae.pt, log.jsonl.
 """
 import glob
 import math
@@ -57,7 +57,8 @@ def parse_args():
     group.add_argument("--decoder_norm", type=at_least(1e-6, float), default=0.3,
                        help="scaling: norm of the decoder rows at the start")
     group.add_argument("--pre_bias", default="auto", choices=["auto", "yes", "no"],
-                       help="subtract b_dec from the activations before they are encoded; auto: in towards alone")
+                       help="subtract b_dec from the activations before they are encoded; auto: in towards alone; "
+                       "tied has no b_dec")
     group.add_argument("--l1_coeff", type=at_least(0, float), default=5.0, help="lambda, weight of the sparsity")
     group = parser.add_argument_group("training")
     group.add_argument("--batch_size", type=at_least(1), default=2048, help="activation vectors a step, of each rank")
@@ -217,8 +218,9 @@ def main():
     loss_of = torch.compile(sae) if compiled else sae
     if ranks > 1:
         loss_of = DistributedDataParallel(loss_of)
-    print(f"sae: {args.recipe}, {store.width} -> {args.n_features:,} features, trained on "
-          f"{args.max_iters * args.batch_size:,} rows of {store.rows:,}, scale {sae.scale.item():.4g}, on {device}")
+    there = f" of {store.rows:,}" if math.isfinite(store.rows) else ", made as they are needed"
+    print(f"sae: {args.recipe}, {store.width} -> {args.n_features:,} features, scale {sae.scale.item():.4g}, "
+          f"{args.max_iters * args.batch_size:,} rows{there}, on {device}")
 
     def save(step, loss):  # the checkpoint last: where it says that the run is finished, all is there
         check_finite(loss.item(), sae, step, optimizer, path)

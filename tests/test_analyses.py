@@ -599,6 +599,10 @@ def test_scaling_reads_loss_and_compute_from_the_logs(out):
     assert numbers["budgets"][0] == pytest.approx(12 * 64 * 48 * 20 * 128)
     assert numbers["best_losses"][-1] == pytest.approx(last["mse"] + 5 * last["l1"])
     assert set(numbers["best_sizes"]) <= {48, 96} and numbers["best_sizes"][0] == 48
+    (c, k), (_, size_k) = numbers["laws"]["steps x batch"], numbers["laws"]["n_features"]
+    rows = np.array(numbers["budgets"]) / (12 * 64 * np.array(numbers["best_sizes"]))
+    np.testing.assert_allclose(np.log(rows).mean(), np.log(c) + k * np.log(numbers["budgets"]).mean(), rtol=1e-6)
+    assert 20 * 128 <= rows.min() and rows.max() <= 60 * 128 * (1 + 1e-9) and k + size_k == pytest.approx(1)
     for law in numbers["laws"].values():
         assert f"{law[1]:+.3f}" in printed
     assert (out / "sae/scaling/scaling.png").stat().st_size > 1000
@@ -658,6 +662,7 @@ def test_two_models_are_compared_by_activation_features_beside_neurons(out):
     (("complete", "--words=missing.txt"), ["missing.txt"]),
     (("scaling", "--names=scaling,nobody"), ["nobody", "train_sae.py"]),
     (("scaling", "--names=scaling,lambda1"), ["lambda", "--names"]),
+    (("complete", "small", "scaling"), ["complete", "flags", "small"]),
     (("compare",), ["compare", "two"]),
     (("compare", "small"), ["compare", "two"]),
     (("compare", "small", "scaling", "shuffled"), ["compare", "two"]),

@@ -560,6 +560,8 @@ def test_toy_data_is_made_trained_on_and_judged(tmp_path):
     done = script("analyze.py", "toy", "--name=toy", f"--out_dir={tmp_path}")
     found = json.loads((tmp_path / "sae/toy/metrics.json").read_text())["found"]
     assert done.returncode == 0 and f"{found:.1%}" in done.stdout and 0 <= found < 1
+    refused = script("analyze.py", "--name=toy", f"--out_dir={tmp_path}")
+    assert refused.returncode == 2 and "choose from toy" in refused.stderr
 
 
 class Bomb:
