@@ -24,9 +24,10 @@ OFTEN = ["--save_interval=1", "--resume"]
 
 # A process that has torch and the scripts in memory and forks one that runs them, for every line it is given.
 FORKS = """
-import json, os, sys
+import json, os, signal, sys
 import analyze, model, torch, train_gpt, train_sae
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # started in the background, a process ignores it
 for line in sys.stdin:
     name, log, *flags = json.loads(line)
     pid = os.fork()
@@ -189,7 +190,7 @@ def test_an_interrupted_run_saves_and_says_how_to_go_on(forks, trained, tmp_path
 def test_an_interrupt_before_the_first_step_is_one_line(forks, tmp_path):
     (tmp_path / "text.txt").write_text("".join(f"{i} {i * i % 977}\n" for i in range(2_000_000)))
     _, code, log = forks.run(
-        "train_gpt", f"--dataset={tmp_path / 'text.txt'}", f"--out_dir={tmp_path}", after=1.0, send=signal.SIGINT
+        "train_gpt", f"--dataset={tmp_path / 'text.txt'}", f"--out_dir={tmp_path / 'out'}", after=1.0, send=signal.SIGINT
     )
     assert code == 130 and "interrupted" in log and "Traceback" not in log
 
