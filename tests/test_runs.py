@@ -189,9 +189,8 @@ def test_an_interrupted_run_saves_and_says_how_to_go_on(forks, trained, tmp_path
 
 def test_an_interrupt_before_the_first_step_is_one_line(forks, tmp_path):
     (tmp_path / "text.txt").write_text("".join(f"{i} {i * i % 977}\n" for i in range(2_000_000)))
-    _, code, log = forks.run(
-        "train_gpt", f"--dataset={tmp_path / 'text.txt'}", f"--out_dir={tmp_path / 'out'}", after=1.0, send=signal.SIGINT
-    )
+    flags = [f"--dataset={tmp_path / 'text.txt'}", f"--out_dir={tmp_path / 'out'}"]
+    _, code, log = forks.run("train_gpt", *flags, after=1.0, send=signal.SIGINT)
     assert code == 130 and "interrupted" in log and "Traceback" not in log
 
 
