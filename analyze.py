@@ -131,16 +131,21 @@ def measure(this):
     n = len(this.held_out) * (this.held_out.shape[1] - 1 if this.gpt else 1)
     mean = read(this).mean(0).to(sae.W_dec) if this.gpt else None
     for some in batches(this, "measuring", this.held_out):
-        x = this.gpt.activations(some[:, :-1], this.site) if this.gpt else some.float()
+        def loss(name, hook):
+            value = this.gpt(some[:, :-1], some[:, 1:], hook)[1].item()
+            losses[f"loss_{name}"] += value * len(some) / len(this.held_out)
+        kept = {}
+        if this.gpt:
+            loss("plain", lambda site, x: kept.update({site: x}))
+        x = kept[this.site] if this.gpt else some.float()
         f = sae.encode(x)
         x_hat = sae.decode(f, sae.input_scale(x))
         parts = (f > 0, f.square(), x, x.square(), (x_hat - x).square())
         sums.append([part.flatten(0, -2).sum(0).cpu().double() for part in parts])
         if this.gpt:  # the model's loss with something in the place of x
-            for name, put in (("plain", x), ("spliced", x_hat), ("mean_ablated", mean.expand_as(x)),
-                              ("zero_ablated", torch.zeros_like(x))):
-                loss = this.gpt(some[:, :-1], some[:, 1:], lambda site, _: put if site == this.site else None)[1]
-                losses[f"loss_{name}"] += loss.item() * len(some) / len(this.held_out)
+            zeros = torch.zeros_like(x)
+            for name, put in (("spliced", x_hat), ("mean_ablated", mean.expand_as(x)), ("zero_ablated", zeros)):
+                loss(name, lambda site, _: put if site == this.site else None)
     density, energy, center, square, error = (torch.stack(parts).sum(0).numpy() / n for parts in zip(*sums))
     metrics = {"tokens": n, "l0": density.sum(), "variance_explained": 1 - error.sum() / (square - center**2).sum(),
                "n_features": sae.n_features, "dead": (density == 0).mean(),
@@ -178,8 +183,8 @@ def logit_effects(this, directions):
     What directions (k, n) at the site do to the logits (k, vocab_size) per unit of activation, about their mean over
     the vocabulary: through the site's output matrix and along the residual stream to the last LayerNorm, which is taken
     as linear (centred, its gain, the mean 1 / sigma of held-out tokens; not applied to the bare direction), then
-    through the unembedding (Towards Monosemanticity, logit weights). What else
-    reads the stream in between (later blocks, for attn this block's MLP) is passed by.
+    through the unembedding (Towards Monosemanticity, logit weights). What else reads the stream in between (later
+    blocks, for attn this block's MLP) is passed by.
     """
     kind, layer = this.site.split(".")
     if kind == "mlp":
@@ -649,6 +654,7 @@ def complete(this, args, threshold=0.5):
         run = load_run(args, this.sae.W_dec.device, name)
         if run.source.get("gpt") != this.source["gpt"]:
             raise UserError(f"{name} was trained on activations of another model than {args.names[0]}")
+        run.cache = this.cache  # activations of the same model on the same contexts
         f1, feature, alive = best_detectors(run, places)
         if not alive:
             raise all_dead(run)
@@ -746,6 +752,7 @@ def compare(this, args):
     if None in (a.gpt, b.gpt) or a.tokens.shape != b.tokens.shape or (a.tokens != b.tokens).any():
         raise UserError("compare needs two autoencoders on models with the same tokenizer and held-out text")
     if a.source["gpt"] == b.source["gpt"] and a.site == b.site:
+        b.cache = a.cache  # activations of the same model on the same contexts
         cosines = (a.sae.W_dec @ b.sae.W_dec.t()).cpu().numpy()
         best = cosines.max(1)
         shares = {f"{c}": float((best > c).mean()) for c in (0.5, 0.7, 0.9)}

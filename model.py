@@ -164,7 +164,7 @@ def load_gpt(out_dir, device="cpu"):
     """-> (GPT in eval mode, tiktoken.Encoding), as train_gpt.py left them in out_dir. UserError if it did not."""
     path, hint = os.path.join(out_dir, "gpt.pt"), "run python train_gpt.py first"
     with reading(path, hint):
-        checkpoint = torch.load(path, map_location=device, weights_only=True) | {}
+        checkpoint = load_checkpoint(path, device)
         gpt = GPT(GPTConfig(**checkpoint["config"])).to(device)
         gpt.load_state_dict(checkpoint["model"])
     if load_json(os.path.join(out_dir, "data.json"), hint).get("made_from") != checkpoint.get("data"):
@@ -375,6 +375,16 @@ def setup(args):
     return device, autocast, compiled, rank, ranks
 
 
+@contextmanager
+def rank_0_first(ranks):
+    """with rank_0_first(ranks): the others do it when rank 0 has, and find its files."""
+    if ranks > 1 and dist.get_rank():
+        dist.barrier()
+    yield
+    if ranks > 1 and not dist.get_rank():
+        dist.barrier()
+
+
 class Progress:
     """show(done, note) prints one line every five seconds, or `now`: done of total, note(), rate, time left."""
     def __init__(self, label, total, unit, done=0):
@@ -432,6 +442,11 @@ def save_checkpoint(path, **contents):
     write_atomic(path, lambda f: torch.save(contents, f))
 
 
+def load_checkpoint(path, device):
+    """Dict of tensors and plain values, nothing unpickled; some error, for `reading`, where there is no such thing."""
+    return torch.load(path, map_location=device, weights_only=True) | {}
+
+
 ANEW = "run without --resume to start anew"
 
 
@@ -444,7 +459,7 @@ def resumable(path, args, device):
         return None
     free = ("resume", "out_dir", "name", "device", "compile", "save_interval")
     with reading(path, ANEW):
-        checkpoint = torch.load(path, map_location=device, weights_only=True) | {}
+        checkpoint = load_checkpoint(path, device)
         step, was = checkpoint["step"], dict(checkpoint["args"])
         more = args.max_iters - was["max_iters"]
     for key, value in vars(args).items():

@@ -29,7 +29,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import UserError, reading, save_checkpoint
+from model import UserError, load_checkpoint, reading, save_checkpoint
 
 warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
 
@@ -400,7 +400,7 @@ def load_sae(path, device="cpu"):
     hint = "run python train_sae.py first"
     settings = ("weights", "scale", "d_in", "n_features", "recipe", "input_norm", "pre_bias")
     with reading(path, hint):
-        checkpoint = torch.load(path, map_location=device, weights_only=True) | {}
+        checkpoint = load_checkpoint(path, device)
         sae = SparseAutoencoder(**{name: checkpoint[name] for name in settings[2:]}).to(device)
         sae.load_state_dict(checkpoint["weights"])
         sae.scale.fill_(checkpoint["scale"])

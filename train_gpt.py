@@ -26,12 +26,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from model import (ANEW, BLUE, END_OF_TEXT, GPT, RED, GPTConfig, Progress, UserError, at_least, bpe_tokenizer,
                    check_finite, figure, gpt2_tokenizer, learn_bpe, load_json, load_tokenizer, load_tokens, make_parser,
-                   reading, resumable, run, save_checkpoint, save_json, save_jsonl, save_tokenizer, setup, steps)
+                   rank_0_first, reading, resumable, run, save_checkpoint, save_json, save_jsonl, save_tokenizer, setup,
+                   steps)
 
 URLS = {
     "shakespeare": "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
@@ -251,11 +251,8 @@ def main():
     path = os.path.join(args.out_dir, "gpt.pt")
     checkpoint = resumable(path, args, device)
     config = GPTConfig(args.block_size, 257, args.n_layer, args.n_head, args.n_embd)  # refuses bad sizes at once
-    if rank:
-        dist.barrier()  # until rank 0 has made the files, which the others find
-    tokenizer, made_from = prepare(args, checkpoint)
-    if ranks > 1 and not rank:
-        dist.barrier()
+    with rank_0_first(ranks):
+        tokenizer, made_from = prepare(args, checkpoint)
     config.vocab_size = tokenizer.n_vocab
     data = {split: load_tokens(args.out_dir, split, config) for split in ("train", "val")}
 

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from model import (ANEW, Progress, UserError, at_least, check_finite, load_gpt, load_json, load_tokens, make_parser,
-                   reading, resumable, run, save_json, save_jsonl, setup, steps, tracked, write_atomic)
+                   rank_0_first, reading, resumable, run, save_json, save_jsonl, setup, steps, tracked, write_atomic)
 from sae import (RECIPES, SHARD_ROWS, ActivationStore, ActivationStream, SparseAutoencoder, l1_at, lr_at,
                  resample_schedule, save_sae)
 
@@ -184,11 +184,8 @@ def main():
     args.batch_size *= ranks
     path = os.path.join(args.out_dir, "sae", name, "sae.pt")
     checkpoint = resumable(path, args, device)
-    if rank:
-        dist.barrier()  # until rank 0 has written the activations, which the others find
-    store, val_store, source = prepare(args, device)
-    if ranks > 1 and not rank:
-        dist.barrier()
+    with rank_0_first(ranks):
+        store, val_store, source = prepare(args, device)
     source["rows"] = store.rows
     if store.rows < args.batch_size:
         raise UserError(f"--batch_size={args.batch_size} is more than the {store.rows:,} rows there are")
@@ -231,9 +228,9 @@ def main():
         save_sae(path, sae, source=source, optimizer=optimizer.state_dict(), step=step, last_fired=last_fired,
                  log=log, args=vars(args))
 
-    progress, done = Progress("training", args.max_iters, "steps", first), first
+    progress, done, share = Progress("training", args.max_iters, "steps", first), first, args.batch_size // ranks
+    note = "loss {loss:.2f}  L0 {l0:.1f}  variance explained {variance_explained:.3f}  dead {dead:.1%}".format
     for step in steps(first, args.max_iters):
-        share = args.batch_size // ranks
         x = store.batch(step * args.batch_size + rank * share, share).to(device)
         l1_coeff = l1_at(step, args.max_iters, args.l1_coeff, args.recipe)
         for group in optimizer.param_groups:
@@ -271,7 +268,6 @@ def main():
                         "variance_explained": 1 - (stats["mse"] / variance).item(),
                         "l1_coeff": l1_coeff, "learning_rate": optimizer.param_groups[0]["lr"]})
         if log:
-            note = "loss {loss:.2f}  L0 {l0:.1f}  variance explained {variance_explained:.3f}  dead {dead:.1%}".format
             progress.show(done, lambda: note(**log[-1]), done == args.max_iters)
         if done % args.save_interval == 0 and done < args.max_iters:
             save(done, loss)
