@@ -1,18 +1,22 @@
 """
-A sparse autoencoder -> numbers, plots, a page to browse, and what the papers do with the features.
+A sparse autoencoder -> numbers, plots, a page to browse, and what the papers do with the
+features.
 
-    python analyze.py                                 # report on out/sae/scaling: metrics, features, features.html
+    python analyze.py                                 # metrics, features, plots, features.html
     python analyze.py feature 1407                    # one feature in full
-    python analyze.py cause --prompt="def __init__("  # which features cause the next token: ablation and attribution
-    python analyze.py steer --feature=304             # text written with a feature clamped to multiples of its maximum
+    python analyze.py cause --prompt="def __init__("  # which features cause the next token?
+    python analyze.py steer --feature=304             # text with a feature held at some value
     python analyze.py search "import numpy as" --without "import os"
-    python analyze.py neurons                         # do features differ from neurons, and are they more explainable?
+    python analyze.py neurons                         # do features differ from neurons?
     python analyze.py complete --names=small,large    # which words have a feature of their own?
-    python analyze.py scaling --names=a,b,c           # loss against compute, from the logs of many runs
-    python analyze.py compare small large             # splitting; with a folder of another model, universality
-    python analyze.py toy --name=toy                  # after train_sae.py --acts=toy: how many directions were found
+    python analyze.py scaling --names=a,b,c           # loss against compute, from many runs' logs
+    python analyze.py compare small large             # splitting; across two models: universality
+    python analyze.py toy --name=toy                  # how many known directions were found?
 
 Everything is measured on held-out tokens (val.bin). Numbers and plots go to out_dir/sae/<name>/.
+
+Each command is a function that computes and returns, for those who import it, and one that
+prints, draws and saves. To add one, write such a pair and append a line to COMMANDS.
 """
 import json
 import math
@@ -21,664 +25,1182 @@ import re
 import shutil
 from bisect import bisect
 from collections import Counter, defaultdict
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from types import SimpleNamespace
+from typing import Callable
 
 import numpy as np
+import tiktoken
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 
-from model import (BLUE, RED, UserError, at_least, figure, load_gpt, load_tokens, make_parser, reading, run, save_json,
-                   setup, tracked, write_atomic)
-from sae import ActivationStore, load_sae
+from model import GPT, UserError, at_least, load_gpt, load_tokens, make_parser, reading
+from model import run as run_script    # below, a run is an autoencoder with what belongs to it
+from model import save_json, setup, tracked, write_atomic
+from sae import ActivationStore, SAEConfig, SparseAutoencoder, load_sae
 
-ULTRA_LOW = 1e-5  # density that sets apart the "ultra-low density cluster" of Towards Monosemanticity
+ULTRA_LOW = 1e-5    # density that sets apart the "ultra-low density cluster" of Bricken et al.
 
 
 def parse_args():
     parser = make_parser(__doc__)
-    parser.add_argument("command", nargs="?", default="report", choices=list(COMMANDS), help="what to do")
-    parser.add_argument("arguments", nargs="*", help="feature: number; search: texts; compare: two names or folders")
-    group = parser.add_argument_group("analysis")
-    group.add_argument("--name", default="scaling", help="folder under out_dir/sae")
-    group.add_argument("--names", default="", help="complete, scaling: several names, with commas between")
-    group.add_argument("--eval_tokens", type=at_least(1), default=2**18, help="report: held-out tokens of its metrics")
-    group.add_argument("--read_tokens", type=at_least(1), default=2**17,
-                       help="held-out tokens whose activations are kept in memory, for examples and all other analyses")
-    group.add_argument("--show", type=at_least(1), default=10, help="how many features to print (report: of each kind)")
-    group.add_argument("--prompt", default="", help="cause, steer: text to start from")
-    group.add_argument("--target", default="", help="cause: token to explain; default: the most likely one")
-    group.add_argument("--feature", default="", help="steer: which feature")
-    group.add_argument("--value", default="-2,0,1,2,4",
-                       help="steer: clamp to these multiples of its maximum, as --value=-2,0,1")
-    group.add_argument("--without", nargs="*", default=[], help="search: texts that lack the concept")
-    group.add_argument("--words", default="",
-                       help="complete: file of words (ASCII letters); default: words of the held-out text")
+    parser.add_argument("command", nargs="?", default="report", choices=list(COMMANDS),
+                        help="what to do")
+    parser.add_argument("arguments", nargs="*",
+                        help="feature: number; search: texts; compare: two names or folders")
+    add = parser.add_argument_group("analysis").add_argument
+    add("--name", default=SAEConfig.recipe, help="folder under out_dir/sae")
+    add("--names", default="", help="complete, scaling: several names, with commas between")
+    add("--eval_tokens", type=at_least(1), default=2**18,
+        help="report: held-out tokens of its metrics")
+    add("--read_tokens", type=at_least(1), default=2**17,
+        help="held-out tokens whose activations are kept in memory, for examples and all other "
+        "analyses")
+    add("--show", type=at_least(1), default=10,
+        help="how many features to print (report: of each kind)")
+    add("--prompt", default="", help="cause, steer: text to start from")
+    add("--target", default="", help="cause: token to explain; default: the most likely one")
+    add("--feature", default="", help="steer: which feature")
+    add("--value", default="-2,0,1,2,4",
+        help="steer: clamp to these multiples of its maximum, as --value=-2,0,1")
+    add("--without", nargs="*", default=[], help="search: texts that lack the concept")
+    add("--words", default="",
+        help="complete: file of words (ASCII letters); default: words of the held-out text")
     return parser.parse_args()
 
 
 # -----------------------------------------------------------------------------
-# loading
+# a run: one autoencoder, and what it is judged on
+
+
+@dataclass
+class Run:
+    """
+    One autoencoder, with the model and the held-out text on which it is judged.
+
+    In shapes, N is the number of contexts, T their length in tokens, n the width of the
+    activations, m the number of features.
+    """
+    folder: str                  # where sae.pt is and where all that is written goes
+    sae: SparseAutoencoder       # folded: unit directions, activations in raw units
+    source: dict                 # what train_sae.py noted of the rows: "site", "gpt", ...
+    held_out: torch.Tensor | None = None    # of the metrics: contexts (N, T + 1), or own rows (N, n)
+    # only where the activations are those of a model:
+    gpt: GPT | None = None
+    tokenizer: tiktoken.Encoding | None = None
+    contexts: torch.Tensor | None = None    # (N, T + 1) token ids, of all other analyses; the last
+    #                                         token of each is a target only
+    kept: dict = field(default_factory=dict)    # what x() has read: site -> activations
+
+    @property
+    def site(self):
+        """The activations' site, such as "mlp.0"; "own" or "toy" where there is no model."""
+        return self.source["site"]
+
+    @property
+    def kind(self):
+        """What the activations are of: "model", "own" or "toy"."""
+        return self.site if self.site in ("own", "toy") else "model"
+
+    @property
+    def device(self):
+        return self.sae.W_dec.device
+
+    @property
+    def n_features(self):
+        return self.sae.config.n_features
+
+    @property
+    def T(self):
+        return self.contexts.shape[1] - 1
+
+    @cached_property
+    def tokens(self):
+        """The tokens of all contexts in a row (N T,), numpy: "position" below is an index into it."""
+        return self.contexts[:, :-1].reshape(-1).numpy()
+
+    def batches(self, label, contexts):
+        """Yields contexts (b, T + 1), or rows, some 4,096 tokens at a time, and prints progress."""
+        size = max(1, 4096 // (contexts.shape[1] - 1)) if self.gpt else 4096
+        unit = "contexts" if self.gpt else "rows"
+        for batch in tracked(label, contexts.split(size), unit):
+            yield batch.to(self.device)
+
+    def x(self, site=None):
+        """Activations (N T, n) of the contexts at a site, by default the autoencoder's. On the CPU."""
+        site = site or self.site
+        if site not in self.kept:
+            parts = []
+            for batch in self.batches(f"reading {site}", self.contexts):
+                x = self.gpt.activations(batch[:, :-1], site)    # (b, T, n)
+                parts.append(x.flatten(0, 1).cpu())
+            self.kept[site] = torch.cat(parts)
+        return self.kept[site]
+
+    def activations(self, features):
+        """What some features (k numbers) do on every token -> (k, N T) float32, numpy."""
+        x = self.x()
+        features = torch.as_tensor(features, dtype=torch.long, device=self.device)
+        acts = np.empty((len(features), len(x)), dtype=np.float32)
+        for start in range(0, len(x), 8192):    # in pieces, for what is in between fits into the cache
+            piece = x[start:start + 8192].to(self.device)
+            f = self.sae.encode(piece, features)    # (8192, k)
+            acts[:, start:start + 8192] = f.t().cpu().numpy()
+        return acts
+
+    def neurons(self):
+        """What the neurons of the layer's MLP do on every token -> (n_neurons, N T) float32, numpy."""
+        layer = self.site.split(".")[1]
+        return self.x(f"mlp.{layer}").t().contiguous().numpy()
+
+    def feature_number(self, text):
+        """A user's text -> the number of a feature, or a UserError when there is none."""
+        if text.isdecimal() and int(text) < self.n_features:
+            return int(text)
+        raise UserError(
+            f"give the number of a feature of {self.folder}, 0 to {self.n_features - 1}, not {text!r}"
+        )
+
+    def all_dead(self):
+        return UserError(f"{self.folder}: every feature is dead on these tokens")
+
 
 def folder_of(args, name):
-    """A name under out_dir/sae, or a folder such as other_out/sae/scaling -> folder."""
-    return os.path.normpath(name if os.path.dirname(name) else os.path.join(args.out_dir, "sae", name))
+    """A name under out_dir/sae, or a folder such as other_out/sae/small -> folder."""
+    if os.path.dirname(name):
+        return os.path.normpath(name)
+    return os.path.normpath(os.path.join(args.out_dir, "sae", name))
 
 
 def load_run(args, device, name):
-    """
-    -> namespace of what an analysis needs: folder, sae (folded), recipe, site, source, held_out (contexts (N, T + 1) of
-    token ids, or rows of one's own activations), and for activations of a model gpt, tokenizer, contexts for all other
-    analyses and their tokens (N T,).
-    """
+    """A name or folder -> Run. UserError where a file of it is missing or does not belong to the rest."""
     folder = folder_of(args, name)
     sae = load_sae(os.path.join(folder, "sae.pt"), device)
     if "source" not in sae.extra:
-        raise UserError(f"{folder}/sae.pt does not say what it was trained on: only train_sae.py's can be analyzed")
-    source = sae.extra["source"]
-    this = SimpleNamespace(folder=folder, sae=sae.fold().requires_grad_(False), recipe=sae.recipe, gpt=None,
-                           site=source["site"], source=source, cache={})
-    if this.site == "own" and args.command == "report":
-        store = ActivationStore(source["acts"], sae.extra["args"]["seed"], (0.95, 1))
-        this.held_out = store.sample(args.eval_tokens, args.seed)
-    if this.site in ("own", "toy"):
-        return this
-    out_dir = os.path.dirname(os.path.dirname(os.path.abspath(folder)))
-    this.gpt, this.tokenizer = load_gpt(out_dir, device)
-    if this.gpt.fingerprint() != source["gpt"]:
-        raise UserError(f"{folder}/sae.pt was trained on another gpt.pt than {out_dir} has now: run train_sae.py again")
-    T = this.gpt.config.block_size
-    tokens = torch.from_numpy(load_tokens(out_dir, "val", this.gpt.config).astype(np.int64))
-    contexts = tokens.unfold(0, T + 1, T)                       # the last token of each is a target only
-
-    def spread(n_tokens):  # contexts from all of the held-out text
-        n = min(len(contexts), max(1, n_tokens // T))
-        return contexts[torch.arange(n) * len(contexts) // n]
-    this.held_out, this.contexts = spread(args.eval_tokens), spread(args.read_tokens)
-    this.tokens = this.contexts[:, :-1].reshape(-1).numpy()
-    return this
+        raise UserError(
+            f"{folder}/sae.pt does not say what it was trained on: "
+            "only train_sae.py's can be analyzed"
+        )
+    loaded = Run(folder, sae.fold().requires_grad_(False), sae.extra["source"])
+    if loaded.kind == "model":
+        load_model(loaded, args)
+    return loaded
 
 
-def known(this, text):
-    """Text -> number of a feature, or a UserError when there is none."""
-    if not (text.isdecimal() and int(text) < this.sae.n_features):
-        raise UserError(f"give the number of a feature of {this.folder}, 0 to {this.sae.n_features - 1}, not {text!r}")
-    return int(text)
+def load_model(loaded, args):
+    """Adds the model, its tokenizer and the held-out text to a Run."""
+    out_dir = os.path.dirname(os.path.dirname(os.path.abspath(loaded.folder)))
+    loaded.gpt, loaded.tokenizer = load_gpt(out_dir, loaded.device)
+    if loaded.gpt.fingerprint() != loaded.source["gpt"]:
+        raise UserError(
+            f"{loaded.folder}/sae.pt was trained on another gpt.pt than {out_dir} has now: "
+            "run train_sae.py again"
+        )
+    tokens = load_tokens(out_dir, "val", loaded.gpt.config)
+    tokens = torch.from_numpy(tokens.astype(np.int64))
+    loaded.held_out = spread_contexts(tokens, loaded.gpt.config.block_size, args.eval_tokens)
+    loaded.contexts = spread_contexts(tokens, loaded.gpt.config.block_size, args.read_tokens)
 
 
-def all_dead(this):
-    return UserError(f"{this.folder}: every feature is dead on these tokens")
+def spread_contexts(tokens, T, n_tokens):
+    """tokens (many,) -> contexts (N, T + 1) of some n_tokens tokens, evenly from all of the text."""
+    contexts = tokens.unfold(0, T + 1, T)    # the last token of one is the first of the next
+    n = min(len(contexts), max(1, n_tokens // T))
+    return contexts[torch.arange(n) * len(contexts) // n]
 
 
 # -----------------------------------------------------------------------------
-# measuring: one stream over the held-out tokens, sums kept, nothing of size (tokens x features)
-
-def batches(this, label, what):
-    """Yields contexts (b, T + 1), or rows, some 4,096 tokens of them at a time, and prints progress."""
-    size = max(1, 4096 // (what.shape[1] - 1)) if this.gpt else 4096
-    for some in tracked(label, what.split(size), "contexts" if this.gpt else "rows"):
-        yield some.to(this.sae.W_dec.device)
+# measuring
 
 
-def measure(this):
+@dataclass
+class FeatureStatistics:
+    """What was measured of each feature, arrays (m,)."""
+    density: np.ndarray    # share of the tokens it is active on
+    energy: np.ndarray     # mean of its squared activation: what it carries of x_hat
+
+
+def measure(run):
     """
-    -> metrics (plain numbers), and per feature: density (share of tokens it is active on), energy (mean square).
+    -> metrics (a dict of plain numbers) and FeatureStatistics, from run.held_out.
 
-    variance explained = 1 - sum ||x - x_hat||^2 / sum ||x - mean||^2; loss recovered = (zero - spliced) / (zero -
-    plain), the model's loss as it is, with x_hat, and with 0 in the place of x at the same site (Towards
-    Monosemanticity, "How much of the model does our interpretation explain?").
+    variance explained = 1 - sum ||x - x_hat||^2 / sum ||x - mean||^2 loss recovered = (zero -
+    spliced) / (zero - plain), of the model's loss as it is, with x_hat in the place of x, and
+    with 0 there (Bricken et al., "How much of the model does our interpretation explain?")
     """
-    sae, sums, losses = this.sae, [], Counter()
-    n = len(this.held_out) * (this.held_out.shape[1] - 1 if this.gpt else 1)
-    mean = read(this).mean(0).to(sae.W_dec) if this.gpt else None
-    for some in batches(this, "measuring", this.held_out):
-        def loss(name, hook):
-            value = this.gpt(some[:, :-1], some[:, 1:], hook)[1].item()
-            losses[f"loss_{name}"] += value * len(some) / len(this.held_out)
-        kept = {}
-        if this.gpt:
-            loss("plain", lambda site, x: kept.update({site: x}))
-        x = kept[this.site] if this.gpt else some.float()
+    sae = run.sae
+    mean = run.x().mean(0).to(sae.W_dec) if run.gpt else None
+    losses = Counter()
+    sums = []    # of each batch, over its tokens: nothing of size (tokens x features) is kept
+    for batch in run.batches("measuring", run.held_out):
+        if run.gpt:
+            x, plain = activations_and_loss(run, batch)
+        else:
+            x = batch.float()
         f = sae.encode(x)
         x_hat = sae.decode(f, sae.input_scale(x))
         parts = (f > 0, f.square(), x, x.square(), (x_hat - x).square())
         sums.append([part.flatten(0, -2).sum(0).cpu().double() for part in parts])
-        if this.gpt:  # the model's loss with something in the place of x
-            zeros = torch.zeros_like(x)
-            for name, put in (("spliced", x_hat), ("mean_ablated", mean.expand_as(x)), ("zero_ablated", zeros)):
-                loss(name, lambda site, _: put if site == this.site else None)
-    density, energy, center, square, error = (torch.stack(parts).sum(0).numpy() / n for parts in zip(*sums))
-    metrics = {"tokens": n, "l0": density.sum(), "variance_explained": 1 - error.sum() / (square - center**2).sum(),
-               "n_features": sae.n_features, "dead": (density == 0).mean(),
-               "ultra_low": ((density > 0) & (density < ULTRA_LOW)).mean(), **losses}
-    if this.gpt:
-        zero = metrics["loss_zero_ablated"]
-        metrics["loss_recovered"] = (zero - metrics["loss_spliced"]) / (zero - metrics["loss_plain"])
-    return metrics, SimpleNamespace(density=density, energy=energy)
+        if run.gpt:
+            replacements = {
+                "spliced": x_hat,
+                "mean_ablated": mean.expand_as(x),
+                "zero_ablated": torch.zeros_like(x),
+            }
+            losses["loss_plain"] += plain * len(batch) / len(run.held_out)
+            for name, replacement in replacements.items():
+                loss = loss_with(run, batch, replacement)
+                losses[f"loss_{name}"] += loss * len(batch) / len(run.held_out)
+
+    n_tokens = len(run.held_out) * (run.held_out.shape[1] - 1 if run.gpt else 1)
+    totals = [torch.stack(parts).sum(0).numpy() / n_tokens for parts in zip(*sums)]
+    density, energy, center, square, error = totals    # means over the tokens
+    ultra_low = (density > 0) & (density < ULTRA_LOW)
+    metrics = {
+        "tokens": n_tokens,
+        "l0": density.sum(),
+        "variance_explained": 1 - error.sum() / (square - center**2).sum(),
+        "n_features": run.n_features,
+        "dead": (density == 0).mean(),
+        "ultra_low": ultra_low.mean(),
+        **losses,
+    }
+    if run.gpt:
+        zero = losses["loss_zero_ablated"]
+        recovered = (zero - losses["loss_spliced"]) / (zero - losses["loss_plain"])
+        metrics["loss_recovered"] = recovered
+    return metrics, FeatureStatistics(density, energy)
 
 
-def read(this, site=None):
-    """Activations x (tokens, n) of this.contexts at a site (default: the autoencoder's), kept in memory."""
-    site = site or this.site
-    if site not in this.cache:
-        parts = batches(this, f"reading {site}", this.contexts)
-        this.cache[site] = torch.cat([this.gpt.activations(some[:, :-1], site).flatten(0, 1).cpu() for some in parts])
-    return this.cache[site]
+def activations_and_loss(run, contexts):
+    """One plain pass over contexts (b, T + 1) -> x (b, T, n) at the site, the model's loss in nats."""
+    found = {}
+    _, loss = run.gpt(
+        contexts[:, :-1], contexts[:, 1:], lambda site, x: found.update({site: x})
+    )
+    return found[run.site], loss.item()
 
 
-def activations_of(this, features):
-    """Activations of some features on every held-out token -> (len(features), tokens) float32."""
-    x, W, b = read(this), this.sae.W_enc[:, features].cpu(), this.sae.b_enc[features].cpu()
-    if this.sae.input_norm == "token":
-        x = x * this.sae.input_scale(x)
-    return torch.addmm(b[:, None], W.t(), x.t()).relu_().numpy()
+def loss_with(run, contexts, replacement):
+    """The model's loss on contexts (b, T + 1) with something else (b, T, n) at the site."""
+    def hook(site, x):
+        return replacement if site == run.site else None
+
+    _, loss = run.gpt(contexts[:, :-1], contexts[:, 1:], hook)
+    return loss.item()
 
 
 def blocks(n, size=256):
-    """0 .. n in blocks, so that activations of a block of features on all tokens fit into memory."""
-    return [np.arange(i, min(i + size, n)) for i in range(0, n, size)]
+    """The numbers 0 .. n - 1 in blocks: so many features' activations on all tokens fit into memory."""
+    return [np.arange(start, min(start + size, n)) for start in range(0, n, size)]
 
 
-def logit_effects(this, directions):
+def logit_effects(run, directions):
     """
-    What directions (k, n) at the site do to the logits (k, vocab_size) per unit of activation, about their mean over
-    the vocabulary: through the site's output matrix and along the residual stream to the last LayerNorm, which is taken
-    as linear (centred, its gain, the mean 1 / sigma of held-out tokens; not applied to the bare direction), then
-    through the unembedding (Towards Monosemanticity, logit weights). What else reads the stream in between (later
-    blocks, for attn this block's MLP) is passed by.
+    What directions (k, n) at the site do to the logits (k, vocab_size) per unit of
+    activation, about their mean over the vocabulary (Bricken et al., logit weights in the
+    feature browser).
+
+    A direction goes through the site's output matrix and along the residual stream to the
+    last LayerNorm, which is taken as linear: centred, its gain, and the mean 1 / sigma of
+    held-out tokens. The bare direction's own sigma would mean nothing. Then through the
+    unembedding. What else reads the stream in between (later blocks; for attn this block's
+    MLP) is passed by.
     """
-    kind, layer = this.site.split(".")
+    kind, layer = run.site.split(".")
     if kind == "mlp":
-        directions = directions @ this.gpt.blocks[int(layer)].mlp_proj.weight.t()       # (k, n_embd)
+        W_out = run.gpt.blocks[int(layer)].mlp_proj.weight    # (n_embd, n)
+        directions = directions @ W_out.t()                   # (k, n_embd)
     centred = directions - directions.mean(1, keepdim=True)
-    if "inverse_sigma" not in this.cache:
-        stream = read(this, f"resid.{this.gpt.config.n_layer - 1}")
-        this.cache["inverse_sigma"] = (stream.var(1, correction=0) + this.gpt.ln_f.eps).rsqrt().mean().item()
-    logits = this.gpt.lm_head(centred * this.gpt.ln_f.weight * this.cache["inverse_sigma"])
+    logits = run.gpt.lm_head(centred * run.gpt.ln_f.weight * inverse_sigma(run))
     return logits - logits.mean(1, keepdim=True)
 
 
-def neuron_activations(this):
-    """Activations of the layer's MLP neurons on every held-out token -> (n_neurons, tokens) float32."""
-    return read(this, "mlp." + this.site.split(".")[1]).t().contiguous().numpy()
+def inverse_sigma(run):
+    """The mean of 1 / sigma over the tokens that reach the last LayerNorm."""
+    if "inverse_sigma" not in run.kept:
+        stream = run.x(f"resid.{run.gpt.config.n_layer - 1}")    # (N T, n_embd)
+        variance = stream.var(1, correction=0) + run.gpt.ln_f.eps
+        run.kept["inverse_sigma"] = variance.rsqrt().mean().item()
+    return run.kept["inverse_sigma"]
 
 
 def unit_rows(a):
-    """Rows of a (k, tokens) about their means and of unit norm: products of two such rows are Pearson correlations."""
+    """Rows of a (k, tokens) about their means, of unit norm: their products are Pearson correlations."""
     a = a - a.mean(1, keepdims=True)
     return a / np.linalg.norm(a, axis=1, keepdims=True).clip(1e-15)
 
 
-def highest_correlations(this, others):
-    """-> numbers of the alive features, their highest correlations with any of others (unit_rows), densities."""
-    best, density = np.zeros(this.sae.n_features), np.zeros(this.sae.n_features)
-    for block in tracked("correlating", blocks(len(best)), "features"):
-        acts = activations_of(this, block)
-        best[block], density[block] = (unit_rows(acts) @ others.T).max(1), (acts > 0).mean(1)
+def highest_correlations(run, others):
+    """
+    -> the numbers of the alive features, the highest correlation of each with any of others
+    (k, N T), which are unit_rows, and their densities; UserError when no feature is alive
+    """
+    best = np.zeros(run.n_features)
+    density = np.zeros(run.n_features)
+    for block in tracked("correlating", blocks(run.n_features), "features"):
+        acts = run.activations(block)
+        best[block] = (unit_rows(acts) @ others.T).max(1)
+        density[block] = (acts > 0).mean(1)
     alive = np.flatnonzero(density)
-    if not len(alive):
-        raise all_dead(this)
+    if len(alive) == 0:
+        raise run.all_dead()
     return alive, best[alive], density[alive]
 
 
-def explained_by_tokens(this, acts):
+def explained_by_tokens(run, acts):
     """
-    How well an activation is predicted by its mean given the current token, and given the previous and the current
-    token -> R^2 (k, 2) of acts (k, tokens). Means are learned on every other context and judged on the rest; what was
-    not seen falls back to the coarser mean. High: "fires on this token (after that one)" says it all. It says nothing
-    of what a feature does, and a feature of a topic, which no one or two tokens show, scores low though it is clear.
+    How well activations (k, N T) are predicted by their mean given the current token, and
+    given the previous and the current token -> R^2 (k, 2).
+
+    Means are learned on every other context and judged on the rest; what was not seen falls
+    back to the coarser mean. High: "fires on this token (after that one)" says it all. It
+    says nothing of what a feature does, and a feature of a topic, which no one or two tokens
+    show, scores low though it is clear.
     """
-    T, V = this.contexts.shape[1] - 1, this.tokenizer.n_vocab
-    tokens = this.tokens.reshape(-1, T)
-    previous = np.pad(tokens[:, :-1], ((0, 0), (1, 0)), constant_values=V)                    # V: nothing comes before
-    pairs, group = np.unique(previous * V + tokens, return_inverse=True)
-    learn, judge = (group.reshape(-1, T)[k::2].ravel() for k in (0, 1))
-    counts, token_of, scores = np.bincount(learn, minlength=len(pairs)), pairs % V, []    # sums over pairs do it all
-    token_counts = np.bincount(token_of, counts, V)
-    for row in acts.reshape(len(acts), -1, T):
-        learned, truth = row[::2].ravel(), row[1::2].ravel().astype(np.float64)
-        sums = np.bincount(learn, learned, len(pairs))
-        token_means = np.bincount(token_of, sums, V) / token_counts.clip(1)
+    V = run.tokenizer.n_vocab
+    tokens = run.tokens.reshape(-1, run.T)                                       # (N, T)
+    previous = np.pad(tokens[:, :-1], ((0, 0), (1, 0)), constant_values=V)       # V: there is none
+    pairs, pair_of = np.unique(previous * V + tokens, return_inverse=True)
+    pair_of = pair_of.reshape(-1, run.T)    # (N, T), indices into the distinct pairs
+    learn = pair_of[::2].ravel()
+    judge = pair_of[1::2].ravel()
+
+    # sums over pairs tell all: those over tokens are sums of them
+    token_of = pairs % V    # the current token of each distinct pair
+    pair_counts = np.bincount(learn, minlength=len(pairs))
+    token_counts = np.bincount(token_of, pair_counts, V)
+    scores = []
+    for row in acts.reshape(len(acts), -1, run.T):
+        learned = row[::2].ravel()
+        pair_sums = np.bincount(learn, learned, len(pairs))
+        token_means = np.bincount(token_of, pair_sums, V) / token_counts.clip(1)
         by_token = np.where(token_counts > 0, token_means, learned.mean())[token_of]
-        by_pair = np.where(counts > 0, sums / counts.clip(1), by_token)
+        by_pair = np.where(pair_counts > 0, pair_sums / pair_counts.clip(1), by_token)
+
+        truth = row[1::2].ravel().astype(np.float64)
         total = np.square(truth - truth.sum() / max(1, len(truth))).sum()
         errors = [np.square(truth - guess[judge]).sum() for guess in (by_token, by_pair)]
-        scores.append(1 - np.array(errors) / (total or np.nan))                               # NaN: never active there
+        scores.append(1 - np.array(errors) / (total or np.nan))    # NaN: never active there
     return np.array(scores)
 
 
 # -----------------------------------------------------------------------------
 # showing
 
-def token_text(this, *tokens):
-    """Tokens as one printable line: ⏎ and ⇥ for white space, · for other control characters, � for parts of one."""
-    text = this.tokenizer.decode([int(token) for token in tokens]).replace("\n", "⏎").replace("\t", "⇥")
-    return "".join(c if c.isprintable() else "·" for c in text)
+BLUE = "#2a6f97"
+RED = "#d1495b"
+GREY = "#888888"
 
 
-def snippet(this, position, width):
-    """The held-out token at `position` (counted through all contexts), «marked», within its context."""
-    T = this.contexts.shape[1] - 1
-    context, t = this.contexts[position // T], position % T
-    left, token, right = (token_text(this, *some) for some in (context[:t], context[t:t + 1], context[t + 1:-1]))
+@contextmanager
+def figure(path, panels=1, width=6.0, height=3.6):
+    """with figure(path) as ax: draws on one panel (or a list of them); at the end it is written."""
+    fig = Figure(figsize=(width, height), layout="constrained")
+    axes = fig.subplots(1, panels)
+    yield axes
+    for ax in np.atleast_1d(axes):
+        ax.grid(alpha=0.25)
+        ax.spines[["top", "right"]].set_visible(False)
+        _, labels = ax.get_legend_handles_labels()
+        if labels:
+            ax.legend(frameon=False, fontsize="small")
+    write_atomic(path, lambda file: fig.savefig(file, format="png", dpi=120))
+
+
+def save(run, name, **numbers):
+    """Writes a command's numbers to the autoencoder's folder, beside its plot if it has one."""
+    save_json(os.path.join(run.folder, f"{name}.json"), numbers)
+    print(f"wrote {name}.* to {run.folder}")
+
+
+def token_text(run, *tokens):
+    """
+    Tokens as one printable line: ⏎ and ⇥ for white space, · for other control characters, �
+    for parts of a character.
+    """
+    text = run.tokenizer.decode([int(token) for token in tokens])
+    text = text.replace("\n", "⏎").replace("\t", "⇥")
+    return "".join(character if character.isprintable() else "·" for character in text)
+
+
+def snippet(run, position, width):
+    """The token at a position, «marked», with what stands around it in its context."""
+    context = run.contexts[position // run.T]
+    t = position % run.T
+    left = token_text(run, *context[:t])
+    token = token_text(run, context[t])
+    right = token_text(run, *context[t + 1:-1])
     room = max(10, width - len(token))
-    return f"{left[-(room * 2 // 3):].rjust(room * 2 // 3)}«{token}»{right[:room // 3]}"
-
-
-def title(this, i, acts):
-    """One line on what feature i, with activations acts (tokens,), is about."""
-    on = np.flatnonzero(acts)
-    if not len(on):
-        return f"feature {i}  not active on any of {len(acts):,} held-out tokens"
-    best = on[np.argsort(-acts[on], kind="stable")[:50]]
-    token, n = Counter(this.tokens[best].tolist()).most_common(1)[0]
-    counts = histogram(acts)
-    bars = (" ▁▂▃▄▅▆▇█"[math.ceil(8 * math.sqrt(count / max(counts)))] for count in counts)  # a root, so that few show
-    return (f"feature {i}  density {len(on) / len(acts):.2%}  max {acts.max():.2f}  '{token_text(this, token)}' at {n} "
-            f"of its top {len(best)}  {''.join(bars)}")
+    room_left = room * 2 // 3    # what comes before explains more
+    return f"{left[-room_left:].rjust(room_left)}«{token}»{right[:room // 3]}"
 
 
 def histogram(acts):
     """Counts of activations in 24 bins from 0, those of 0 left out, to the largest."""
-    return np.histogram(acts[acts > 0], bins=24, range=(0, acts.max()))[0].tolist()
+    counts, _ = np.histogram(acts[acts > 0], bins=24, range=(0, acts.max()))
+    return counts.tolist()
 
 
-def examples(this, acts, n_top, n_intervals, each, rng):
+def title(run, i, acts):
+    """One line on what feature i, with activations acts (N T,), is about."""
+    on = np.flatnonzero(acts)
+    if len(on) == 0:
+        return f"feature {i}  not active on any of {len(acts):,} held-out tokens"
+    best = on[np.argsort(-acts[on], kind="stable")[:50]]
+    token, n = Counter(run.tokens[best].tolist()).most_common(1)[0]
+    counts = histogram(acts)
+    heights = [math.sqrt(count / max(counts)) for count in counts]    # a root, so that few show
+    bars = "".join(" ▁▂▃▄▅▆▇█"[math.ceil(8 * height)] for height in heights)
+    return (
+        f"feature {i}  density {len(on) / len(acts):.2%}  max {acts.max():.2f}  "
+        f"'{token_text(run, token)}' at {n} of its top {len(best)}  {bars}"
+    )
+
+
+def top_examples(run, acts, n):
+    """Positions of the n largest activations, each with other tokens just before and after it."""
+    on = np.flatnonzero(acts)
+    ranked = on[np.argsort(-acts[on], kind="stable")][:200].tolist()
+    seen = set()
+    positions = []
+    for position in ranked:
+        around = run.tokens[max(0, position - 4):position + 2].tobytes()
+        if around not in seen:
+            seen.add(around)
+            positions.append(position)
+    return positions[:n]
+
+
+def examples(run, acts, n_top, n_intervals, each, rng):
     """
-    Where a feature is active: positions of its n_top largest activations, each with another text around it, and of
-    `each` random ones from n_intervals evenly spaced intervals of its activation, the highest first (Towards
-    Monosemanticity, feature browser). acts: (tokens,) -> list of (label, position)
+    Where a feature is active: its n_top largest activations, and `each` random ones from
+    n_intervals evenly spaced intervals of its activation, the highest first (Bricken et al.,
+    the intervals of the feature browser). acts: (N T,) -> list of (label, position)
     """
-    on, top, edges = np.flatnonzero(acts), {}, np.linspace(0, acts.max(), n_intervals + 1)
-    for position in on[np.argsort(-acts[on], kind="stable")][:200].tolist():  # one of those with the same tokens around
-        top.setdefault(this.tokens[max(0, position - 4):position + 2].tobytes(), ("top", position))
-    chosen = list(top.values())[:n_top]
+    chosen = [("top", position) for position in top_examples(run, acts, n_top)]
+    on = np.flatnonzero(acts)
+    edges = np.linspace(0, acts.max(), n_intervals + 1)
     for k in reversed(range(n_intervals)):
-        inside = np.setdiff1d(on[(acts[on] > edges[k]) & (acts[on] <= edges[k + 1])], [place for _, place in chosen])
-        chosen += [(f"{100 * k // n_intervals}-{100 * (k + 1) // n_intervals}%", int(position))
-                   for position in rng.permutation(inside)[:each]]
+        inside = on[(acts[on] > edges[k]) & (acts[on] <= edges[k + 1])]
+        inside = np.setdiff1d(inside, [position for _, position in chosen])
+        label = f"{100 * k // n_intervals}-{100 * (k + 1) // n_intervals}%"
+        for position in rng.permutation(inside)[:each]:
+            chosen.append((label, int(position)))
     return chosen
 
 
-def related(this, i, largest, n):
-    """-> [(id, value)] of tokens that feature i at its largest activation raises, lowers; of its nearest neurons."""
-    (kind, layer), direction = this.site.split("."), this.sae.W_dec[i]
-    effects, cosines = logit_effects(this, direction[None])[0] * largest, direction     # at mlp neurons are the axes
-    if kind != "mlp":                                                                   # else what they write there
-        cosines = direction @ F.normalize(this.gpt.blocks[int(layer)].mlp_proj.weight, dim=0)
-    kinds = ((effects, effects), (effects, -effects), (cosines, cosines.abs()))
-    return [[(j, values[j].item()) for j in by.topk(min(n, len(by))).indices.tolist()] for values, by in kinds]
+def ranked_pairs(values, by, n):
+    """values, by: (k,) -> [(index, value)] of the n entries that are largest in `by`."""
+    best = by.topk(min(n, len(by))).indices.tolist()
+    return [(j, values[j].item()) for j in best]
 
 
-def print_feature(this, i, acts, n_top=5, n_intervals=4, each=1, n_tokens=8, note=""):
-    """Prints feature i: density, histogram, examples, tokens raised and lowered, nearest neurons. acts: (tokens,)"""
-    print(f"\n{title(this, i, acts)}{note}")
+def related(run, i, largest, n):
+    """
+    -> n tokens each that feature i at its largest activation raises, that it lowers, and its
+    nearest neurons, as [(number, logit or cosine)]
+    """
+    kind, layer = run.site.split(".")
+    direction = run.sae.W_dec[i]
+    logits = logit_effects(run, direction[None])[0] * largest    # (vocab_size,)
+    if kind == "mlp":
+        cosines = direction    # the neurons are the axes
+    else:
+        written = run.gpt.blocks[int(layer)].mlp_proj.weight    # (n_embd, n_neurons), by the neurons
+        cosines = direction @ F.normalize(written, dim=0)
+    raised = ranked_pairs(logits, logits, n)
+    lowered = ranked_pairs(logits, -logits, n)
+    return raised, lowered, ranked_pairs(cosines, cosines.abs(), n)
+
+
+def print_feature(run, i, acts, n_top=5, n_intervals=4, each=1, n_tokens=8, note=""):
+    """
+    Prints feature i with activations acts (N T,): density, histogram, examples, tokens that
+    it raises and lowers, nearest neurons.
+    """
+    print(f"\n{title(run, i, acts)}{note}")
     if not acts.any():
         return
-    width, previous = min(160, shutil.get_terminal_size((120, 24)).columns) - 22, ""
-    for label, position in examples(this, acts, n_top, n_intervals, each, np.random.default_rng(i)):
-        print(f"  {label if label != previous else '':>8} {acts[position]:8.2f}  {snippet(this, position, width)}")
+    columns = shutil.get_terminal_size((120, 24)).columns
+    width = min(160, columns) - 22    # 22: label and activation
+    previous = ""
+    chosen = examples(run, acts, n_top, n_intervals, each, np.random.default_rng(i))
+    for label, position in chosen:
+        shown = label if label != previous else ""    # a label once for all its examples
+        print(f"  {shown:>8} {acts[position]:8.2f}  {snippet(run, position, width)}")
         previous = label
-    *tokens, neurons = related(this, i, acts.max().item(), n_tokens)
-    for label, some in zip(("raises", "lowers"), tokens):
-        print(f"  {label:>8}  " + "  ".join(f"{token_text(this, t)!r} {effect:+.1f}" for t, effect in some))
-    print(f"  {'neurons':>8}  " + "  ".join(f"{n} {cosine:+.2f}" for n, cosine in neurons))
+    raised, lowered, nearest = related(run, i, acts.max().item(), n_tokens)
+    for label, pairs in (("raises", raised), ("lowers", lowered)):
+        texts = [f"{token_text(run, token)!r} {logit:+.1f}" for token, logit in pairs]
+        print(f"  {label:>8}  " + "  ".join(texts))
+    texts = [f"{number} {cosine:+.2f}" for number, cosine in nearest]
+    print(f"  {'neurons':>8}  " + "  ".join(texts))
 
 
-def save(this, name, **numbers):
-    """Writes a command's numbers to the autoencoder's folder, beside its plot if it has one."""
-    save_json(os.path.join(this.folder, f"{name}.json"), numbers)
-    print(f"wrote {name}.* to {this.folder}")
+# -----------------------------------------------------------------------------
+# report, feature, toy
+
+
+def summary(run, metrics):
+    """Metrics as rows (name, value, note) of text, for the terminal and for the page."""
+    m = metrics["n_features"]
+    n_dead = round(metrics["dead"] * m)
+    rows = [
+        ("L0", f"{metrics['l0']:.1f}", "active features a token"),
+        ("variance explained", f"{metrics['variance_explained']:.3f}", "about the mean"),
+        ("dead", f"{metrics['dead']:.2%}", f"{n_dead:,} of {m:,} never active here"),
+        ("ultra-low density", f"{metrics['ultra_low']:.2%}",
+         f"on at fewer than 1 in {1 / ULTRA_LOW:,.0f} tokens"),
+    ]
+    if run.gpt:
+        others = (
+            f"spliced {metrics['loss_spliced']:.3f}, mean-ablated {metrics['loss_mean_ablated']:.3f}, "
+            f"zero-ablated {metrics['loss_zero_ablated']:.3f} nats a token"
+        )
+        recovered = f"{metrics['loss_recovered']:.3f}"
+        rows.append(("loss", f"{metrics['loss_plain']:.3f}", others))
+        rows.append(("loss recovered", recovered, "of what zero-ablation costs"))
+    return rows
+
+
+def draw_density(run, density, n_tokens):
+    """The histogram of log10 density that Bricken et al. watch, the ultra-low features apart."""
+    alive = density[density > 0]
+    lowest = min(math.log10(ULTRA_LOW) - 0.5, np.log10(alive.min(initial=1)) - 0.1)
+    bins = np.linspace(lowest, 0, 60)
+    groups = (
+        (alive >= ULTRA_LOW, BLUE, "alive"),
+        (alive < ULTRA_LOW, RED, "ultra-low"),
+    )
+    with figure(os.path.join(run.folder, "density.png")) as ax:
+        for which, colour, label in groups:
+            label = f"{label}: {which.sum():,}"
+            ax.hist(np.log10(alive[which]), bins=bins, color=colour, label=label)
+        ax.axvline(math.log10(ULTRA_LOW), color=RED, lw=1, ls=":")
+        ax.plot([], [], " ", label=f"dead: {len(density) - len(alive):,}")    # a line of the legend
+        ax.set(xlabel=f"log10 of feature density on {n_tokens:,} held-out tokens", ylabel="features")
 
 
 def read_log(folder):
+    """An autoencoder's log.jsonl -> {name: array (lines,)}; UserError where it is damaged."""
     path = os.path.join(folder, "log.jsonl")
-    with reading(path, f"run python train_sae.py --name={os.path.basename(folder)}"), open(path, encoding="utf-8") as f:
-        log = [json.loads(line) for line in f]
-        return {key: np.array([row[key] for row in log], float)
-                for key in ("step", "rows", "mse", "l1", "l0", "dead", "variance_explained")}
+    hint = f"run python train_sae.py --name={os.path.basename(folder)}"
+    names = ("step", "rows", "mse", "l1", "l0", "dead", "variance_explained")
+    with reading(path, hint), open(path, encoding="utf-8") as file:
+        log = [json.loads(line) for line in file]
+        columns = {}
+        for name in names:
+            columns[name] = np.array([row[name] for row in log], float)
+        return columns
 
 
-# -----------------------------------------------------------------------------
-# commands: report, feature, toy
+def draw_training(run):
+    """How variance explained, L0 and the share of dead features went."""
+    log = read_log(run.folder)
+    path = os.path.join(run.folder, "training.png")
+    with figure(path, panels=3, width=9, height=2.8) as axes:
+        for ax, name in zip(axes, ("variance_explained", "l0", "dead")):
+            ax.plot(log["step"], log[name], color=BLUE)
+            ax.set(xlabel="step", title=name.replace("_", " "))
+            ax.set_yscale("log" if name == "l0" else "linear")
 
-def report(this, args):
+
+def show_report(run, args):
     """Metrics, their plots, the most important features and some drawn at random, and the page."""
-    metrics, features = measure(this)
-    m, alive = metrics["n_features"], features.density[features.density > 0]
-    headline = f"{os.path.basename(this.folder)} · {this.recipe} recipe · {this.site} · {m:,} features"
-    rows = [("L0", f"{metrics['l0']:.1f}", "active features a token"),
-            ("variance explained", f"{metrics['variance_explained']:.3f}", "about the mean"),
-            ("dead", f"{metrics['dead']:.2%}", f"{m - len(alive):,} of {m:,} never active here"),
-            ("ultra-low density", f"{metrics['ultra_low']:.2%}", f"on at fewer than 1 in {1 / ULTRA_LOW:,.0f} tokens")]
-    if this.gpt:
-        rows += [("loss", f"{metrics['loss_plain']:.3f}", f"spliced {metrics['loss_spliced']:.3f}, mean-ablated "
-                  f"{metrics['loss_mean_ablated']:.3f}, zero-ablated {metrics['loss_zero_ablated']:.3f} nats a token"),
-                 ("loss recovered", f"{metrics['loss_recovered']:.3f}", "of what zero-ablation costs")]
-    print(f"\n{headline}, on {metrics['tokens']:,} held-out {'tokens' if this.gpt else 'rows'}")
-    for name, value, note in rows:
-        print(f"  {name:<20}{value:>9}   {note}")
-    with figure(os.path.join(this.folder, "density.png")) as ax:
-        bins = np.linspace(min(math.log10(ULTRA_LOW) - 0.5, np.log10(alive.min(initial=1)) - 0.1), 0, 60)
-        for which, colour, label in ((alive >= ULTRA_LOW, BLUE, "alive"), (alive < ULTRA_LOW, RED, "ultra-low")):
-            ax.hist(np.log10(alive[which]), bins=bins, color=colour, label=f"{label}: {which.sum():,}")
-        ax.axvline(math.log10(ULTRA_LOW), color=RED, lw=1, ls=":")
-        ax.plot([], [], " ", label=f"dead: {m - len(alive):,}")
-        ax.set(xlabel=f"log10 of feature density on {metrics['tokens']:,} held-out tokens", ylabel="features")
-    log = read_log(this.folder)
-    with figure(os.path.join(this.folder, "training.png"), panels=3, width=9, height=2.8) as axes:
-        for ax, key in zip(axes, ("variance_explained", "l0", "dead")):
-            ax.plot(log["step"], log[key], color=BLUE)
-            ax.set(xlabel="step", title=key.replace("_", " "), yscale="log" if key == "l0" else "linear")
-    if this.gpt:
-        best = np.argsort(-features.energy, kind="stable")[:args.show]
-        drawn = np.random.default_rng(args.seed).permutation(np.flatnonzero(features.density > 0))[:args.show]
-        for heading, numbers in (("that carry most of the reconstruction", best), ("drawn at random", drawn)):
-            print("\n" + f" features {heading} ".center(100, "─"))
-            for i, acts in zip(numbers.tolist(), activations_of(this, numbers)):
-                print_feature(this, i, acts)
+    if run.kind == "own":    # the twentieth that was held out
+        seed = run.sae.extra["args"]["seed"]
+        store = ActivationStore(run.source["acts"], seed, (0.95, 1))
+        run.held_out = store.sample(args.eval_tokens, args.seed)
+    metrics, statistics = measure(run)
+    name = os.path.basename(run.folder)
+    recipe = run.sae.config.recipe
+    headline = f"{name} · {recipe} recipe · {run.site} · {run.n_features:,} features"
+    unit = "tokens" if run.gpt else "rows"
+    rows = summary(run, metrics)
+    print(f"\n{headline}, on {metrics['tokens']:,} held-out {unit}")
+    for row_name, value, note in rows:
+        print(f"  {row_name:<20}{value:>9}   {note}")
+    draw_density(run, statistics.density, metrics["tokens"])
+    draw_training(run)
+    if run.gpt:
+        best = np.argsort(-statistics.energy, kind="stable")
+        alive = np.flatnonzero(statistics.density > 0)
+        drawn = np.random.default_rng(args.seed).permutation(alive)
+        print_features(run, "that carry most of the reconstruction", best[:args.show])
+        print_features(run, "drawn at random", drawn[:args.show])
         print()
-        write_page(this, headline, rows)
-        print(f"wrote {os.path.join(this.folder, 'features.html')}: open it in a browser")
-    save(this, "metrics", **metrics)
+        write_page(run, headline, rows)
+        print(f"wrote {os.path.join(run.folder, 'features.html')}: open it in a browser")
+    save(run, "metrics", **metrics)
 
 
-def feature(this, args):
+def print_features(run, heading, numbers):
+    print("\n" + f" features {heading} ".center(100, "─"))
+    for i, acts in zip(numbers.tolist(), run.activations(numbers)):
+        print_feature(run, i, acts)
+
+
+def show_feature(run, args):
     """One feature in full."""
-    i = known(this, " ".join(args.arguments))
-    print_feature(this, i, activations_of(this, [i])[0], n_top=20, n_intervals=10, each=3, n_tokens=12)
+    i = run.feature_number(" ".join(args.arguments))
+    acts = run.activations([i])[0]
+    print_feature(run, i, acts, n_top=20, n_intervals=10, each=3, n_tokens=12)
 
 
-def toy(this, args):
-    """How many true directions have a feature of their own: the highest cosine with any decoder row is over 0.9."""
-    cosines = (this.source["truth"].to(this.sae.W_dec) @ this.sae.W_dec.t()).amax(1).cpu().numpy()
+def highest_cosines(run):
+    """For each true direction of toy data the highest cosine with any decoder row -> (directions,)."""
+    truth = run.source["truth"].to(run.sae.W_dec)    # (directions, n), unit rows, as W_dec's are
+    return (truth @ run.sae.W_dec.t()).amax(1).cpu().numpy()
+
+
+def show_toy(run, args):
+    """How many true directions have a feature of their own: a cosine over 0.9 with a decoder row."""
+    cosines = highest_cosines(run)
     found = cosines > 0.9
-    print(f"{found.sum()} of {len(found)} true directions found ({found.mean():.1%}): cosine with a feature over 0.9; "
-          f"mean of the highest cosines {cosines.mean():.3f}")
-    for name, part in zip(("most frequent", "frequent", "rare", "rarest"), np.array_split(found, 4)):
-        print(f"  {name:>14} quarter  {part.mean():7.1%}")
-    save(this, "metrics", true_directions=len(found), found=float(found.mean()), mean_max_cosine=float(cosines.mean()))
+    print(
+        f"{found.sum()} of {len(found)} true directions found ({found.mean():.1%}): "
+        f"cosine with a feature over 0.9; mean of the highest cosines {cosines.mean():.3f}"
+    )
+    quarters = np.array_split(found, 4)    # the first direction is the most frequent
+    for name, quarter in zip(("most frequent", "frequent", "rare", "rarest"), quarters):
+        print(f"  {name:>14} quarter  {quarter.mean():7.1%}")
+    save(
+        run,
+        "metrics",
+        true_directions=len(found),
+        found=float(found.mean()),
+        mean_max_cosine=float(cosines.mean()),
+    )
 
 
 # -----------------------------------------------------------------------------
-# commands: cause, steer, search
+# cause: which features make the model say what it says
 
-def encode_text(this, text):
+
+def encode_text(run, text):
     """Text -> token ids (1, T); UserError when it is empty or longer than a context."""
-    ids = this.tokenizer.encode_ordinary(text)
-    if not 0 < len(ids) <= this.gpt.config.block_size:
-        raise UserError(f"{text[:40]!r} has {len(ids)} tokens: give 1 to {this.gpt.config.block_size}")
-    return torch.tensor([ids], device=this.sae.W_dec.device)
+    ids = run.tokenizer.encode_ordinary(text)
+    longest = run.gpt.config.block_size
+    if not 0 < len(ids) <= longest:
+        raise UserError(f"{text[:40]!r} has {len(ids)} tokens: give 1 to {longest}")
+    return torch.tensor([ids], device=run.device)
 
 
-def logits_at(this, idx, p, x=None):
-    """Logits (b, vocab_size) at token p[b] of each context idx[b] (b, T), with x (b, T, n), if given, at the site."""
-    stream = this.gpt.trunk(idx, lambda site, _: x if site == this.site else None)
-    return this.gpt.lm_head(stream[torch.arange(len(idx), device=idx.device), p])
-
-
-def effects(this, idx, p, targets):
+def logits_at(run, contexts, places, x=None):
     """
-    What each feature that is active at token p[b] of context idx[b] (b, T) does there to the logit of targets[b],
-    measured against the mean logit (Towards Monosemanticity, Scaling Monosemanticity: ablations and attributions).
-    ablation: that logit minus the logit without the feature, f_i W_dec_i subtracted from x. attribution: its
-    first-order estimate f_i W_dec_i . gradient; one backward pass serves all features.
-    -> namespace of arrays (k,): row, feature, activation, attribution, ablation
+    Logits (b, vocab_size) at token places[k] of each of contexts (b, T), with x (b, T, n), if
+    given, in the place of the activations at the site.
     """
-    rows, x = torch.arange(len(idx), device=idx.device), this.gpt.activations(idx, this.site)
+    stream = run.gpt.trunk(contexts, lambda site, _: x if site == run.site else None)
+    rows = torch.arange(len(contexts), device=contexts.device)
+    return run.gpt.lm_head(stream[rows, places])    # the unembedding at these tokens alone
 
-    def contrast(r, x):  # of contexts r with x at the site: the target's logit, about the mean
-        logits = logits_at(this, idx[r], p[r], x)
-        return logits.gather(1, targets[r, None])[:, 0] - logits.mean(1)
+
+@dataclass
+class Effects:
+    """What features that are active at some tokens do there, an entry (k,) for each pair of them."""
+    row: np.ndarray            # which of the contexts
+    feature: np.ndarray
+    activation: np.ndarray
+    attribution: np.ndarray
+    ablation: np.ndarray
+
+
+def effects(run, contexts, places, targets):
+    """
+    What each feature that is active at token places[k] of contexts[k] (b, T) does there to
+    the logit of targets[k], measured against the mean logit -> Effects (Templeton et al.,
+    "Features as Computational Intermediates").
+
+    ablation: that logit minus the logit without the feature, its f_i W_dec_i subtracted from
+    x. attribution: the first-order estimate of that, f_i W_dec_i . gradient; one backward
+    pass serves all features.
+    """
+    everything = torch.arange(len(contexts), device=contexts.device)
+    x = run.gpt.activations(contexts, run.site)    # (b, T, n)
+
+    def contrast(rows, x):    # of contexts[rows], with x at the site: (len(rows),)
+        logits = logits_at(run, contexts[rows], places[rows], x)
+        return logits.gather(1, targets[rows, None])[:, 0] - logits.mean(1)
+
     with torch.enable_grad():
-        before = contrast(rows, x.requires_grad_())
-        gradient, = torch.autograd.grad(before.sum(), x)
-    x, before = x.detach(), before.detach()
-    f, scale = this.sae.encode(x[rows, p]), this.sae.input_scale(x[rows, p])                  # (b, m), (b, 1)
-    row, feature = f.nonzero(as_tuple=True)
-    part = f[row, feature, None] * this.sae.W_dec[feature] / scale[row]                       # (k, n), in raw units
-    ablation = torch.zeros(len(row), device=idx.device)
-    for k in tracked("ablating", blocks(len(row)), "features"):
-        r, changed = row[k], x[row[k]]                                                        # a copy
-        changed[torch.arange(len(k)), p[r]] -= part[k]
-        ablation[k] = before[r] - contrast(r, changed)
-    arrays = {"row": row, "feature": feature, "activation": f[row, feature], "ablation": ablation,
-              "attribution": (part * gradient[rows, p][row]).sum(1)}
-    return SimpleNamespace(**{name: value.cpu().numpy() for name, value in arrays.items()})
+        before = contrast(everything, x.requires_grad_())
+        gradient, = torch.autograd.grad(before.sum(), x)    # (b, T, n)
+    x = x.detach()
+    before = before.detach()
+
+    f = run.sae.encode(x[everything, places])                              # (b, m)
+    scale = run.sae.input_scale(x[everything, places])                     # (b, 1)
+    row, feature = f.nonzero(as_tuple=True)                                # (k,) each: active pairs
+    activation = f[row, feature]
+    parts = activation[:, None] * run.sae.W_dec[feature] / scale[row]      # (k, n), in raw units
+    attribution = (parts * gradient[everything, places][row]).sum(1)
+
+    ablation = torch.zeros(len(row), device=contexts.device)
+    for block in tracked("ablating", blocks(len(row)), "features"):
+        rows = row[block]
+        changed = x[rows]    # a copy
+        changed[torch.arange(len(block)), places[rows]] -= parts[block]
+        ablation[block] = before[rows] - contrast(rows, changed)
+    arrays = (row, feature, activation, attribution, ablation)
+    return Effects(*(array.cpu().numpy() for array in arrays))
 
 
-def cause(this, args, n_tokens=400):
-    """Attribution and ablation of the features behind one prediction, and how well one stands for the other."""
+def drawn_effects(run, seed, n_tokens):
+    """effects at n_tokens tokens drawn from all contexts, of the token that follows in the text."""
+    rng = np.random.default_rng(seed)
+    contexts = run.contexts[rng.integers(0, len(run.contexts), n_tokens)].to(run.device)
+    places = torch.from_numpy(rng.integers(0, run.T, n_tokens)).to(run.device)
+    targets = contexts.gather(1, places[:, None] + 1)[:, 0]
+    return effects(run, contexts[:, :-1], places, targets)
+
+
+def correlations(a, b):
+    """Pearson's and the rank correlation of two arrays (k,)."""
+    pearson = float(np.corrcoef(a, b)[0, 1])
+    ranks = [values.argsort().argsort() for values in (a, b)]
+    return pearson, float(np.corrcoef(*ranks)[0, 1])
+
+
+def show_cause(run, args, n_tokens=400):
+    """How well attribution, or the activation, stands for ablation; or one prediction explained."""
     if args.prompt:
-        idx = encode_text(this, args.prompt)
-        p = torch.tensor([idx.shape[1] - 1], device=idx.device)
-        probs = logits_at(this, idx, p).softmax(1)[0]
-        target = encode_text(this, args.target)[0, :1] if args.target else probs.argmax(keepdim=True)
-        e = effects(this, idx, p, target)
-        print(f"after {args.prompt!r}: {token_text(this, target)!r} with probability {probs[target].item():.3f}\n"
-              + ("its logit, by feature: activation, attribution, ablation" if len(e.row) else "no feature is active"))
-        top = np.argsort(-np.abs(e.ablation))[:args.show]
-        for k, acts in zip(top, activations_of(this, e.feature[top])):
-            print(f"  {e.activation[k]:6.2f}  {e.attribution[k]:+7.3f}  {e.ablation[k]:+7.3f}  "
-                  f"{title(this, int(e.feature[k]), acts)}")
+        show_cause_of_prompt(run, args)
         return
-    rng = np.random.default_rng(args.seed)
-    contexts = this.contexts[rng.integers(0, len(this.contexts), n_tokens)].to(this.sae.W_dec.device)
-    p = torch.from_numpy(rng.integers(0, contexts.shape[1] - 1, n_tokens)).to(contexts.device)
-    e = effects(this, contexts[:, :-1], p, contexts.gather(1, p[:, None] + 1)[:, 0])
-    if not len(e.row):
-        raise all_dead(this)
-    numbers = {"tokens": n_tokens, "active_features": len(e.row)}
-    with figure(os.path.join(this.folder, "cause.png"), panels=2, width=8) as axes:
+    found = drawn_effects(run, args.seed, n_tokens)
+    if len(found.row) == 0:
+        raise run.all_dead()
+    numbers = {"tokens": n_tokens, "active_features": len(found.row)}
+    with figure(os.path.join(run.folder, "cause.png"), panels=2, width=8) as axes:
         for ax, name in zip(axes, ("attribution", "activation")):
-            values = getattr(e, name)
-            ranks = [a.argsort().argsort() for a in (values, e.ablation)]
-            pearson, rank = (float(np.corrcoef(*pair)[0, 1]) for pair in ((values, e.ablation), ranks))
+            values = getattr(found, name)
+            pearson, rank = correlations(values, found.ablation)
             numbers[name] = {"pearson": pearson, "rank": rank}
             print(f"{name:>12} with ablation effect: Pearson {pearson:+.3f}, rank {rank:+.3f}")
-            ax.scatter(values, e.ablation, s=4, alpha=0.4, color=BLUE)
+            ax.scatter(values, found.ablation, s=4, alpha=0.4, color=BLUE)
             ax.set(xlabel=name, ylabel="ablation effect", title=f"rank correlation {rank:.2f}")
-    print(f"{len(e.row):,} active features at {n_tokens} held-out tokens")
-    save(this, "cause", **numbers)
+    print(f"{len(found.row):,} active features at {n_tokens} held-out tokens")
+    save(run, "cause", **numbers)
 
 
-def clamp(this, features, value):
+def show_cause_of_prompt(run, args):
+    """The features behind what comes after a prompt, those with the largest ablation effect first."""
+    idx = encode_text(run, args.prompt)
+    last = torch.tensor([idx.shape[1] - 1], device=run.device)
+    probabilities = logits_at(run, idx, last).softmax(1)[0]
+    if args.target:
+        target = encode_text(run, args.target)[0, :1]
+    else:
+        target = probabilities.argmax(keepdim=True)
+    found = effects(run, idx, last, target)
+    print(
+        f"after {args.prompt!r}: {token_text(run, target)!r} "
+        f"with probability {probabilities[target].item():.3f}"
+    )
+    if len(found.row) == 0:
+        print("no feature is active")
+        return
+    print("its logit, by feature: activation, attribution, ablation")
+    top = np.argsort(-np.abs(found.ablation))[:args.show]
+    for k, acts in zip(top, run.activations(found.feature[top])):
+        print(
+            f"  {found.activation[k]:6.2f}  {found.attribution[k]:+7.3f}  {found.ablation[k]:+7.3f}  "
+            f"{title(run, int(found.feature[k]), acts)}"
+        )
+
+
+# -----------------------------------------------------------------------------
+# steer: a feature held at a value
+
+
+def clamp(run, features, value):
     """
-    Hook that holds one feature, or features[b] in context b, at `value` on every token and keeps the reconstruction
-    error: x + (value - f_i) W_dec_i is SAE(x) with f_i clamped, plus x - SAE(x) (Scaling Monosemanticity, Methods:
-    steering). value None: f_i's own. With 0 it is the ablation of Towards Monosemanticity's feature browser.
-    """
-    encoder, decoder = this.sae.W_enc.t()[features], this.sae.W_dec[features]             # (b, n)
+    A hook that holds features[k] in context k (or one feature in all contexts) at `value` on
+    every token and keeps the reconstruction error (Templeton et al., methods: steering).
 
-    def hook(site, x):  # (b, T, n)
-        if site == this.site:
-            scale = this.sae.input_scale(x)
-            f = F.relu((x * scale) @ encoder[:, :, None] + this.sae.b_enc[features, None, None])   # (b, T, 1)
-            return x + ((f if value is None else value) - f) * decoder[:, None] / scale
+    x + (value - f_i) W_dec_i is SAE(x) with f_i clamped, plus x - SAE(x). value None: f_i's
+    own, which changes nothing. With 0 it is the ablation of Bricken et al.'s feature browser.
+    """
+    features = torch.as_tensor(features, device=run.device)[:, None]    # (b, 1)
+    directions = run.sae.W_dec[features]                                # (b, 1, n)
+
+    def hook(site, x):    # (b, T, n)
+        if site != run.site:
+            return None
+        f = run.sae.encode(x, features)    # (b, T, 1)
+        held = f if value is None else value
+        return x + (held - f) * directions / run.sae.input_scale(x)
+
     return hook
 
 
-def steer(this, args):
-    """Text with a feature clamped to multiples of its maximum, and how likely the token it raises most becomes."""
-    i, device = known(this, args.feature), this.sae.W_dec.device
+def mean_probability(run, contexts, token, hook=None):
+    """The probability of a token, its mean over all places of contexts (b, T)."""
+    logits, _ = run.gpt(contexts, hook=hook)
+    return logits.softmax(-1)[..., token].mean().item()
+
+
+def parse_multiples(text):
+    """--value -> a list of floats, or a UserError."""
     try:
-        multiples = np.asarray_chkfinite(args.value.split(","), float).tolist()
+        return np.asarray_chkfinite(text.split(","), float).tolist()
     except ValueError:
-        raise UserError(f"--value takes multiples of the feature's maximum with commas between, not {args.value}")
-    acts = activations_of(this, [i])[0]
-    print(title(this, i, acts))
+        raise UserError(
+            f"--value takes multiples of the feature's maximum with commas between, not {text}"
+        )
+
+
+def show_steer(run, args):
+    """Text with a feature clamped to multiples of its maximum, and how likely its token becomes."""
+    i = run.feature_number(args.feature)
+    multiples = parse_multiples(args.value)
+    acts = run.activations([i])[0]
+    print(title(run, i, acts))
     if not acts.any():
         return
-    token = logit_effects(this, this.sae.W_dec[i:i + 1]).argmax().item()
-    idx = this.contexts[::max(1, len(this.contexts) // 16), :-1].to(device)
-    start, clamped = encode_text(this, args.prompt) if args.prompt else idx[:1, :16], []
+    token = logit_effects(run, run.sae.W_dec[i:i + 1]).argmax().item()    # what it raises most
+    stride = max(1, len(run.contexts) // 16)
+    contexts = run.contexts[::stride, :-1].to(run.device)
+    start = encode_text(run, args.prompt) if args.prompt else contexts[:1, :16]
+    clamped = []
     for multiple in [None] + multiples:
-        hook = None if multiple is None else clamp(this, [i], multiple * acts.max().item())
-        probability = this.gpt(idx, hook=hook)[0].softmax(-1)[..., token].mean().item()
+        hook = None
+        if multiple is not None:
+            hook = clamp(run, [i], multiple * acts.max().item())
+        probability = mean_probability(run, contexts, token, hook)
         clamped.append({"multiple": multiple, "probability": probability})
-        generator = torch.Generator(device).manual_seed(args.seed)
-        ids = this.gpt.generate(start, 60, hook=hook, generator=generator)[0, start.shape[1]:]
+        generator = torch.Generator(run.device).manual_seed(args.seed)    # the same draws for all
+        ids = run.gpt.generate(start, 60, hook=hook, generator=generator)
+        written = token_text(run, *ids[0, start.shape[1]:])
         name = "unsteered" if multiple is None else f"{multiple:+g} x max"
-        print(f"\n{name:>12}  {token_text(this, token)!r} has probability {probability:.4f}\n"
-              f"{'':14}{token_text(this, *ids)}")
-    save(this, "steer", feature=i, token=token_text(this, token), clamped=clamped)
-
-
-def search_scores(this, texts, without=()):
-    """
-    -> scores (m,): a feature's activation on each text's token marked with «...» (else its last), plus its mean over
-    the text, averaged over the texts; minus twice the highest it reaches on any text without the concept.
-    """
-    def activations(text):  # f (T, m), and the place of the token that holds the last marked character
-        marked = re.search("«.+?»", text, re.S)
-        upto, plain = (re.sub("[«»]", "", part) for part in (text[:marked.end()] if marked else text, text))
-        idx = encode_text(this, plain)
-        starts = this.tokenizer.decode_with_offsets(idx[0].tolist())[1]                       # in characters
-        return this.sae.encode(this.gpt.activations(idx, this.site))[0], bisect(starts, len(upto) - 1) - 1
-    found = [f[at] + f.mean(0) for f, at in map(activations, texts)]
-    elsewhere = [f.amax(0) for f, _ in map(activations, without)] or [torch.zeros_like(found[0])]
-    return (torch.stack(found).mean(0) - 2 * torch.stack(elsewhere).amax(0)).cpu().numpy()
-
-
-def search(this, args):
-    """Features most active on texts with a concept and not on texts without it."""
-    if not args.arguments:
-        raise UserError('search takes texts, as in: python analyze.py search "import numpy" --without "import os"')
-    scores = search_scores(this, args.arguments, args.without)
-    hits = [int(i) for i in np.argsort(-scores, kind="stable")[:args.show] if scores[i] > 0]
-    if not hits:
-        print("no feature is active there" + (" but not on the texts without it" if args.without else ""))
-    for i, acts in zip(hits, activations_of(this, hits)):
-        print_feature(this, i, acts, n_top=4, n_intervals=0, each=0, note=f"  score {scores[i]:.2f}")
-    save(this, "search", texts=args.arguments, without=args.without, hits=[[i, float(scores[i])] for i in hits])
+        print(f"\n{name:>12}  {token_text(run, token)!r} has probability {probability:.4f}")
+        print(f"{'':14}{written}")
+    save(run, "steer", feature=i, token=token_text(run, token), clamped=clamped)
 
 
 # -----------------------------------------------------------------------------
-# commands: neurons, complete, scaling, compare
+# search: the features of a concept
 
-def neurons(this, args, n_sample=256):
-    """
-    Do features differ from neurons, and are they more explainable? Each feature's highest Pearson correlation with any
-    MLP neuron of the layer (82% had 0.3 or less in Scaling Monosemanticity), and explained_by_tokens for features,
-    neurons and random directions, the last two cut by a threshold to the features' median density.
-    """
-    rng, mlp = np.random.default_rng(args.seed), neuron_activations(this)
-    alive, best, density = highest_correlations(this, unit_rows(mlp))
-    keep, share = np.median(density), float((best <= 0.3).mean())
-    print(f"{share:.1%} of {len(alive):,} alive features have no neuron that they correlate with above 0.3; "
-          f"median of the highest correlations {np.median(best):.2f}")
 
-    def cut(acts):  # to the same density
-        return np.maximum(acts - np.quantile(acts, 1 - keep, axis=1, keepdims=True), 0)
-    directions = rng.standard_normal((this.sae.d_in, n_sample)).astype(np.float32)
-    kinds = {"features": activations_of(this, rng.permutation(alive)[:n_sample]), "neurons": cut(mlp[:n_sample]),
-             "random directions": cut((read(this).numpy() @ directions).T)}
-    scores = {kind: explained_by_tokens(this, acts) for kind, acts in kinds.items()}
-    medians = {kind: np.nanmedian(score, axis=0).tolist() for kind, score in scores.items()}
-    print(f"\nvariance of the activation that tokens explain (R^2 on other contexts), at density {keep:.2%}: median\n"
-          f"{'':24}current token   previous and current")
-    for kind, (by_token, by_pair) in medians.items():
-        print(f"  {kind:<20}{by_token:15.2f}{by_pair:23.2f}")
-    with figure(os.path.join(this.folder, "neurons.png"), panels=2, width=9) as (left, right):
+def read_marked(run, text):
+    """
+    Activations f (T, m) on a text, and the place of the token that holds the last character
+    marked with «...» (without a mark the text's last).
+    """
+    plain = re.sub("[«»]", "", text)
+    marked = re.search("«.+?»", text, re.S)
+    upto = re.sub("[«»]", "", text[:marked.end()]) if marked else plain
+    idx = encode_text(run, plain)
+    f = run.sae.encode(run.gpt.activations(idx, run.site))[0]    # (T, m)
+    _, starts = run.tokenizer.decode_with_offsets(idx[0].tolist())    # in characters
+    return f, bisect(starts, len(upto) - 1) - 1
+
+
+def search_scores(run, texts, without=()):
+    """
+    -> scores (m,): a feature's activation on each text's marked token (else its last), plus
+    its mean over the text, averaged over the texts; minus twice the highest it reaches on any
+    text without the concept (Templeton et al., "Searching for Specific Features").
+    """
+    found = []
+    for text in texts:
+        f, place = read_marked(run, text)
+        found.append(f[place] + f.mean(0))
+    elsewhere = [torch.zeros_like(found[0])]
+    for text in without:
+        f, _ = read_marked(run, text)
+        elsewhere.append(f.amax(0))
+    scores = torch.stack(found).mean(0) - 2 * torch.stack(elsewhere).amax(0)
+    return scores.cpu().numpy()
+
+
+def show_search(run, args):
+    """Features most active on texts with a concept and not on texts without it."""
+    if not args.arguments:
+        example = 'python analyze.py search "import numpy" --without "import os"'
+        raise UserError(f"search takes texts, as in: {example}")
+    scores = search_scores(run, args.arguments, args.without)
+    ranked = np.argsort(-scores, kind="stable")[:args.show].tolist()
+    hits = [i for i in ranked if scores[i] > 0]
+    if not hits:
+        addition = " but not on the texts without it" if args.without else ""
+        print(f"no feature is active there{addition}")
+    for i, acts in zip(hits, run.activations(hits)):
+        note = f"  score {scores[i]:.2f}"
+        print_feature(run, i, acts, n_top=4, n_intervals=0, each=0, note=note)
+    scored = [[i, float(scores[i])] for i in hits]
+    save(run, "search", texts=args.arguments, without=args.without, hits=scored)
+
+
+# -----------------------------------------------------------------------------
+# neurons: do features differ from them?
+
+
+def cut_to_density(acts, density):
+    """acts (k, tokens) less a threshold of each row's own, so that a share `density` is above 0."""
+    thresholds = np.quantile(acts, 1 - density, axis=1, keepdims=True)
+    return np.maximum(acts - thresholds, 0)
+
+
+def explainability(run, alive, mlp, density, seed, n_sample):
+    """
+    explained_by_tokens for n_sample alive features, neurons (of mlp (n_neurons, N T)) and random
+    directions; the last two cut by a threshold to a density -> {kind: R^2 (n_sample, 2)}
+    """
+    rng = np.random.default_rng(seed)
+    directions = rng.standard_normal((run.sae.config.d_in, n_sample)).astype(np.float32)
+    drawn = rng.permutation(alive)[:n_sample]
+    acts = {
+        "features": run.activations(drawn),
+        "neurons": cut_to_density(mlp[:n_sample], density),
+        "random directions": cut_to_density((run.x().numpy() @ directions).T, density),
+    }
+    return {kind: explained_by_tokens(run, rows) for kind, rows in acts.items()}
+
+
+def draw_neurons(run, best, share, scores):
+    """The features' highest correlations with a neuron, and how much tokens explain of each kind."""
+    with figure(os.path.join(run.folder, "neurons.png"), panels=2, width=9) as (left, right):
         left.hist(best, bins=40, color=BLUE)
         left.axvline(0.3, color=RED, ls=":")
-        left.set(xlabel="highest correlation with a neuron", ylabel="features", title=f"{share:.0%} at 0.3 or less")
-        for (kind, score), colour in zip(scores.items(), (BLUE, RED, "#888888")):
-            right.plot(np.sort(score[:, 1]), np.linspace(0, 1, len(score)), color=colour, label=kind)
-        right.set(xlabel="R^2 given previous and current token", ylabel="cumulative share", xlim=(-0.2, 1))
-    save(this, "neurons", share_at_most_03=share, median_correlation=float(np.median(best)), density=float(keep),
-         explained=medians)
+        left.set(xlabel="highest correlation with a neuron", ylabel="features")
+        left.set_title(f"{share:.0%} at 0.3 or less")
+        for (kind, score), colour in zip(scores.items(), (BLUE, RED, GREY)):
+            shares = np.linspace(0, 1, len(score))
+            right.plot(np.sort(score[:, 1]), shares, color=colour, label=kind)
+        right.set(xlabel="R^2 given previous and current token", ylabel="cumulative share")
+        right.set_xlim(-0.2, 1)
 
 
-def word_places(this, path, n=240):
+def show_neurons(run, args, n_sample=256):
     """
-    Words -> positions of their last token in the held-out text (a concept is a word with all its tokens): those of a
-    file, or n of the words with 3 or more occurrences, evenly spaced in the log of their rank (ranks come once).
+    Do features differ from neurons (Templeton et al., "Features vs. Neurons": 82 % have a
+    correlation of 0.3 or less with all of them), and are they more explainable?
     """
-    pieces = [this.tokenizer.decode_single_token_bytes(t) if t != this.tokenizer.eot_token else b"\n"
-              for t in this.tokens.tolist()]
-    ends, places = np.cumsum([len(piece) for piece in pieces]), defaultdict(list)
+    mlp = run.neurons()
+    alive, best, density = highest_correlations(run, unit_rows(mlp))
+    share = float((best <= 0.3).mean())
+    print(
+        f"{share:.1%} of {len(alive):,} alive features have no neuron that they correlate with above "
+        f"0.3; median of the highest correlations {np.median(best):.2f}"
+    )
+    median_density = np.median(density)
+    scores = explainability(run, alive, mlp, median_density, args.seed, n_sample)
+    medians = {kind: np.nanmedian(score, axis=0).tolist() for kind, score in scores.items()}
+    print(
+        "\nvariance of the activation that tokens explain (R^2 on other contexts), at density "
+        f"{median_density:.2%}: median\n{'':24}current token   previous and current"
+    )
+    for kind, (by_token, by_pair) in medians.items():
+        print(f"  {kind:<20}{by_token:15.2f}{by_pair:23.2f}")
+    draw_neurons(run, best, share, scores)
+    save(
+        run,
+        "neurons",
+        share_at_most_03=share,
+        median_correlation=float(np.median(best)),
+        density=float(median_density),
+        explained=medians,
+    )
+
+
+# -----------------------------------------------------------------------------
+# complete: which concepts have a feature of their own?
+
+
+def find_words(run):
+    """Every word of the held-out text, with all its tokens -> {word: positions of its last token}."""
+    end_of_text = run.tokenizer.eot_token
+    pieces = []    # the bytes of each token; between documents a line's end, so that no word crosses
+    for token in run.tokens.tolist():
+        piece = b"\n" if token == end_of_text else run.tokenizer.decode_single_token_bytes(token)
+        pieces.append(piece)
+    last_bytes = defaultdict(list)    # where in the text each word's last byte is
     for match in re.finditer(rb"[A-Za-z]{2,}", b"".join(pieces)):
-        places[match.group().decode()].append(match.end() - 1)
+        last_bytes[match.group().decode()].append(match.end() - 1)
+    ends = np.cumsum([len(piece) for piece in pieces])
+    return {word: np.searchsorted(ends, at, side="right") for word, at in last_bytes.items()}
+
+
+def word_places(run, path, n=240):
+    """
+    The concepts that are looked for -> {word: positions of its last token}: the words of a
+    file, or n of the words with 3 or more occurrences, evenly spaced in the log of their
+    rank.
+    """
+    places = find_words(run)
     if path:
-        with open(path, encoding="utf-8", errors="replace") as f:
-            wanted = [word for word in f.read().split() if word in places]
+        with open(path, encoding="utf-8", errors="replace") as file:
+            wanted = [word for word in file.read().split() if word in places]
     else:
-        ranked = sorted((word for word in places if len(places[word]) > 2), key=lambda word: (-len(places[word]), word))
-        wanted = [ranked[k] for k in np.unique(np.geomspace(1, len(ranked) + 1, n).astype(int) - 1)[:-1]]
-    return {word: np.searchsorted(ends, places[word], side="right") for word in wanted}
+        frequent = [word for word in places if len(places[word]) > 2]
+        ranked = sorted(frequent, key=lambda word: (-len(places[word]), word))
+        ranks = np.geomspace(1, len(ranked) + 1, n).astype(int) - 1
+        wanted = [ranked[rank] for rank in np.unique(ranks)[:-1]]    # small ranks come more than once
+    return {word: places[word] for word in wanted}
 
 
-def best_detectors(this, places):
+def best_detectors(run, places):
     """
-    For each word the feature that detects it best -> F1 (words,), feature (words,), number of alive features. A feature
-    detects a token when its activation is over 0, 1/4 or 1/2 of its maximum, whichever serves the word best.
+    For each word the feature that detects it best -> F1 (words,), feature (words,), number of
+    alive features. A feature detects a token when its activation is over 0, 1/4 or 1/2 of its
+    maximum, whichever serves the word best.
     """
-    f1, feature, alive = np.zeros(len(places)), np.zeros(len(places), dtype=int), 0
-    for block in tracked("looking for words", blocks(this.sae.n_features), "features"):
-        acts = activations_of(this, block)
+    f1 = np.zeros(len(places))
+    best = np.zeros(len(places), dtype=int)
+    n_alive = 0
+    for block in tracked("looking for words", blocks(run.n_features), "features"):
+        acts = run.activations(block)
         highest = acts.max(1, keepdims=True)
-        alive += int((highest > 0).sum())
+        n_alive += int((highest > 0).sum())
         for threshold in (0, 0.25, 0.5):
-            fired = acts > threshold * highest
+            fired = acts > threshold * highest    # (features, N T)
             n_fired = fired.sum(1)
             for k, positions in enumerate(places.values()):
-                scores = 2 * fired[:, positions].sum(1) / (n_fired + len(positions))
+                right = fired[:, positions].sum(1)
+                scores = 2 * right / (n_fired + len(positions))    # F1 = 2 right / (fired + there)
                 if scores.max() > f1[k]:
-                    f1[k], feature[k] = scores.max(), block[scores.argmax()]
-    return f1, feature, alive
+                    f1[k] = scores.max()
+                    best[k] = block[scores.argmax()]
+    return f1, best, n_alive
 
 
 def sigmoid(x, a, b):
     return 1 / (1 + np.exp(-(a + b * x).clip(-30, 30)))
 
 
-def fit_sigmoid(x, y, n_iters=50):
-    """Logistic regression by Newton's method: y (n,) in {0, 1} -> a, b of P(y = 1) = sigmoid(a + b x)."""
-    X, w = np.stack([np.ones_like(x), x], axis=1), np.zeros(2)
+def fit_sigmoid(x, y, n_iters=50, ridge=1e-6):
+    """
+    Logistic regression by Newton's method: x (n,), y (n,) in {0, 1} -> a, b of
+    P(y = 1) = sigmoid(a + b x). The ridge keeps a, b finite where all are 0, or all are 1.
+    """
+    X = np.stack([np.ones_like(x), x], axis=1)    # (n, 2)
+    w = np.zeros(2)
     for _ in range(n_iters):
         p = sigmoid(x, *w)
-        w = w + np.linalg.solve(X.T @ (X * (p * (1 - p))[:, None]) + 1e-6 * np.eye(2), X.T @ (y - p) - 1e-6 * w)
+        gradient = X.T @ (y - p) - ridge * w
+        hessian = X.T @ (X * (p * (1 - p))[:, None]) + ridge * np.eye(2)
+        w = w + np.linalg.solve(hessian, gradient)
     return w
 
 
-def complete(this, args, threshold=0.5):
+def completeness(run, places, frequency, threshold):
     """
-    Which words have a feature of their own (F1 over the threshold)? The share rises with the word's frequency and with
-    the number of alive features: a sigmoid in the log of their product (Scaling Monosemanticity, Feature Completeness).
+    Which words have a feature of their own, one whose F1 is over the threshold. frequency:
+    (words,)
+    -> a dict of plain numbers, found, bool (words,)
     """
-    results, found, x, places = {}, {}, {}, word_places(this, args.words)
+    f1, best, n_alive = best_detectors(run, places)
+    if n_alive == 0:
+        raise run.all_dead()
+    found = f1 > threshold
+    words = {}
+    for word, how_often, i, score in zip(places, frequency.tolist(), best.tolist(), f1.tolist()):
+        words[word] = {"frequency": how_often, "feature": i, "f1": score}
+    return {"alive": n_alive, "found": float(found.mean()), "words": words}, found
+
+
+def draw_complete(run, frequency, found, alive, a, b):
+    """The share of words with a feature, by frequency, in six groups of as many words each."""
+    groups = np.array_split(frequency.argsort(), min(6, len(frequency)))
+    middles = [np.exp(np.log(frequency[group]).mean()) for group in groups]
+    fitted = np.sort(frequency)
+    with figure(os.path.join(run.folder, "complete.png")) as ax:
+        for name, hits in found.items():
+            shares = [hits[group].mean() for group in groups]
+            line, = ax.plot(middles, shares, "o-", label=f"{name}: {alive[name]:,} alive")
+            chances = sigmoid(np.log10(fitted * alive[name]), a, b)
+            ax.plot(fitted, chances, ":", color=line.get_color())
+        ax.set(xlabel="frequency of the word", ylabel="share with a feature")
+        ax.set(xscale="log", ylim=(-0.02, 1.02))
+
+
+def show_complete(run, args, threshold=0.5):
+    """
+    Which words have a feature of their own? The share rises with the word's frequency and
+    with the number of alive features: a sigmoid in the log of their product (Templeton et
+    al., "Feature Completeness").
+    """
+    places = word_places(run, args.words)
     if not places:
-        raise UserError("the held-out text has none of these words" if args.words else "the held-out text is too short")
-    frequency = np.array([len(positions) for positions in places.values()]) / len(this.tokens)
+        if args.words:
+            raise UserError("the held-out text has none of these words")
+        raise UserError("the held-out text is too short")
+    counts = [len(positions) for positions in places.values()]
+    frequency = np.array(counts) / len(run.tokens)    # (words,), of all tokens
+    results = {}
+    found = {}
     for name in args.names:
-        run = load_run(args, this.sae.W_dec.device, name)
-        if run.source.get("gpt") != this.source["gpt"]:
-            raise UserError(f"{name} was trained on activations of another model than {args.names[0]}")
-        run.cache = this.cache  # activations of the same model on the same contexts
-        f1, feature, alive = best_detectors(run, places)
-        if not alive:
-            raise all_dead(run)
-        found[name], x[name] = f1 > threshold, np.log10(frequency * alive)
-        table = zip(places, frequency.tolist(), feature.tolist(), f1.tolist())
-        results[name] = {"alive": alive, "found": float(found[name].mean()),
-                         "words": {word: {"frequency": n, "feature": i, "f1": score} for word, n, i, score in table}}
-        print(f"{name}: {found[name].mean():.1%} of {len(f1)} words have a feature with F1 over {threshold} "
-              f"({alive:,} alive features)")
-    a, b = fit_sigmoid(np.concatenate(list(x.values())), np.concatenate(list(found.values())))
-    print(f"P(found) = sigmoid({a:.2f} + {b:.2f} log10(frequency x alive features)): 1/2 at {10 ** (-a / b):.2g}")
-    last = results[args.names[-1]]["words"]
+        other = load_run(args, run.device, name)
+        if other.source.get("gpt") != run.source["gpt"]:
+            raise UserError(
+                f"{name} was trained on activations of another model than {args.names[0]}"
+            )
+        other.kept = run.kept    # activations of the same model on the same contexts
+        results[name], found[name] = completeness(other, places, frequency, threshold)
+        print(
+            f"{name}: {found[name].mean():.1%} of {len(places)} words have a feature with F1 over "
+            f"{threshold} ({results[name]['alive']:,} alive features)"
+        )
+    alive = {name: result["alive"] for name, result in results.items()}
+    x = np.concatenate([np.log10(frequency * n) for n in alive.values()])
+    a, b = fit_sigmoid(x, np.concatenate(list(found.values())))
+    print(
+        f"P(found) = sigmoid({a:.2f} + {b:.2f} log10(frequency x alive features)): "
+        f"1/2 at {10 ** (-a / b):.2g}"
+    )
+    print_words(results[args.names[-1]]["words"], 2 * args.show)
+    draw_complete(run, frequency, found, alive, a, b)
+    save(run, "complete", threshold=threshold, a=a, b=b, runs=results)
+
+
+def print_words(words, n):
+    """The n words that have the best detectors."""
     print("\n        word  frequency  feature     F1")
-    for word in sorted(last, key=lambda word: -last[word]["f1"])[:2 * args.show]:
-        print(f"{word:>12}  {last[word]['frequency']:9.5f}  {last[word]['feature']:7}  {last[word]['f1']:5.2f}")
-    with figure(os.path.join(this.folder, "complete.png")) as ax:
-        groups = np.array_split(frequency.argsort(), min(6, len(frequency)))                  # as many words in each
-        middle = [np.exp(np.log(frequency[group]).mean()) for group in groups]
-        for name, hit in found.items():
-            shares, label = [hit[group].mean() for group in groups], f"{name}: {results[name]['alive']:,} alive"
-            line, = ax.plot(middle, shares, "o-", label=label)
-            ax.plot(np.sort(frequency), sigmoid(np.sort(x[name]), a, b), ":", color=line.get_color())
-        ax.set(xscale="log", xlabel="frequency of the word", ylabel="share with a feature", ylim=(-0.02, 1.02))
-    save(this, "complete", threshold=threshold, a=a, b=b, runs=results)
+    for word in sorted(words, key=lambda word: -words[word]["f1"])[:n]:
+        row = words[word]
+        print(f"{word:>12}  {row['frequency']:9.5f}  {row['feature']:7}  {row['f1']:5.2f}")
+
+
+# -----------------------------------------------------------------------------
+# scaling: loss against compute
+
+
+@dataclass
+class Curve:
+    """The training of one autoencoder as a curve of loss against compute."""
+    name: str
+    n_features: int
+    learning_rate: float
+    compute: np.ndarray    # (lines of the log,) operations so far
+    loss: np.ndarray       # (lines of the log,)
+    settings: tuple        # what must agree between curves that are compared
+
+
+def read_curve(args, name):
+    """
+    compute = 12 d_in n_features rows: encoder and decoder, two operations per weight and row,
+    and twice that for their gradients. loss = mse + lambda l1, with the full lambda from the
+    first step on.
+    """
+    folder = folder_of(args, name)
+    sae = load_sae(os.path.join(folder, "sae.pt"))
+    log = read_log(folder)
+    config = sae.config
+    flags = sae.extra["args"]
+    source = sae.extra["source"]
+    l1_coeff = flags["l1_coeff"]
+    compute = 12.0 * config.d_in * config.n_features * log["rows"]
+    loss = log["mse"] + l1_coeff * log["l1"]
+    settings = (
+        source.get("gpt"), source["site"], config.d_in, config.recipe, config.input_norm, l1_coeff
+    )
+    rate = flags["learning_rate"]
+    return Curve(name, config.n_features, rate, compute, loss, settings)
 
 
 def power_law(x, y):
@@ -687,303 +1209,378 @@ def power_law(x, y):
     return float(np.exp(log_c)), float(k)
 
 
-def frontier(runs, n_budgets=24):
+def frontier(curves, n_budgets=24):
     """
-    The best of many runs for each budget that any of them was at: runs are dicts with compute and loss (arrays along
-    the run) -> budgets, index of the run with the lowest loss there, that loss.
+    The best of many curves for each budget of compute that any of them was at
+    -> budgets, index of the curve with the lowest loss there, that loss
     """
-    budgets = np.geomspace(min(r["compute"][0] for r in runs), max(r["compute"][-1] for r in runs), n_budgets)
-    losses = np.array([np.interp(np.log(budgets), np.log(r["compute"]), r["loss"], left=np.inf, right=np.inf)
-                       for r in runs])
-    some = np.isfinite(losses).any(0)
-    return budgets[some], losses.argmin(0)[some], losses.min(0)[some]
+    lowest = min(curve.compute[0] for curve in curves)
+    highest = max(curve.compute[-1] for curve in curves)
+    budgets = np.geomspace(lowest, highest, n_budgets)
+    losses = []
+    for curve in curves:    # infinite where it was not yet, or no more
+        logs = np.log(budgets), np.log(curve.compute)
+        losses.append(np.interp(*logs, curve.loss, left=np.inf, right=np.inf))
+    losses = np.array(losses)    # (curves, budgets)
+    known = np.isfinite(losses).any(0)
+    return budgets[known], losses.argmin(0)[known], losses.min(0)[known]
 
 
-def scaling(this, args):
+def best_rates(curves):
     """
-    Loss against compute from the logs of runs that differ in size, steps or learning rate (Scaling Monosemanticity,
-    Scaling Laws). compute = 12 d_in n_features rows: encoder and decoder, two operations per weight and row, and twice
-    that for their gradients. loss = mse + lambda l1 with the full lambda from the first step on.
+    Of the curves that end at one budget the one with the lowest loss has the best learning rate
+    -> {budget: rate}, of budgets at which several rates were tried
     """
-    runs, ends, laws = [], defaultdict(list), {}
-    print(f"{'run':>16}  features        lr   compute      loss")
-    for name in args.names:
-        sae, log = load_sae(os.path.join(folder_of(args, name), "sae.pt")), read_log(folder_of(args, name))
-        used, source, m = sae.extra["args"], sae.extra["source"], sae.n_features
-        lr, l1_coeff = used["learning_rate"], used["l1_coeff"]
-        compute, loss = 12.0 * sae.d_in * m * log["rows"], log["mse"] + l1_coeff * log["l1"]
-        same = source.get("gpt"), source["site"], sae.recipe, sae.input_norm, l1_coeff
-        runs.append({"same": same, "n_features": m, "compute": compute, "loss": loss})
-        ends[f"{compute[-1]:.2g}"].append((loss[-1], lr))
-        print(f"{name:>16}  {m:8,}  {lr:8.1e}  {compute[-1]:.2e}  {loss[-1]:8.3f}")
-    if len({r["same"] for r in runs}) > 1:
-        raise UserError("these runs differ in data, site, recipe, normalisation or lambda: give --names that agree")
-    budgets, best, losses = frontier(runs)
-    sizes = np.array([runs[k]["n_features"] for k in best])
-    if len(runs) > 1 and budgets[-1] > budgets[0]:
-        rows = budgets / (12 * sae.d_in * sizes)
-        for name, values in (("n_features", sizes), ("steps x batch", rows), ("loss", losses)):
-            laws[name] = power_law(budgets, values)
-    rates = {float(budget): min(group)[1] for budget, group in ends.items() if len({lr for _, lr in group}) > 1}
-    if len(rates) > 1:  # of the runs that end at one budget the one with the lowest loss has the best learning rate
+    ends = defaultdict(list)
+    for curve in curves:
+        budget = float(f"{curve.compute[-1]:.2g}")    # two digits: nearly the same is the same
+        ends[budget].append((curve.loss[-1], curve.learning_rate))
+    rates = {}
+    for budget, group in ends.items():
+        if len({rate for _, rate in group}) > 1:
+            rates[budget] = min(group)[1]
+    return rates
+
+
+def scaling_laws(curves):
+    """
+    Power laws of compute C (Templeton et al., "Scaling Laws") -> {what: (c, k) of c C^k}, and the
+    frontier from which they come: budgets, best n_features, losses
+    """
+    budgets, best, losses = frontier(curves)
+    sizes = np.array([curves[k].n_features for k in best])
+    laws = {}
+    if len(curves) > 1 and budgets[-1] > budgets[0]:
+        d_in = curves[0].settings[2]
+        laws["n_features"] = power_law(budgets, sizes)
+        laws["steps x batch"] = power_law(budgets, budgets / (12 * d_in * sizes))
+        laws["loss"] = power_law(budgets, losses)
+    rates = best_rates(curves)
+    if len(rates) > 1:
         laws["learning_rate"] = power_law(np.array(list(rates)), np.array(list(rates.values())))
+    return laws, budgets, sizes, losses
+
+
+def show_scaling(run, args):
+    """Loss against compute, from the logs of runs that differ in size, steps or learning rate."""
+    print(f"{'run':>16}  features        lr   compute      loss")
+    curves = []
+    for name in args.names:
+        curve = read_curve(args, name)
+        curves.append(curve)
+        print(
+            f"{name:>16}  {curve.n_features:8,}  {curve.learning_rate:8.1e}  "
+            f"{curve.compute[-1]:.2e}  {curve.loss[-1]:8.3f}"
+        )
+    if len({curve.settings for curve in curves}) > 1:
+        raise UserError(
+            "these runs differ in data, site, recipe, normalisation or lambda: give --names that agree"
+        )
+    laws, budgets, sizes, losses = scaling_laws(curves)
     for name, (c, k) in laws.items():
         print(f"best {name} for a budget C: {c:.3g} x C^{k:+.3f}")
-    with figure(os.path.join(this.folder, "scaling.png")) as ax:
-        shades = {n: k for k, n in enumerate(sorted({r["n_features"] for r in runs}), 1)}
-        for n, k in shades.items():  # the larger the darker
-            for r in (r for r in runs if r["n_features"] == n):
-                line, = ax.plot(r["compute"], r["loss"], color=BLUE, alpha=k / len(shades), lw=1)
-            line.set_label(f"{n:,} features")
+
+    all_sizes = sorted({curve.n_features for curve in curves})
+    with figure(os.path.join(run.folder, "scaling.png")) as ax:
+        for rank, size in enumerate(all_sizes, 1):    # the larger the darker
+            for curve in curves:
+                if curve.n_features == size:
+                    shade = rank / len(all_sizes)
+                    line, = ax.plot(curve.compute, curve.loss, color=BLUE, alpha=shade, lw=1)
+            line.set_label(f"{size:,} features")    # one line of the legend for each size
         ax.plot(budgets, losses, ":", color=RED, label="frontier")
         ax.set(xscale="log", xlabel="compute (operations)", ylabel="loss")
-    save(this, "scaling", laws=laws, budgets=budgets.tolist(), best_sizes=sizes.tolist(), best_losses=losses.tolist())
-
-
-def compare(this, args):
-    """
-    Two autoencoders. Of one model: how many features have a counterpart, by cosine, and into what the smaller one's
-    features split (Towards Monosemanticity, Feature Splitting). Of two models: each feature's highest activation
-    correlation with any of the other's on the same text, beside that of neurons (Universality).
-    """
-    if len(args.names) != 2:
-        raise UserError("compare takes two names, or folders such as other_out/sae/scaling")
-    a, b = sorted((this, load_run(args, this.sae.W_dec.device, args.names[1])), key=lambda run: run.sae.n_features)
-    if None in (a.gpt, b.gpt) or a.tokens.shape != b.tokens.shape or (a.tokens != b.tokens).any():
-        raise UserError("compare needs two autoencoders on models with the same tokenizer and held-out text")
-    if a.source["gpt"] == b.source["gpt"] and a.site == b.site:
-        b.cache = a.cache  # activations of the same model on the same contexts
-        cosines = (a.sae.W_dec @ b.sae.W_dec.t()).cpu().numpy()
-        best = cosines.max(1)
-        shares = {f"{c}": float((best > c).mean()) for c in (0.5, 0.7, 0.9)}
-        print(f"{len(best):,} features of {a.folder} among {cosines.shape[1]:,} of {b.folder}: highest cosine over "
-              + ", ".join(f"{c} for {share:.1%}" for c, share in shares.items()) + f"; median {np.median(best):.2f}")
-        for i in np.argsort(-(cosines > 0.5).sum(1), kind="stable")[:args.show].tolist():
-            print(f"\n{title(a, i, activations_of(a, [i])[0])}")
-            near = np.argsort(-cosines[i])[:min(6, max(1, (cosines[i] > 0.5).sum()))]
-            for j, acts in zip(near.tolist(), activations_of(b, near)):
-                print(f"   {cosines[i, j]:.2f}  {title(b, j, acts)}")
-        save(this, "compare", of=[a.folder, b.folder], shares=shares, median=float(np.median(best)))
-        return
-    for one in (a, b):  # tokens enough for a correlation; the activations of all features on them fit into memory
-        one.contexts = one.contexts[:max(1, 2**16 // one.gpt.config.block_size)]
-    mlp = neuron_activations(a)
-    best = {"features": highest_correlations(a, unit_rows(activations_of(b, slice(None))))[1],
-            "neurons": (unit_rows(mlp[mlp.any(1)]) @ unit_rows(neuron_activations(b)).T).max(1)}
-    medians = {kind: float(np.median(values)) for kind, values in best.items()}
-    print(f"median of the highest correlation with the other model: features {medians['features']:.2f}, "
-          f"neurons {medians['neurons']:.2f}")
-    with figure(os.path.join(this.folder, "compare.png")) as ax:
-        bins, style = np.linspace(0, 1, 41), {"density": True, "histtype": "step"}
-        ax.hist(best.values(), bins, color=[BLUE, RED], label=list(best), **style)
-        ax.set(xlabel="highest activation correlation across models", ylabel="density")
-    save(this, "compare", of=[a.folder, b.folder], medians=medians)
+    save(
+        run,
+        "scaling",
+        laws=laws,
+        budgets=budgets.tolist(),
+        best_sizes=sizes.tolist(),
+        best_losses=losses.tolist(),
+    )
 
 
 # -----------------------------------------------------------------------------
-# the page
+# compare: splitting and universality
 
-PAGE = r"""<!DOCTYPE html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>features</title>
-<meta http-equiv="Content-Security-Policy"
-      content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
-<style>
-:root { color-scheme: light dark; --accent: light-dark(#a0480a, #f4a85c); --heat: 240 135 40; scroll-padding-top: 45vh }
-body { margin: 0; font: 15px/1.5 system-ui } header { display: flex; gap: 24px; padding: 12px 20px }
-header, #head, #active, .bars { border-bottom: 1px solid #8884 } #title { flex: 1; font-weight: 600 }
-h2, p { font: 13px/1.5 system-ui; margin: 24px 0 4px; color: light-dark(#666, #aaa) } b + p { margin: 0 }
-a, bdi, bdi::after, input, select { color: inherit; text-decoration: none; border: 0; border-radius: 4px }
-:is(a, button):hover, [aria-current=true] { color: var(--accent) } button::after { content: attr(data-arrow) }
-input, select, bdi, a.row:is(:hover, [aria-current=true]) { background: #8882 }
-input, select { font: inherit; height: 34px; margin: 12px 0 12px 20px; padding: 0 8px } select { margin-right: 20px }
-aside { display: grid; grid: auto minmax(0, 1fr) / minmax(0, 1fr) auto } nav { grid-column: 1 / 3 }
-nav, #active { max-height: 40vh; overflow-y: auto; scroll-padding-top: 27px } main, #active { padding: 0 20px 20px }
-#active, #head { position: sticky; top: 0; z-index: 1; background: Canvas } h1 { margin: 0; padding-top: 20px }
-button { all: unset; width: 7ch; text-align: end; cursor: pointer; outline: revert } #i { width: 5ch } #d { width: 9ch }
-.row, .share, .text { font: 13px/26px ui-monospace, monospace; white-space: pre }
-.row, .share { outline-offset: -2px; display: flex; justify-content: space-between; align-items: center; height: 26px }
-.row { padding: 0 20px; content-visibility: auto } .row bdi, .share *, #i { margin-right: auto; overflow: hidden }
-.share { background: linear-gradient(rgb(var(--heat) / .7) 0 0) no-repeat 0 100% / calc(var(--a) * 100%) 2px }
-.panels { display: grid; grid-template-columns: repeat(var(--columns, 2), minmax(0, 1fr)); gap: 0 40px }
-.bars { display: flex; align-items: end; height: 208px } i { flex: 1; margin-right: 1px } b { font-size: 20px }
-.text { white-space: pre-wrap; overflow-wrap: anywhere; margin: 4px 0; color: inherit } #texts p { margin: 20px 0 32px }
-bdi, .text a { unicode-bidi: isolate; line-height: 20px; padding: 2px 0 } .text bdi { background: none }
-bdi[style], i { background: rgb(var(--heat) / calc(.15 + .55 * var(--a))) }
-.marked, .text [aria-current=true] { box-shadow: 0 0 0 1.5px } nav::after { content: attr(aria-label); padding: 20px }
-[aria-description]:is(:hover, :focus)::after { content: attr(aria-description); background: CanvasText; color: Canvas }
-bdi::after { position: fixed; bottom: 20px; left: 20px; width: 230px; padding: 6px 10px; white-space: pre-line }
-.texts :is(#browse, #feature), body:not(.texts) :is(#active, #texts) { display: none }
-@media (min-width: 900px) { nav, #active { max-height: none } header { grid-column: 1 / 3 }
-  body { display: grid; grid: auto minmax(0, 1fr) / 440px minmax(0, 1fr); height: 100dvh; --columns: 4 }
-  main { position: relative; overflow-y: auto; padding: 0 40px 40px } .text { margin-right: 200px }
-  bdi::after { position: absolute; inset: auto; margin-top: 28px } aside { border-right: 1px solid #8884 } }
-</style>
-<header><a href="#" id="title"></a><a href="#texts">example texts</a></header><aside id="browse">
-  <input id="search" type="search" placeholder="token text" aria-label="only features with this text in a token">
-  <select id="kind" aria-label="kind of feature"><option>all<option>alive<option>ultra-low<option>dead</select>
-  <nav><div id="head" class="row"><button id="i">no.</button><button id="d">density</button><button id="m">max</button>
-    <button id="e">R²</button><button id="n">neuron</button></div><div id="list"></div></nav></aside>
-<aside id="active" aria-live="polite"></aside><main><div id="feature"></div><div id="texts"></div></main>
-<script type="application/json" id="data">__DATA__</script>
-<script>
-const $ = id => document.getElementById(id), D = JSON.parse($("data").textContent);
-const number = x => x < 999 ? x.toPrecision(3) : x.toFixed(), fixed = x => x?.toFixed(2).replace("-", "−") ?? "–";
-const signed = x => (x > 0 ? "+" : "") + fixed(x);
-function make(tag, properties, ...children) {  // strings become text, never markup
-  const element = Object.assign(document.createElement(tag), properties);
-  element.append(...children);
-  return element;
-}
-const token = (id, properties) => make("bdi", properties, D.vocab[id]);
-const label = f => [`${f.i} `.padStart(6), f.x?.[0] ? token(f.x[0][1][f.x[0][2]]) : ""];  // in lists
-const panel = (title, ...children) => make("section", {}, make("h2", {}, title), ...children);
-const ranked = (list, name, show = signed) => list.map(([what, value]) => make("div",
-  { className: "share", style: `--a: ${Math.abs(value / list[0][1])}` }, name(what), show(value)));
 
-function example([, tokens, marked, active], max) {  // a line of text, shaded by the feature's activation
-  return make("p", { className: "text" }, ...tokens.map((id, k) => {
-    const [activation, effect] = active[k] ?? [0], className = k === marked ? "marked" : "";
-    const tip = `activation ${number(activation)}\nablated, next token's log-probability changes by ${signed(effect)}`;
-    const shade = { ariaDescription: tip, tabIndex: 0, style: `--a: ${activation / max}` };
-    return token(id, { className, ...(active[k] && shade) });
-  }));
-}
+def show_compare(run, args):
+    """Two autoencoders of one model, or of two."""
+    if len(args.names) != 2:
+        raise UserError("compare takes two names, or folders such as other_out/sae/small")
+    small = run
+    large = load_run(args, run.device, args.names[1])
+    if small.n_features > large.n_features:
+        small, large = large, small
+    if small.kind != "model" or large.kind != "model" or not same_text(small, large):
+        raise UserError(
+            "compare needs two autoencoders on models with the same tokenizer and held-out text"
+        )
+    if small.source["gpt"] == large.source["gpt"] and small.site == large.site:
+        large.kept = small.kept    # activations of the same model on the same contexts
+        show_splitting(run, small, large, args.show)
+    else:
+        show_universality(run, small, large)
 
-function show({ title, summary, d, m, h, up, down, near, x = [] }) {  // a feature, or the summary of all
-  const panels = summary.map(([name, value, note = ""]) => panel(name, make("b", {}, value), make("p", {}, note)));
-  const bar = (n, k) => make("i", { style: `--a: ${k / h.length}; height: ${100 * Math.sqrt(n / Math.max(...h))}%` });
-  if (d) panels.push(panel(`√ histogram, 0 to ${number(m)}`, make("div", { className: "bars" }, ...h.map(bar))),
-    panel("raised tokens, logits", ...ranked(up, token)), panel("lowered tokens, logits", ...ranked(down, token)),
-    panel("neurons, cosine", ...ranked(near, n => make("span", {}, n))));
-  $("feature").replaceChildren(make("h1", {}, title), make("div", { className: "panels" }, ...panels),
-    ...Object.entries(Object.groupBy(x, x => x[0])).map(([name, all]) => panel(name, ...all.map(x => example(x, m)))));
-}
 
-D.features.forEach((f, i) => {
-  const { x = [], up = [] } = f, ids = [...x.map(([, tokens, marked]) => tokens[marked]), ...up.map(([id]) => id)];
-  Object.assign(f, { i, title: `feature ${i}`, words: ids.map(id => D.vocab[id]).join("\n").toLowerCase() });
-  f.kinds = ["all", f.d ? "alive" : "dead", f.d && f.d < D.ultra && "ultra-low"];
-  f.summary = f.d ? [["density", +(100 * f.d).toPrecision(2) + "%"], ["largest activation", number(f.m)],
-    ["explainability R²", fixed(f.e)], ["neuron correlation", fixed(f.n)]] : [["density", "0%", "dead: never active"]];
-  f.row = make("a", { href: `#${i}`, className: "row", tabIndex: -1, f }, ...label(f),
-    f.summary.map(([, text], k) => text.padStart(k ? 7 : 9)).join(""));
-});
-$("texts").append(...D.texts.map(([tokens, active], t) => make("p", { className: "text" }, ...tokens.map((id, k) =>
-  make("a", { href: `#texts/${t}/${k}`, tabIndex: -1, active: active[k] }, D.vocab[id].replaceAll("⏎", "⏎\n"))))));
-let here, key, sign;
+def same_text(a, b):
+    return a.tokens.shape == b.tokens.shape and (a.tokens == b.tokens).all()
 
-function arrange({ target }) {  // the list: filtered and sorted
-  if (target.matches("button")) [key, sign] = [target.id, target.id === key ? -sign : -1];
-  const query = $("search").value.toLowerCase(), kind = $("kind").value;
-  const shown = D.features.filter(f => f.kinds.includes(kind) && f.words.includes(query));
-  shown.sort((f, g) => (f[key] == null) - (g[key] == null) || sign * (f[key] - g[key]));
-  $("list").replaceChildren(...shown.map(f => f.row));
-  Object.assign($("list").parentNode, { scrollTop: 0, ariaLabel: `${shown.length} features` });
-  for (const button of $("head").children) button.dataset.arrow = key === button.id ? " ↑↓".at(sign) : "";
-}
 
-function go() {  // to the place in the address
-  here?.setAttribute("aria-current", "false");
-  here = [...D.features.map(f => f.row), ...document.links].find(a => a.hash === location.hash);
-  here?.setAttribute("aria-current", "true");
-  document.body.className = location.hash.startsWith("#texts") ? "texts" : "";
-  show(here?.f ?? D);
-  const link = i => make("a", { href: `#${i}` }, ...label(D.features[i]));
-  $("active").replaceChildren(panel("click a token for its features", ...ranked(here?.active ?? [], link, number)));
-  for (const element of [here, $("feature").firstChild]) element?.scrollIntoView({ block: "nearest" });
-}
+def show_splitting(run, small, large, n_shown):
+    """
+    How many features have a counterpart, by cosine, and into what the smaller dictionary's split
+    (Bricken et al., "Feature Splitting").
+    """
+    cosines = (small.sae.W_dec @ large.sae.W_dec.t()).cpu().numpy()    # (m of small, m of large)
+    best = cosines.max(1)
+    shares = {f"{cosine}": float((best > cosine).mean()) for cosine in (0.5, 0.7, 0.9)}
+    listed = ", ".join(f"{cosine} for {share:.1%}" for cosine, share in shares.items())
+    print(
+        f"{small.n_features:,} features of {small.folder} among {large.n_features:,} of {large.folder}: "
+        f"highest cosine over {listed}; median {np.median(best):.2f}"
+    )
+    n_near = (cosines > 0.5).sum(1)    # features of the large one in the direction of each
+    for i in np.argsort(-n_near, kind="stable")[:n_shown].tolist():
+        print(f"\n{title(small, i, small.activations([i])[0])}")
+        nearest = np.argsort(-cosines[i])[:min(6, max(1, n_near[i]))]
+        for j, acts in zip(nearest.tolist(), large.activations(nearest)):
+            print(f"   {cosines[i, j]:.2f}  {title(large, j, acts)}")
+    median = float(np.median(best))
+    save(run, "compare", of=[small.folder, large.folder], shares=shares, median=median)
 
-addEventListener("keydown", event => {  // arrows step through the list, or through the tokens of a text
-  const side = { ArrowLeft: "previous", ArrowUp: "previous", ArrowRight: "next", ArrowDown: "next" }[event.key];
-  const to = here?.closest("nav, p") ? here[side + "ElementSibling"] : document.querySelector("body:not(.texts) a.row");
-  if (!side || !to || event.altKey || event.ctrlKey || event.metaKey || event.target.matches("input, select")) return;
-  event.preventDefault();
-  to.focus({ preventScroll: true });
-  to.click();
-});
-$("head").onclick = $("browse").oninput = arrange;
-document.title = $("title").textContent = D.title;
-onhashchange = go;
-$("d").click();
-go();
-</script>
-"""
+
+def best_matches(a, b):
+    """
+    Of each alive feature of Run a the highest activation correlation with any of Run b's on
+    the same text; of each neuron the same -> {"features": (k,), "neurons": (n_neurons,)}
+    """
+    all_of_b = b.activations(np.arange(b.n_features))
+    _, features, _ = highest_correlations(a, unit_rows(all_of_b))
+    mlp = a.neurons()
+    mlp = mlp[mlp.any(1)]    # dead ones correlate with nothing
+    neurons = (unit_rows(mlp) @ unit_rows(b.neurons()).T).max(1)
+    return {"features": features, "neurons": neurons}
+
+
+def show_universality(run, a, b):
+    """Does another model have the same features, more than the same neurons? (Bricken et al., "Universality")"""
+    # tokens enough for a correlation, and the activations of all features on them fit into memory
+    n_contexts = max(1, 2**16 // a.T)
+    a = replace(a, contexts=a.contexts[:n_contexts], kept={})
+    b = replace(b, contexts=b.contexts[:n_contexts], kept={})
+    best = best_matches(a, b)
+    medians = {kind: float(np.median(values)) for kind, values in best.items()}
+    print(
+        "median of the highest correlation with the other model: "
+        f"features {medians['features']:.2f}, neurons {medians['neurons']:.2f}"
+    )
+    with figure(os.path.join(run.folder, "compare.png")) as ax:
+        bins = np.linspace(0, 1, 41)
+        style = {"density": True, "histtype": "step", "color": [BLUE, RED]}
+        ax.hist(list(best.values()), bins, label=list(best), **style)
+        ax.set(xlabel="highest activation correlation across models", ylabel="density")
+    save(run, "compare", of=[a.folder, b.folder], medians=medians)
+
+
+# -----------------------------------------------------------------------------
+# the page: assets/page.html, an ordinary page with a small sample, filled with a run's features
+
+PAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "page.html")
 
 
 def fill_page(data):
-    """The page with its data: JSON in which no `<` is left, so that nothing in it can end the script that holds it."""
-    return PAGE.replace("__DATA__", json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"))
-
-
-def write_page(this, headline, rows, n_texts=8):
     """
-    features.html, one file: every feature with its examples, and some held-out texts with every token's features. An
-    example token's effect is how the next token's log-probability changes when the feature is ablated on the whole
-    context (Towards Monosemanticity, feature browser).
+    The page with data in the place of its sample: JSON in which no `<` is left, so that
+    nothing in it can end the script that holds it.
     """
-    T, mlp, features, windows = this.contexts.shape[1] - 1, unit_rows(neuron_activations(this)), [], []
-    width, device = min(24, T), this.sae.W_dec.device
+    opening = '<script type="application/json" id="data">'
+    with open(PAGE, encoding="utf-8") as file:
+        before, rest = file.read().split(opening)
+    _, closing, after = rest.partition("</script>")
+    filled = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    return before + opening + filled.replace("<", "\\u003c") + closing + after
 
-    def short(x):  # three digits are enough to look at
-        return float(f"{x:.3g}") if np.isfinite(x) else None
-    for block in tracked("describing", blocks(this.sae.n_features), "features"):
-        acts = activations_of(this, block)
-        nearest, explained = (unit_rows(acts) @ mlp.T).max(1), explained_by_tokens(this, acts)[:, 1]
-        for i, a, n, e in zip(block.tolist(), acts, nearest, explained):
-            features.append({"d": short((a > 0).mean())})
-            if not a.any():
-                continue
-            shown, rng = [], np.random.default_rng(i)
-            for label, position in examples(this, a, n_top=6, n_intervals=4, each=1, rng=rng):
-                start = position - position % T + min(max(0, position % T - 15), T - width)
-                shown.append([label, this.tokens[start:start + width].tolist(), position - start, {}])
-                windows.append((i, start, a[start:start + width].copy(), shown[-1][3]))
-            pairs = zip(("up", "down", "near"), related(this, i, a.max().item(), 8))
-            features[i] |= {key: [[j, short(value)] for j, value in pair] for key, pair in pairs}
-            features[i] |= {"m": short(a.max()), "e": short(e), "n": short(n), "h": histogram(a), "x": shown}
 
-    def log_probabilities(contexts, t, hook=None):  # of the tokens after t (b, k) in contexts (b, T + 1)
-        row = torch.arange(len(t), device=device)[:, None]
-        logits = this.gpt.lm_head(this.gpt.trunk(contexts[:, :int(t.max()) + 1], hook)[row, t])
-        return logits.log_softmax(2).gather(2, contexts[row, t + 1, None])[..., 0].cpu()
-    plain = torch.cat([log_probabilities(some, torch.arange(T, device=device).expand(len(some), -1))
-                       for some in batches(this, "log-probabilities", this.contexts)]).flatten()
-    windows.sort(key=lambda window: window[1] % T)                # tokens after a window need no computing
+def short(number):
+    """Three digits are enough to look at; what is no number is null."""
+    return float(f"{number:.3g}") if np.isfinite(number) else None
+
+
+def short_pairs(pairs):
+    return [[number, short(value)] for number, value in pairs]
+
+
+@dataclass
+class Window:
+    """A part of a context that is shown as an example of a feature."""
+    feature: int
+    start: int          # position of its first token
+    acts: np.ndarray    # (width,) of the feature there
+    active: dict        # of the page: place in the window -> [activation, effect of ablating]
+
+
+def describe_feature(run, i, acts, width):
+    """One feature with activations acts (N T,) as the page wants it, and its examples as Windows."""
+    raised, lowered, nearest = related(run, i, acts.max().item(), 8)
+    shown = []
+    windows = []
+    for label, position in examples(run, acts, 6, 4, 1, np.random.default_rng(i)):
+        t = position % run.T
+        first = min(max(0, t - 15), run.T - width)    # in the context: 15 tokens before, if there are
+        start = position - t + first
+        window = Window(i, start, acts[start:start + width].copy(), {})
+        windows.append(window)
+        shown.append({
+            "label": label,
+            "tokens": run.tokens[start:start + width].tolist(),
+            "marked": position - start,
+            "active": window.active,    # filled later, by add_effects
+        })
+    description = {
+        "max": short(acts.max()),
+        "histogram": histogram(acts),
+        "raised": short_pairs(raised),
+        "lowered": short_pairs(lowered),
+        "neurons": short_pairs(nearest),
+        "examples": shown,
+    }
+    return description, windows
+
+
+def describe_features(run):
+    """All features as the page wants them, and the Windows of all examples."""
+    mlp = unit_rows(run.neurons())
+    features = []
+    windows = []
+    for block in tracked("describing", blocks(run.n_features), "features"):
+        acts = run.activations(block)
+        nearest = (unit_rows(acts) @ mlp.T).max(1)
+        explained = explained_by_tokens(run, acts)[:, 1]
+        for k, i in enumerate(block.tolist()):
+            description = {"density": short((acts[k] > 0).mean())}
+            if acts[k].any():
+                rest, own_windows = describe_feature(run, i, acts[k], min(24, run.T))
+                description["explained"] = short(explained[k])
+                description["neuron_correlation"] = short(nearest[k])
+                description |= rest
+                windows += own_windows
+            features.append(description)
+    return features, windows
+
+
+def log_probabilities(run, contexts, t, hook=None):
+    """Of the tokens after t (b, k), places in contexts (b, T + 1) -> (b, k), on the CPU."""
+    rows = torch.arange(len(t), device=run.device)[:, None]
+    stream = run.gpt.trunk(contexts[:, :int(t.max()) + 1], hook)    # what comes later has no effect
+    logits = run.gpt.lm_head(stream[rows, t])                       # (b, k, vocab_size)
+    following = contexts[rows, t + 1, None]
+    return logits.log_softmax(2).gather(2, following)[..., 0].cpu()
+
+
+def add_effects(run, windows):
+    """
+    Fills each window's `active`: the activation at every token where the feature is active,
+    and how the next token's log-probability changes when the feature is ablated on the whole
+    context (Bricken et al., feature browser).
+    """
+    plain = []
+    every_place = torch.arange(run.T, device=run.device)
+    for batch in run.batches("log-probabilities", run.contexts):
+        plain.append(log_probabilities(run, batch, every_place.expand(len(batch), -1)))
+    plain = torch.cat(plain).flatten()    # (N T,)
+
+    windows = sorted(windows, key=lambda window: window.start % run.T)    # see log_probabilities
     for block in tracked("ablating", blocks(len(windows)), "examples"):
-        numbers, starts, acts, shown = zip(*(windows[k] for k in block))
-        at = torch.tensor(starts)[:, None] + torch.arange(width)  # (b, width)
-        ablate = clamp(this, list(numbers), 0.0)
-        after = log_probabilities(this.contexts[at[:, 0] // T].to(device), (at % T).to(device), ablate)
-        for a, change, on in zip(acts, (after - plain[at]).tolist(), shown):
-            on.update({j: [short(a[j]), short(change[j])] for j in np.flatnonzero(a).tolist()})
+        chosen = [windows[k] for k in block]
+        starts = torch.tensor([window.start for window in chosen])
+        positions = starts[:, None] + torch.arange(len(chosen[0].acts))    # (b, width)
+        contexts = run.contexts[starts // run.T].to(run.device)
+        hook = clamp(run, [window.feature for window in chosen], 0.0)
+        after = log_probabilities(run, contexts, (positions % run.T).to(run.device), hook)
+        changes = (after - plain[positions]).tolist()
+        for window, change in zip(chosen, changes):
+            for place in np.flatnonzero(window.acts).tolist():
+                window.active[place] = [short(window.acts[place]), short(change[place])]
+
+
+def example_texts(run, n_texts):
+    """Some contexts from all of the text, each token with the features active on it, largest first."""
     texts = []
-    for k in np.unique(np.linspace(0, len(this.contexts) - 1, n_texts).astype(int)).tolist():
-        f = this.sae.encode(read(this)[k * T:(k + 1) * T].to(device)).sort(1, descending=True)
-        ranked = [[[j, short(v)] for j, v in zip(*row) if v > 0] for row in zip(f.indices.tolist(), f.values.tolist())]
-        texts.append([this.contexts[k, :-1].tolist(), ranked])
-    data = {"title": headline, "summary": rows, "features": features, "texts": texts, "ultra": ULTRA_LOW,
-            "vocab": [token_text(this, t) for t in range(this.tokenizer.n_vocab)]}
-    write_atomic(os.path.join(this.folder, "features.html"), lambda f: f.write(fill_page(data).encode()))
+    chosen = np.unique(np.linspace(0, len(run.contexts) - 1, n_texts).astype(int))
+    for k in chosen.tolist():
+        x = run.x()[k * run.T:(k + 1) * run.T].to(run.device)
+        f = run.sae.encode(x).sort(1, descending=True)
+        active = []
+        for numbers, values in zip(f.indices.tolist(), f.values.tolist()):
+            n_active = sum(value > 0 for value in values)
+            active.append(short_pairs(zip(numbers[:n_active], values[:n_active])))
+        texts.append({"tokens": run.contexts[k, :-1].tolist(), "active": active})
+    return texts
 
 
-COMMANDS = {"report": report, "feature": feature, "cause": cause, "steer": steer, "search": search, "neurons": neurons,
-            "complete": complete, "scaling": scaling, "compare": compare, "toy": toy}
+def write_page(run, headline, rows, n_texts=8):
+    """
+    features.html, one file: every feature with its examples, and some held-out texts with every
+    token's features.
+    """
+    features, windows = describe_features(run)
+    add_effects(run, windows)
+    data = {
+        "title": headline,
+        "summary": rows,
+        "ultra_low": ULTRA_LOW,
+        "vocabulary": [token_text(run, token) for token in range(run.tokenizer.n_vocab)],
+        "features": features,
+        "texts": example_texts(run, n_texts),
+    }
+    page = fill_page(data).encode()
+    write_atomic(os.path.join(run.folder, "features.html"), lambda file: file.write(page))
+
+
+# -----------------------------------------------------------------------------
+# the commands
+
+
+@dataclass(frozen=True)
+class Command:
+    show: Callable                # (run, args): computes, prints, draws and saves
+    kinds: tuple = ("model",)     # which activations it can do with: see Run.kind
+    words: str = ""               # what words after the command are: "arguments", "names", "": none
+
+
+COMMANDS = {
+    "report": Command(show_report, kinds=("model", "own")),
+    "feature": Command(show_feature, words="arguments"),
+    "toy": Command(show_toy, kinds=("toy",)),
+    "cause": Command(show_cause),
+    "steer": Command(show_steer),
+    "search": Command(show_search, words="arguments"),
+    "neurons": Command(show_neurons),
+    "complete": Command(show_complete),
+    "scaling": Command(show_scaling, kinds=("model", "own", "toy")),
+    "compare": Command(show_compare, words="names"),
+}
 
 
 def main():
     args = parse_args()
-    device, *_ = setup(args)
-    if args.arguments and args.command not in ("feature", "search", "compare"):
+    command = COMMANDS[args.command]
+    if args.arguments and not command.words:
         raise UserError(f"{args.command} takes flags only, not {args.arguments[0]!r}")
-    names = args.arguments if args.command == "compare" else args.names.split(",")
-    args.names = list(filter(None, names)) or [args.name]
-    this = load_run(args, device, args.names[0])
-    able = {"own": ["report", "scaling"], "toy": ["toy", "scaling"]}.get(this.site, [*COMMANDS][:-1])
-    if args.command not in able:
-        raise UserError(f"{this.folder} was trained on {this.site} activations: choose from {', '.join(able)}")
+    names = args.arguments if command.words == "names" else args.names.split(",")
+    args.names = [name for name in names if name] or [args.name]
+
+    machine = setup(args)
+    loaded = load_run(args, machine.device, args.names[0])
+    if loaded.kind not in command.kinds:
+        able = [name for name, other in COMMANDS.items() if loaded.kind in other.kinds]
+        raise UserError(
+            f"{loaded.folder} was trained on {loaded.site} activations: choose from {', '.join(able)}"
+        )
     with torch.no_grad():
-        COMMANDS[args.command](this, args)
+        command.show(loaded, args)
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -1,20 +1,26 @@
 """
-The language model: tokenizer, GPT, and how both are kept on disk. Nothing here knows about sparse autoencoders;
-what they need from the model is one argument, `hook`.
+The language model: its settings, one block, the transformer, and how to load a trained one.
+Nothing here knows about sparse autoencoders; what they need from it is one argument, `hook`.
+
+    def without_mlp(site, x):
+        return torch.zeros_like(x) if site == "mlp.0" else None
 
     gpt, tokenizer = load_gpt("out", "cpu")
-    logits, loss = gpt(idx, targets, hook=lambda site, x: torch.zeros_like(x) if site == "mlp.0" else None)
+    logits, loss = gpt(idx, targets, hook=without_mlp)
 
 Notable:
-- pre-LayerNorm blocks, learned positions, ReLU in the MLP and one layer by default: the model of Bricken et al. 2023
-- embedding and unembedding are separate matrices, so "which tokens does this direction raise?" is asked of W_U alone
+- pre-LayerNorm blocks, learned positions, ReLU in the MLP and one layer by default: the model
+  of Bricken et al. 2023
+- embedding and unembedding are separate matrices, so "which tokens does this direction raise?"
+  is asked of W_U alone
 - one `hook(site, x)` serves dumping, splicing, ablation and steering
-- byte-pair merges are learned here but run by tiktoken, so every string round-trips at tiktoken's speed
-- checkpoints hold tensors and plain values only, are moved into place when complete, and load with weights_only=True
+- byte-pair merges are learned by train_gpt.py but run by tiktoken, so every string round-trips
+  at tiktoken's speed
+- checkpoints hold tensors and plain values only, are moved into place when complete, and load
+  with weights_only=True
 """
 import argparse
 import hashlib
-import heapq
 import json
 import math
 import os
@@ -24,8 +30,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections import Counter, defaultdict
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -35,12 +40,10 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 
-warnings.filterwarnings("ignore", "Detected pickle protocol")  # of a file that is then refused
+# torch warns of an old pickle format before it refuses the file: our one line says enough
+warnings.filterwarnings("ignore", "Detected pickle protocol")
 
-# -----------------------------------------------------------------------------
-# GPT
 
 @dataclass
 class GPTConfig:
@@ -52,7 +55,8 @@ class GPTConfig:
 
     def __post_init__(self):
         if self.n_embd % self.n_head:
-            raise UserError(f"n_embd ({self.n_embd}) must be divisible by n_head ({self.n_head})")
+            raise UserError(
+                f"n_embd ({self.n_embd}) must be divisible by n_head ({self.n_head})")
 
 
 class Block(nn.Module):
@@ -70,26 +74,40 @@ class Block(nn.Module):
         self.mlp_proj = nn.Linear(4 * C, C)
 
     def attention(self, x):
+        """Causal self-attention of x (B, T, C); the result is (B, T, C), too."""
         B, T, C = x.shape
-        q, k, v = (y.view(B, T, self.n_head, -1).transpose(1, 2) for y in self.c_attn(x).split(C, dim=2))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)       # (B, n_head, T, C / n_head)
-        return self.attn_proj(y.transpose(1, 2).reshape(B, T, C))         # (B, T, C)
+        head = C // self.n_head                    # width of one
+        q, k, v = self.c_attn(x).split(C, dim=2)   # each (B, T, C)
+        q = q.view(B, T, self.n_head, head).transpose(1, 2)           # (B, n_head, T, head)
+        k = k.view(B, T, self.n_head, head).transpose(1, 2)           # (B, n_head, T, head)
+        v = v.view(B, T, self.n_head, head).transpose(1, 2)           # (B, n_head, T, head)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)   # (B, n_head, T, head)
+        y = y.transpose(1, 2).reshape(B, T, C)     # the heads side by side again
+        return self.attn_proj(y)
 
     def forward(self, x, hook, layer):
-        x = x + hook(f"attn.{layer}", self.attention(self.ln_1(x)))
-        neurons = hook(f"mlp.{layer}", F.relu(self.c_fc(self.ln_2(x))))   # (B, T, 4 C): what an SAE on the MLP reads
-        return hook(f"resid.{layer}", x + self.mlp_proj(neurons))
+        """From x (B, T, C) to (B, T, C). The block goes on with what hook(site, x) returns."""
+        attention_output = self.attention(self.ln_1(x))   # (B, T, C)
+        x = x + hook(f"attn.{layer}", attention_output)
+        neurons = F.relu(self.c_fc(self.ln_2(x)))         # (B, T, 4 C)
+        neurons = hook(f"mlp.{layer}", neurons)
+        x = x + self.mlp_proj(neurons)
+        return hook(f"resid.{layer}", x)
 
 
 class GPT(nn.Module):
     """
-    Decoder-only transformer.
+    A decoder-only transformer.
 
-    Initialisation: every matrix N(0, 1 / fan_in), which keeps the variance of what flows through it. Two exceptions:
-    the matrices that write into the residual stream are divided by sqrt(2 n_layer), so that the stream's variance
-    does not grow with depth (Radford et al. 2019), and the unembedding starts at a tenth, so that the first loss is
-    close to log(vocab_size), that of a model which has no opinion. Embeddings are N(0, 0.02): Adam's steps, all of one
-    size, soon outgrow that random start, and not one of N(0, 1) (final loss 4.06 instead of 3.76). Biases are 0.
+    Every matrix starts as N(0, 1 / fan_in), which keeps the variance of what flows through
+    it. There are two exceptions. The matrices that write into the residual stream are
+    divided by sqrt(2 n_layer), so that the stream's variance does not grow with depth
+    (Radford et al. 2019). The unembedding starts at a tenth, so that the first loss is
+    close to log(vocab_size), that of a model which has no opinion.
+
+    Embeddings are N(0, 0.02). Adam's steps, all of one size, soon outgrow that random
+    start; they do not outgrow one of N(0, 1), which ended at a loss of 4.06 instead of
+    3.76. Biases are 0.
     """
 
     def __init__(self, config):
@@ -99,374 +117,554 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)  # W_U, not tied to wte
+        # W_U: not tied to wte, so that it alone says which tokens a direction raises
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.init_weights()
+
+    def init_weights(self):
+        """Draws the parameters anew, as the class says. LayerNorm's gains stay at 1."""
         for name, p in self.named_parameters():
+            keeps_variance = p.shape[-1] ** -0.5   # 1 / sqrt(fan_in)
             if name.endswith("bias"):
                 nn.init.zeros_(p)
             elif "wte" in name or "wpe" in name:
                 nn.init.normal_(p, std=0.02)
+            elif "lm_head" in name:
+                nn.init.normal_(p, std=keeps_variance / 10)
+            elif "proj" in name:                   # writes into the residual stream
+                nn.init.normal_(p, std=keeps_variance / math.sqrt(2 * self.config.n_layer))
             elif p.dim() == 2:
-                shrink = 10 if "lm_head" in name else math.sqrt(2 * config.n_layer) if "proj" in name else 1
-                nn.init.normal_(p, std=p.shape[1] ** -0.5 / shrink)
+                nn.init.normal_(p, std=keeps_variance)
 
     def trunk(self, idx, hook=None):
-        """Everything before the unembedding. idx: (B, T) token ids -> (B, T, n_embd), after the last LayerNorm."""
-        def call(site, x):
-            y = hook(site, x) if hook else None
-            return x if y is None else y
-        x = self.wte(idx) + self.wpe(torch.arange(idx.shape[1], device=idx.device))  # (B, T, C)
+        """
+        Everything before the unembedding: token ids idx (B, T) become (B, T, n_embd), after
+        the last LayerNorm. hook is forward's.
+        """
+        def replaced(site, x):
+            replacement = hook(site, x) if hook else None
+            return x if replacement is None else replacement
+
+        T = idx.shape[1]
+        positions = torch.arange(T, device=idx.device)   # (T,)
+        x = self.wte(idx) + self.wpe(positions)          # (B, T, C)
         for layer, block in enumerate(self.blocks):
-            x = block(x, call, layer)
+            x = block(x, replaced, layer)                # (B, T, C)
         return self.ln_f(x)
 
     def activations(self, idx, site):
-        """Activations (B, T, site_width) at a site on idx (B, T) token ids."""
-        kept = {}
-        self.trunk(idx, lambda name, x: kept.update({name: x}))
-        return kept[site]
+        """The activations (B, T, site_width) at a site, on token ids idx (B, T)."""
+        seen = {}
+
+        def keep(name, x):   # returns None, which changes nothing
+            seen[name] = x
+
+        self.trunk(idx, keep)
+        return seen[site]
 
     def forward(self, idx, targets=None, hook=None):
         """
-        idx, targets: (B, T) token ids -> logits (B, T, vocab_size), loss: mean cross-entropy in nats, None without
-        targets. hook(site, x) is called at "attn.L" (attention output, width n_embd), "mlp.L" (MLP activations after
-        the ReLU, width 4 n_embd) and "resid.L" (residual stream after the block) of every layer L; what it returns
-        takes the place of x, None keeps x.
+        Returns the logits (B, T, vocab_size) for token ids idx (B, T), and the mean
+        cross-entropy in nats against targets (B, T): None without targets.
+
+        hook(site, x) is called at three sites of every layer L: "attn.L" (attention output,
+        width n_embd), "mlp.L" (MLP activations after the ReLU, width 4 n_embd) and
+        "resid.L" (residual stream after the block, width n_embd). What it returns takes the
+        place of x; None keeps x.
         """
-        logits = self.lm_head(self.trunk(idx, hook))
-        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten()) if targets is not None else None
+        logits = self.lm_head(self.trunk(idx, hook))   # (B, T, vocab_size)
+        if targets is None:
+            return logits, None
+        flat = logits.float().flatten(0, 1)            # (B T, vocab_size), never bfloat16
+        loss = F.cross_entropy(flat, targets.flatten())
         return logits, loss
 
     @torch.no_grad()
     def generate(self, idx, n_tokens, temperature=0.8, top_k=50, hook=None, generator=None):
-        """Appends n_tokens sampled tokens to idx (B, T) -> (B, T + n_tokens)."""
+        """Appends n_tokens sampled tokens to idx (B, T), which gives (B, T + n_tokens)."""
         for _ in range(n_tokens):
-            logits, _ = self(idx[:, -self.config.block_size:], hook=hook)
-            logits = logits[:, -1] / temperature
-            kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-            probs = logits.masked_fill(logits < kth, -math.inf).softmax(-1)
-            idx = torch.cat([idx, torch.multinomial(probs, 1, generator=generator)], dim=1)
+            context = idx[:, -self.config.block_size:]     # there are no positions beyond
+            logits, _ = self(context, hook=hook)
+            logits = logits[:, -1] / temperature           # (B, vocab_size): of the next token
+            k = min(top_k, logits.shape[-1])
+            kth_largest = logits.topk(k).values[:, -1:]    # (B, 1)
+            logits = logits.masked_fill(logits < kth_largest, -math.inf)
+            probs = logits.softmax(-1)
+            next_token = torch.multinomial(probs, 1, generator=generator)   # (B, 1)
+            idx = torch.cat([idx, next_token], dim=1)
         return idx
 
     def site_width(self, site):
-        """Width of the activations at a site; UserError when the model has no such site."""
-        sites = [f"{kind}.{layer}" for layer in range(self.config.n_layer) for kind in ("attn", "mlp", "resid")]
+        """The width of the activations at a site. UserError when there is no such site."""
+        sites = []
+        for layer in range(self.config.n_layer):
+            sites += [f"attn.{layer}", f"mlp.{layer}", f"resid.{layer}"]
         if site not in sites:
             raise UserError(f"the model has no site {site}: it has {', '.join(sites)}")
-        return self.config.n_embd * (4 if site.startswith("mlp") else 1)
+        if site.startswith("mlp"):
+            return 4 * self.config.n_embd
+        return self.config.n_embd
 
     def fingerprint(self):
-        """16 hex digits that change with any weight: tells activations and SAEs of one model from another's."""
-        weights = b"".join(p.cpu().numpy().tobytes() for p in self.state_dict().values())
-        return hashlib.sha256(weights).hexdigest()[:16]
+        """
+        16 hexadecimal digits that change with any weight. They tell the activations and
+        autoencoders of one model from another's.
+        """
+        weights = [p.cpu().numpy().tobytes() for p in self.state_dict().values()]
+        return hashlib.sha256(b"".join(weights)).hexdigest()[:16]
 
 
 def load_gpt(out_dir, device="cpu"):
-    """-> (GPT in eval mode, tiktoken.Encoding), as train_gpt.py left them in out_dir. UserError if it did not."""
-    path, hint = os.path.join(out_dir, "gpt.pt"), "run python train_gpt.py first"
+    """
+    Loads what train_gpt.py left in out_dir: the GPT, in eval mode and without gradients,
+    and its tokenizer (a tiktoken.Encoding). UserError when they are missing, damaged, or do
+    not belong together.
+    """
+    path = os.path.join(out_dir, "gpt.pt")
+    hint = "run python train_gpt.py first"
     with reading(path, hint):
         checkpoint = load_checkpoint(path, device)
         gpt = GPT(GPTConfig(**checkpoint["config"])).to(device)
         gpt.load_state_dict(checkpoint["model"])
-    if load_json(os.path.join(out_dir, "data.json"), hint).get("made_from") != checkpoint.get("data"):
-        raise UserError(f"{path} was trained on other data than {out_dir} has now: run python train_gpt.py again")
-    return gpt.eval().requires_grad_(False), load_tokenizer(os.path.join(out_dir, "tokenizer.json"))
+    # a run killed between new data and its first checkpoint leaves an older model beside them
+    data = load_json(os.path.join(out_dir, "data.json"), hint)
+    if data.get("made_from") != checkpoint.get("data"):
+        raise UserError(f"{path} was trained on other data than {out_dir} has now: "
+                        "run python train_gpt.py again")
+    tokenizer = load_tokenizer(os.path.join(out_dir, "tokenizer.json"))
+    return gpt.eval().requires_grad_(False), tokenizer
 
+
+# =============================================================================
+# the model ends here; what follows is shared plumbing and says nothing about the papers
+# =============================================================================
 
 # -----------------------------------------------------------------------------
 # tokenizer
 
-# GPT-2's way to cut text into words, in the syntax that Python's `re` and tiktoken's Rust engine share:
-#   contractions | letters | digits | anything else, each with the space before it | white space
-# (256 bounds the engine's backtracking: a megabyte of blanks would overflow its stack).
-# Merges never cross a cut, so " self", "self" and "_" are candidates for a token, "self._" is not.
+# GPT-2's way to cut text into words, in the syntax that Python's `re` and tiktoken's Rust
+# engine share. A word is the first of these that fits:
+#   '(?:[sdmt]|ll|ve|re)    the end of a contraction, "'s" or "'ll"
+#    ?[^\W\d_]+             letters, with the space before them
+#    ?\d+                   digits, with the space before them
+#    ?(?:[^\s\w]|_)+        anything else that shows, with the space before it
+#   \s{1,256}(?!\S)|\s+     white space; if a word follows, the last blank is left to it
+# (256 bounds the engine's backtracking: a megabyte of blanks would overflow its stack.)
+# Merges never cross a cut: " self", "self" and "_" may become tokens, "self._" may not.
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?[^\W\d_]+| ?\d+| ?(?:[^\s\w]|_)+|\s{1,256}(?!\S)|\s+"
 END_OF_TEXT = "<|endoftext|>"
 
 
-def learn_bpe(texts, vocab_size):
-    """
-    Byte-pair encoding (Sennrich et al. 2016): start from the 256 bytes; again and again make the most frequent
-    adjacent pair one token. Each distinct word is counted once, and a merge updates only the words it touches.
-
-    texts: iterable of str;  -> dict {bytes: rank} of at most vocab_size - 1 tokens (one is kept for END_OF_TEXT)
-    """
-    counts = Counter()
-    for text in texts:
-        counts.update(re.findall(PATTERN, text))
-    words, freqs = [list(word.encode()) for word in counts], list(counts.values())
-    pair_counts, where, touched = Counter(), defaultdict(set), set()  # (a, b) -> how often; -> words that hold it
-
-    def count(i, times):
-        for pair in zip(words[i], words[i][1:]):
-            pair_counts[pair] += times
-            where[pair].add(i)
-            touched.add(pair)
-
-    for i, freq in enumerate(freqs):
-        count(i, freq)
-    ranks, heap = {bytes([i]): i for i in range(256)}, []
-    tokens, progress = list(ranks), Progress("merging", vocab_size, "tokens", 256)
-    while len(tokens) < vocab_size - 1:
-        for pair in touched:
-            heapq.heappush(heap, (-pair_counts[pair], pair))  # ties: the smaller pair of ranks, on any machine
-        touched.clear()
-        while heap and -heap[0][0] != pair_counts[heap[0][1]]:
-            heapq.heappop(heap)  # an old count: the pair was pushed again when it changed
-        if not heap or heap[0][0] > -2:
-            break  # what occurs once is not worth a token
-        pair = heap[0][1]
-        merged = tokens[pair[0]] + tokens[pair[1]]
-        if merged not in ranks:
-            ranks[merged] = len(tokens)
-            tokens.append(merged)
-        for i in where.pop(pair):
-            count(i, -freqs[i])
-            word, words[i] = words[i], []
-            for token in word:
-                if words[i] and (words[i][-1], token) == pair:
-                    words[i][-1] = ranks[merged]
-                else:
-                    words[i].append(token)
-            count(i, freqs[i])
-        progress.show(len(tokens))
-    return ranks
-
-
 def bpe_tokenizer(ranks):
-    """{bytes: rank} -> tiktoken.Encoding with END_OF_TEXT as its last token."""
-    return tiktoken.Encoding("bpe", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)})
+    """Makes a tiktoken.Encoding of {bytes: rank}, with END_OF_TEXT as its last token."""
+    special_tokens = {END_OF_TEXT: len(ranks)}
+    return tiktoken.Encoding("bpe", pat_str=PATTERN, mergeable_ranks=ranks,
+                             special_tokens=special_tokens)
 
 
 def gpt2_tokenizer():
-    """tiktoken's gpt2. UserError where its vocabulary is neither cached nor to be downloaded."""
+    """tiktoken's gpt2. UserError where its vocabulary is neither cached nor to be had."""
     try:
         return tiktoken.get_encoding("gpt2")
-    except Exception as error:  # requests' many exceptions, a bad cache
-        raise UserError(f"tiktoken cannot load or download its gpt2 vocabulary ({type(error).__name__}): use "
-                        "--tokenizer=bpe, or set TIKTOKEN_CACHE_DIR to a folder that holds it")
+    except Exception as error:  # requests' many exceptions, or a bad cache
+        raise UserError("tiktoken cannot load or download its gpt2 vocabulary "
+                        f"({type(error).__name__}): use --tokenizer=bpe, "
+                        "or set TIKTOKEN_CACHE_DIR to a folder that holds it")
 
 
 def save_tokenizer(path, tokenizer):
-    """Readable JSON: the tokens as text in order of rank; bytes that are no valid UTF-8 as \\udc80 to \\udcff."""
+    """
+    Writes a tokenizer as readable JSON: of a learned one, the tokens as text in order of
+    rank. Bytes that are no valid UTF-8 become \\udc80 to \\udcff.
+    """
     saved = {"kind": tokenizer.name}
     if tokenizer.name == "bpe":
-        tokens = map(tokenizer.decode_single_token_bytes, range(tokenizer.n_vocab - 1))
-        saved |= {"pattern": PATTERN, "tokens": [token.decode(errors="surrogateescape") for token in tokens]}
+        ranks = range(tokenizer.n_vocab - 1)   # all but END_OF_TEXT, which bpe_tokenizer adds
+        tokens = [tokenizer.decode_single_token_bytes(rank) for rank in ranks]
+        saved["pattern"] = PATTERN
+        saved["tokens"] = [token.decode(errors="surrogateescape") for token in tokens]
     save_json(path, saved)
 
 
-def load_tokens(out_dir, split, config):
-    """out_dir/train.bin or val.bin, as train_gpt.py left them for a GPTConfig -> memory-mapped ids (n,) uint16."""
-    path, hint = os.path.join(out_dir, f"{split}.bin"), "run python train_gpt.py again"
-    with reading(path, hint):
-        tokens = np.memmap(path, dtype=np.uint16, mode="r")
-    if len(tokens) <= config.block_size or tokens.max() >= config.vocab_size:
-        raise UserError(f"{path} is too short for a context or of another vocabulary than the model: {hint}")
-    return tokens
-
-
 def load_tokenizer(path):
+    """
+    Loads what save_tokenizer wrote: a tiktoken.Encoding. UserError when it is no such file.
+    """
     hint = "run python train_gpt.py again"
     saved = load_json(path, hint)
     if saved.get("kind") == "gpt2":
         return gpt2_tokenizer()
     with reading(path, hint):
-        return bpe_tokenizer({token.encode(errors="surrogateescape"): i for i, token in enumerate(saved["tokens"])})
+        ranks = {}
+        for rank, token in enumerate(saved["tokens"]):
+            ranks[token.encode(errors="surrogateescape")] = rank
+        return bpe_tokenizer(ranks)
+
+
+def load_tokens(out_dir, split, config):
+    """
+    The token ids (n,) of out_dir/train.bin or val.bin as train_gpt.py left them: uint16,
+    mapped from the disk. UserError when they are missing or do not fit a model of this
+    GPTConfig.
+    """
+    path = os.path.join(out_dir, f"{split}.bin")
+    hint = "run python train_gpt.py again"
+    with reading(path, hint):
+        tokens = np.memmap(path, dtype=np.uint16, mode="r")
+    if len(tokens) <= config.block_size or tokens.max() >= config.vocab_size:
+        raise UserError(f"{path} is too short for a context or of another vocabulary "
+                        f"than the model: {hint}")
+    return tokens
 
 
 # -----------------------------------------------------------------------------
-# what every script needs: errors in one line, the common flags, progress, atomic files
+# errors in one line
 
 class UserError(Exception):
-    """A mistake that its user can mend: the scripts print it as one line and exit with status 2."""
+    """A mistake that its user can mend: the scripts print one line and exit with status 2."""
 
 
 @contextmanager
 def reading(path, hint):
-    """with reading(path, hint): whatever fails inside is a UserError that says what to run."""
+    """Whatever fails in its block becomes a UserError: the file's name, and what to run."""
     try:
         yield
     except FileNotFoundError:
         raise UserError(f"{path} not found: {hint}")
-    except Exception:  # whatever the bytes are, torch's, numpy's and json's readers refuse them in a dozen ways
+    except Exception:  # torch's, numpy's and json's readers refuse wrong bytes in a dozen ways
         raise UserError(f"{path} is damaged or of another kind: {hint}")
 
 
 def run(main):
-    """Calls a script's main() and turns a user's mistake into `error: ...` on stderr and exit status 2."""
+    """
+    Calls a script's main(). A user's mistake is `error: ...` on stderr and exit status 2.
+    """
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # Windows writes files in code pages
     try:
         return main()
     except BrokenPipeError:  # the reader, `head` say, has seen enough
-        return os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (UserError, OSError) as error:  # OSError: the file's name and the system's reason say it all
-        reason, status = f"error: {error}", 2
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())  # or Python complains when it flushes at the end
+        return
+    except (UserError, OSError) as error:  # an OSError names the file and the system's reason
+        reason = f"error: {error}"
+        status = 2
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", str(error)):
+        torch_says_so = re.search("out of memory|allocate memory", str(error))
+        if not isinstance(error, MemoryError) and not torch_says_so:
             raise
-        reason, status = f"error: too large for the memory: {str(error).splitlines()[0]}", 2
+        reason = f"error: too large for the memory: {str(error).splitlines()[0]}"
+        status = 2
     except KeyboardInterrupt as stop:
-        reason, status = "interrupted: run the same command again", 130
-        if stop.args:
-            reason = f"interrupted at {stop}, which is saved: go on with the same command and --resume"
+        reason = "interrupted: run the same command again"
+        if stop.args:  # from a training loop, which says how far it came
+            reason = (f"interrupted at {stop}, which is saved: "
+                      "go on with the same command and --resume")
+        status = 130
     print(reason, file=sys.stderr)
     sys.exit(status)
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+# -----------------------------------------------------------------------------
+# the common flags
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter,
+                    argparse.RawDescriptionHelpFormatter):
     """Shows a script's docstring as it is and every flag with its default."""
 
 
 def make_parser(doc):
-    """-> argparse parser with the flags that all three scripts share; its errors are UserErrors, not usage dumps."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
+    """
+    Makes an argparse parser with the flags that all three scripts share. Its errors are
+    UserErrors of one line instead of argparse's dump of the usage.
+    """
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
 
     def error(message):
         raise UserError(f"{message} (--help lists the flags)")
+
     parser.error = error
     group = parser.add_argument_group("common")
     group.add_argument("--out_dir", default="out", help="folder of everything that is written")
-    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: cuda if there is one")
+    group.add_argument("--device", default="auto",
+                       help="cpu, cuda, cuda:1, mps; auto: cuda if there is one")
     group.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
-                       help="of training's products; weights stay float32; auto: bfloat16 on cuda, else float32")
+                       help="of training's products; weights stay float32; "
+                       "auto: bfloat16 on cuda, else float32")
     group.add_argument("--compile", default="auto", choices=["auto", "yes", "no"],
                        help="torch.compile the training step; auto: on cuda")
-    group.add_argument("--seed", type=at_least(0), default=1337, help="same seed, same machine: same files")
+    group.add_argument("--seed", type=at_least(0), default=1337,
+                       help="same seed, same machine: same files")
     return parser
 
 
 def at_least(low, kind=int):
-    """-> argparse type: a finite number of a kind, low or more."""
+    """An argparse type: a finite number of a kind, int or float, that is low or more."""
     def number(text):
-        if not low <= kind(text) < 2**63:
-            raise argparse.ArgumentTypeError(f"must be at least {low} and below 2^63, not {text}")
+        if not low <= kind(text) < 2**63:   # NaN fails this, too; torch's integers end at 2^63
+            raise argparse.ArgumentTypeError(
+                f"must be at least {low} and below 2^63, not {text}")
         return kind(text)
     return number
 
 
+@dataclass(frozen=True)
+class Machine:
+    """What a script runs on."""
+    device: torch.device
+    autocast: AbstractContextManager   # around a forward pass: bfloat16 products, or nothing
+    compiled: bool                     # whether to torch.compile what is trained
+    rank: int                          # number of this process: 0 without torchrun
+    ranks: int                         # how many processes there are: 1 without torchrun
+
+
 def setup(args):
     """
-    Common flags -> device, autocast context manager, whether to compile, rank and number of ranks (0 and 1 unless
-    torchrun started it; then it joins the process group). Seeds torch, makes `out_dir`.
+    Makes out_dir, seeds torch, joins the other ranks where torchrun started several, and
+    returns the Machine that the common flags ask for. UserError when there is no such
+    device, OSError when nothing can be written to out_dir.
     """
-    rank, ranks, local_rank = 0, 1, 0
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun
-        rank, ranks, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device={args.device} is not available here: {str(error).splitlines()[0]}")
+    rank, ranks, local_rank = torchrun_ranks()
+    device = find_device(args.device, local_rank)
     os.makedirs(args.out_dir, exist_ok=True)
     tempfile.TemporaryFile(dir=args.out_dir).close()  # an error now rather than after an hour
     torch.manual_seed(args.seed)
-    torch.set_float32_matmul_precision("high")  # TF32 on cuda; float32 on the CPU is not affected
-    half = args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda")
-    autocast = torch.autocast(device.type, dtype=torch.bfloat16) if half else nullcontext()
-    compiled = args.compile == "yes" or (args.compile == "auto" and device.type == "cuda")
+    torch.set_float32_matmul_precision("high")  # TF32 on cuda; no change on the CPU
+
+    on_cuda = device.type == "cuda"
+    autocast = nullcontext()
+    if args.dtype == "bfloat16" or (args.dtype == "auto" and on_cuda):
+        autocast = torch.autocast(device.type, dtype=torch.bfloat16)
+    compiled = args.compile == "yes" or (args.compile == "auto" and on_cuda)
     if ranks > 1:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
-        if rank:
-            sys.stdout = open(os.devnull, "w")  # one voice
-    return device, autocast, compiled, rank, ranks
+        join_ranks(device, rank)
+    return Machine(device, autocast, compiled, rank, ranks)
+
+
+def find_device(flag, local_rank):
+    """The torch.device that --device asks for. Every rank of a machine gets its own GPU."""
+    name = flag
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{local_rank}"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)  # torch.device alone does not ask whether it exists
+    except (RuntimeError, AssertionError) as error:
+        first_line = str(error).splitlines()[0]
+        raise UserError(f"--device={flag} is not available here: {first_line}")
+    return device
+
+
+# -----------------------------------------------------------------------------
+# several ranks: processes that train one model together, each on its share of every batch
+
+def torchrun_ranks():
+    """The number of this process, how many there are, and its number on this machine."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun sets it
+        return 0, 1, 0
+    rank = int(os.environ["RANK"])
+    ranks = int(os.environ["WORLD_SIZE"])
+    local_rank = int(os.environ["LOCAL_RANK"])
+    return rank, ranks, local_rank
+
+
+def join_ranks(device, rank):
+    """Joins the process group, and silences all ranks but 0."""
+    backend = "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"  # gloo too: `steps` adds up tensors on the CPU
+    patience = timedelta(days=1)  # rank 0 may prepare data for hours
+    dist.init_process_group(backend, timeout=patience)
+    if rank:
+        sys.stdout = open(os.devnull, "w")  # one voice
 
 
 @contextmanager
-def rank_0_first(ranks):
-    """with rank_0_first(ranks): the others do it when rank 0 has, and find its files."""
-    if ranks > 1 and dist.get_rank():
+def rank_0_first():
+    """The other ranks enter its block when rank 0 has left it, and find the files it wrote."""
+    several = dist.is_initialized()
+    if several and dist.get_rank() > 0:
         dist.barrier()
     yield
-    if ranks > 1 and not dist.get_rank():
+    if several and dist.get_rank() == 0:
         dist.barrier()
 
 
+@torch.no_grad()
+def same_on_all_ranks(module):
+    """Every rank takes the parameters of rank 0. With one rank nothing happens."""
+    if not dist.is_initialized():
+        return
+    for p in module.parameters():
+        values = p.contiguous()  # a copy of a transposed matrix, which cannot be sent as it is
+        dist.broadcast(values, 0)
+        p.copy_(values)
+
+
+def average_gradients(module):
+    """
+    Every rank gets the mean of all ranks' gradients, so that all make the same step. To be
+    called between loss.backward() and the optimizer. With one rank nothing happens.
+    """
+    if not dist.is_initialized():
+        return
+    gradients = [p.grad for p in module.parameters()]
+    # One message instead of one for each parameter. A gradient may be transposed in memory:
+    # flatten() reads it row by row all the same, and copy_() writes it so.
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    flat /= dist.get_world_size()
+    dist.all_reduce(flat)  # the sum of all ranks'
+    start = 0
+    for gradient in gradients:
+        end = start + gradient.numel()
+        gradient.copy_(flat[start:end].view(gradient.shape))
+        start = end
+
+
+# -----------------------------------------------------------------------------
+# progress
+
 class Progress:
-    """show(done, note) prints one line every five seconds, or `now`: done of total, note(), rate, time left."""
+    """Tells how far some work has come: what is done of the total, the rate, the time left."""
+
     def __init__(self, label, total, unit, done=0):
-        self.label, self.total, self.unit, self.first = label, total, unit, done
+        self.label = label
+        self.total = total
+        self.unit = unit
+        self.first = done  # done by an earlier run: no part of this one's rate
         self.start = self.last = time.time()
 
     def show(self, done, note=str, now=False):
+        """
+        Prints one line when five seconds have passed since the last one, or `now`. note()
+        is called for that line alone, since it may have to wait for a GPU; str() is the
+        empty note.
+        """
         if not now and time.time() - self.last < 5.0:
             return
         self.last = time.time()
-        rate = (done - self.first) / max(self.last - self.start, 1e-9)
-        left = int((self.total - done) / rate) if rate else 0
-        speed = f"{rate:,.{0 if rate >= 10 else 1}f} {self.unit}/s  {left // 60}m{left % 60:02}s left" if rate else ""
-        print(f"{self.label} {done:,}/{self.total:,} {self.unit}  {note()}  {speed}", flush=True)
+        seconds = max(self.last - self.start, 1e-9)
+        rate = (done - self.first) / seconds
+        speed = ""
+        if rate:
+            digits = 0 if rate >= 10 else 1
+            left = int((self.total - done) / rate)
+            minutes_left = f"{left // 60}m{left % 60:02}s left"
+            speed = f"{rate:,.{digits}f} {self.unit}/s  {minutes_left}"
+        counted = f"{done:,}/{self.total:,} {self.unit}"
+        print(f"{self.label} {counted}  {note()}  {speed}", flush=True)
 
 
 def tracked(label, parts, unit, size=len):
-    """Yields the parts of some work, each of a size, and prints progress."""
-    progress, done = Progress(label, sum(map(size, parts)), unit), 0
+    """Yields the parts of some work, size(part) units each, and shows progress in between."""
+    progress = Progress(label, sum(map(size, parts)), unit)
+    done = 0
     for part in parts:
         yield part
         done += size(part)
         progress.show(done)
 
 
+# -----------------------------------------------------------------------------
+# files
+
 def write_atomic(path, write):
-    """Calls write(binary file), then moves the file into place: a reader never sees half of one."""
+    """
+    Calls write(binary file), then moves the file into place: a reader never sees half of
+    one. UserError when it cannot be written.
+    """
+    temporary = f"{path}.tmp"
     try:
-        with open(f"{path}.tmp", "wb") as f:
+        with open(temporary, "wb") as f:
             write(f)
-        os.replace(f"{path}.tmp", path)
+        os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch says RuntimeError when the disk is full
-        if os.path.lexists(f"{path}.tmp"):
-            os.remove(f"{path}.tmp")
-        reason = getattr(error, "strerror", None) or "is the disk full?"
-        raise UserError(f"cannot write {path} ({reason}): make room and run again; what was there before is unharmed")
+        if os.path.lexists(temporary):
+            os.remove(temporary)
+        reason = getattr(error, "strerror", None) or "is the disk full?"  # torch's has none
+        raise UserError(f"cannot write {path} ({reason}): make room and run again; "
+                        "what was there before is unharmed")
 
 
 def save_json(path, obj):
+    """Writes obj as JSON that is meant to be read: UTF-8, one value a line."""
     text = json.dumps(obj, ensure_ascii=False, indent=1)
-    write_atomic(path, lambda f: f.write(text.encode(errors="backslashreplace")))  # \\udc80: JSON's own escape
+    encoded = text.encode(errors="backslashreplace")  # \udc80 as JSON itself escapes it
+    write_atomic(path, lambda f: f.write(encoded))
 
 
 def load_json(path, hint):
-    """JSON object at `path`. UserError with `hint` (what to run) when it is missing or no JSON object."""
+    """The JSON object at path, a dict. UserError with the hint when it is missing or none."""
     with reading(path, hint), open(path, encoding="utf-8") as f:
-        return json.load(f) | {}  # a TypeError unless it is an object
+        contents = json.load(f)
+        if not isinstance(contents, dict):
+            raise TypeError("no object")  # for `reading`, which says it in its own words
+        return contents
 
 
 def save_jsonl(path, rows):
-    write_atomic(path, lambda f: f.writelines(json.dumps(row).encode() + b"\n" for row in rows))
+    """Writes one JSON object a line."""
+    lines = [json.dumps(row).encode() + b"\n" for row in rows]
+    write_atomic(path, lambda f: f.writelines(lines))
+
+
+# -----------------------------------------------------------------------------
+# checkpoints and resuming
+
+ANEW = "run without --resume to start anew"
+
+# flags that may differ when a run goes on: where it runs, what it is called, when it saves
+FREE_FLAGS = ("resume", "out_dir", "name", "device", "compile", "save_interval")
 
 
 def save_checkpoint(path, **contents):
+    """Writes tensors and plain Python values under the names given."""
     write_atomic(path, lambda f: torch.save(contents, f))
 
 
 def load_checkpoint(path, device):
-    """Dict of tensors and plain values, nothing unpickled; some error, for `reading`, where there is no such thing."""
-    return torch.load(path, map_location=device, weights_only=True) | {}
-
-
-ANEW = "run without --resume to start anew"
+    """
+    The dict that save_checkpoint wrote, its tensors on a device. Nothing is unpickled. Call
+    it inside `reading`: it raises all kinds of errors where there is no such thing.
+    """
+    contents = torch.load(path, map_location=device, weights_only=True)
+    if not isinstance(contents, dict):
+        raise TypeError("no checkpoint")
+    return contents
 
 
 def resumable(path, args, device):
     """
-    The checkpoint from which --resume goes on, None where there is none yet. UserError when a flag differs that would
-    make the result another than the uninterrupted run's; leaves the script when the run is finished.
+    The checkpoint from which --resume goes on, None where there is none yet. UserError when
+    a flag differs that would make the result another than the uninterrupted run's. When the
+    run is finished, it says so and leaves the script.
     """
     if not (args.resume and os.path.exists(path)):
         return None
-    free = ("resume", "out_dir", "name", "device", "compile", "save_interval")
     with reading(path, ANEW):
         checkpoint = load_checkpoint(path, device)
-        step, was = checkpoint["step"], dict(checkpoint["args"])
-        more = args.max_iters - was["max_iters"]
-    for key, value in vars(args).items():
-        if more < 0 if key == "max_iters" else key not in free and value != was.get(key):
-            raise UserError(f"--{key}={value}, but {path} was trained with {was.get(key)}: {ANEW}")
-    if more:
-        print(f"--max_iters={args.max_iters} instead of {was['max_iters']}: from here on with its schedules")
+        step = checkpoint["step"]
+        saved_args = dict(checkpoint["args"])
+        more_steps = args.max_iters - saved_args["max_iters"]
+
+    for flag, value in vars(args).items():
+        saved_value = saved_args.get(flag)
+        if flag == "max_iters":
+            refused = more_steps < 0
+        else:
+            refused = value != saved_value and flag not in FREE_FLAGS
+        if refused:
+            raise UserError(
+                f"--{flag}={value}, but {path} was trained with {saved_value}: {ANEW}")
+
+    if more_steps:
+        print(f"--max_iters={args.max_iters} instead of {saved_args['max_iters']}: "
+              "from here on with its schedules")
     if step == args.max_iters:
         print(f"{path} is finished: all {step:,} steps are done")
         sys.exit(0)
@@ -475,42 +673,40 @@ def resumable(path, args, device):
 
 
 def steps(start, stop):
-    """Yields start .. stop - 1, but no more after Ctrl-C or SIGTERM reached any rank: the caller saves."""
-    came, which = torch.zeros(1), (signal.SIGINT, signal.SIGTERM)
-    handlers = [signal.signal(number, lambda *_: came.fill_(1)) for number in which]
+    """
+    Yields start, start + 1, ... stop - 1, but no more after Ctrl-C or SIGTERM reached any
+    rank: the caller's loop ends, and it can save.
+    """
+    stop_requested = torch.zeros(1)  # a tensor, so that the ranks can add theirs up
+
+    def request_stop(signal_number, frame):
+        stop_requested.fill_(1)
+
+    previous_handlers = {}
+    for signal_number in (signal.SIGINT, signal.SIGTERM):
+        previous_handlers[signal_number] = signal.signal(signal_number, request_stop)
     try:
         for step in range(start, stop):
             yield step
-            stopped = came.clone()
+            ranks_stopping = stop_requested.clone()
             if dist.is_initialized():
-                dist.all_reduce(stopped)  # all after the same step, or one would wait for another
-            if stopped:
+                # all stop after the same step, or one would wait for another
+                dist.all_reduce(ranks_stopping)
+            if ranks_stopping > 0:
                 return
     finally:
-        for number, handler in zip(which, handlers):
-            signal.signal(number, handler)
+        for signal_number, handler in previous_handlers.items():
+            signal.signal(signal_number, handler)
 
 
 def check_finite(loss, module, step, optimizer, path):
-    """UserError when the loss or a weight is NaN or infinite: before a checkpoint would be written with it."""
-    if not (math.isfinite(loss) and all(p.isfinite().all() for p in module.parameters())):
-        good = f"{path} is the last good checkpoint" if os.path.exists(path) else "there is no checkpoint yet"
-        raise UserError(f"the loss is {loss} or a weight infinite at step {step:,}, learning rate "
-                        f"{optimizer.param_groups[0]['lr']:.2g}: lower --learning_rate; {good}")
-
-
-BLUE, RED = "#2a6f97", "#d1495b"
-
-
-@contextmanager
-def figure(path, panels=1, width=6.0, height=3.6):
-    """with figure(path) as ax: draws on one panel (or a list of them); the picture is written at the end."""
-    fig = Figure(figsize=(width, height), layout="constrained")
-    axes = fig.subplots(1, panels)
-    yield axes
-    for ax in np.atleast_1d(axes):
-        ax.grid(alpha=0.25)
-        ax.spines[["top", "right"]].set_visible(False)
-        if ax.get_legend_handles_labels()[1]:
-            ax.legend(frameon=False, fontsize="small")
-    write_atomic(path, lambda f: fig.savefig(f, format="png", dpi=120))
+    """UserError when the loss or a weight is NaN or infinite, before a checkpoint holds it."""
+    weights_finite = all(p.isfinite().all() for p in module.parameters())
+    if math.isfinite(loss) and weights_finite:
+        return
+    good = "there is no checkpoint yet"
+    if os.path.exists(path):
+        good = f"{path} is the last good checkpoint"
+    rate = optimizer.param_groups[0]["lr"]
+    raise UserError(f"the loss is {loss} or a weight infinite at step {step:,}, "
+                    f"learning rate {rate:.2g}: lower --learning_rate; {good}")

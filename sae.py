@@ -1,28 +1,35 @@
 """
-The sparse autoencoder: three published recipes, the exact sparse step, and the store of activations it trains on.
+The sparse autoencoder: what the papers differ in, the autoencoder itself, and the activations
+it is trained on.
 
-    tied      Cunningham et al. 2023, "Sparse Autoencoders Find Highly Interpretable Features" (arXiv 2309.08600)
-    towards   Bricken et al. 2023, "Towards Monosemanticity" (transformer-circuits.pub/2023/monosemantic-features)
-    scaling   Templeton et al. 2024, "Scaling Monosemanticity" (transformer-circuits.pub/2024/scaling-monosemanticity)
+    Cunningham et al. 2023, "Sparse Autoencoders Find Highly Interpretable Features in Language
+        Models" (arXiv 2309.08600): the recipe "tied"
+    Bricken et al. 2023, "Towards Monosemanticity"
+        (transformer-circuits.pub/2023/monosemantic-features): the recipe "towards"
+    Templeton et al. 2024, "Scaling Monosemanticity"
+        (transformer-circuits.pub/2024/scaling-monosemanticity): the recipe "scaling"
 
-One activation vector x of width n becomes m feature activations f, most of them 0, and back:
+An activation vector x of width n becomes m feature activations f, most of them 0, and back:
 
-              f                                  x_hat             loss, averaged over the batch
-    tied      ReLU(x W_dec^T + b_enc)            f W_dec           ||x - x_hat||^2 + lambda sum_i f_i
-    towards   ReLU((x - b_dec) W_enc + b_enc)    f W_dec + b_dec   ||x - x_hat||^2 + lambda sum_i f_i
-    scaling   ReLU(x W_enc + b_enc)              f W_dec + b_dec   ||x - x_hat||^2 + lambda sum_i f_i ||W_dec_i||
+    f = activation(x W_enc + b_enc)                 (m,)  what the features read
+    x_hat = f W_dec + b_dec                         (n,)  what they write, added up
+    loss = ||x - x_hat||^2 + lambda sum_i f_i w_i         averaged over the batch
 
-Both terms are sums over their axis (width, features) and means over the batch, so lambda means the same at any size.
-Row i of W_dec is feature i's direction: of unit norm in tied and towards, free in scaling.
+Column i of W_enc is what feature i looks for, row i of W_dec is its direction. Both terms of the
+loss are sums over their axis (the width, the features) and means over the batch, so that lambda
+means the same at every size.
 
 Notable:
-- with ReLU the gradient is zero wherever a feature is off, so SparseStep computes it there and nowhere else: exact,
-  and several times faster than the dense step on a CPU
-- fold() brings every recipe into one form, ReLU(x W_enc + b_enc) W_dec + b_dec with unit rows, for all that comes after
+- the table RECIPES is the comparison of the papers; a new recipe is a new row
+- fold() brings every recipe into one form, unit rows and raw units, for all that comes after
 - names and shapes of the weights are those of SAELens
+- on a CPU the step is several times faster than the equations written down as they are, and as
+  exact; a first reader may skip how (SparseStep, at the end)
 """
 import math
 import warnings
+from dataclasses import asdict, dataclass, replace
+from typing import Callable
 
 import numpy as np
 import torch
@@ -31,223 +38,428 @@ import torch.nn.functional as F
 
 from model import UserError, load_checkpoint, reading, save_checkpoint
 
-warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-
-RECIPES = ("scaling", "towards", "tied")
-SHARD_ROWS = 2**17  # rows of activations that are made, shuffled and written at a time
+# -----------------------------------------------------------------------------
+# what the papers differ in
 
 
-class SparseStep(torch.autograd.Function):
-    """
-    x_hat = ReLU(x W_enc + b_enc) W_dec + b_dec and its gradient, exact, at the cost of little more than one dense
-    product (the encoder's): everything else touches the active entries alone. With f as a CSR matrix and g = dL/df,
-    which only matters where f > 0:
+def l1_penalty(f):
+    """The penalty of all three papers: each activation itself. It is never negative."""
+    return f
 
-        g = x_hat.grad W_dec^T, sampled at f > 0;   W_dec.grad = f^T x_hat.grad;   W_enc.grad = x^T g
 
-    x (B, n) -> x_hat (B, n), f.sum(0) (m,), number of active entries. Needs a CPU and torch's MKL.
-    """
-    @staticmethod
-    def forward(ctx, x, W_enc, b_enc, W_dec, b_dec):
-        (B, _), m = x.shape, len(b_enc)
-        f, where, values = x.new_empty(512, m), [], []
-        for i in range(0, B, 512):  # the only dense product, in pieces that stay in the processor's cache
-            piece = torch.mm(x[i:i + 512], W_enc, out=f[:len(x[i:i + 512])])
-            on = torch.from_numpy(np.flatnonzero((piece > -b_enc).numpy()))        # numpy's is the faster search
-            where.append(on + i * m)
-            values.append(piece.view(-1)[on])
-        where = torch.cat(where)                                                   # row * m + column, in order
-        rows, columns = torch.searchsorted(where, torch.arange(0, B * m + 1, m)), where % m
-        values = torch.cat(values) + b_enc[columns]
-        f = torch.sparse_csr_tensor(rows, columns, values, (B, m), check_invariants=False)
-        ctx.save_for_backward(x, W_enc, W_dec, rows, columns, values)
-        return f @ W_dec + b_dec, values.new_zeros(m).index_add_(0, columns, values), rows[-1]
+@dataclass(frozen=True)
+class Recipe:
+    """One way to build and train a sparse autoencoder; the comments say who states what, where."""
+    paper: str
 
-    @staticmethod
-    def backward(ctx, grad_x_hat, grad_f_sum, _):
-        x, W_enc, W_dec, rows, columns, values = ctx.saved_tensors
-        shape = (len(x), len(W_dec))
-        f = torch.sparse_csr_tensor(rows, columns, values, shape, check_invariants=False)
-        through_f_sum = torch.sparse_csr_tensor(rows, columns, grad_f_sum[columns], shape, check_invariants=False)
-        g = torch.sparse.sampled_addmm(through_f_sum, grad_x_hat, W_dec.t())       # (B, m), where f > 0
-        grad_x = g @ W_enc.t() if ctx.needs_input_grad[0] else None
-        grad_b_enc = torch.zeros_like(W_dec[:, 0]).index_add_(0, columns, g.values())
-        return grad_x, (g.t() @ x).t(), grad_b_enc, f.t() @ grad_x_hat, grad_x_hat.sum(0)
+    # f = activation(z), from z (..., n_features) to f of the same shape. All three papers: ReLU.
+    activation: Callable = F.relu
+
+    # One matrix: W_enc is W_dec^T, and there is no b_dec (Cunningham et al., section 2).
+    tied: bool = False
+
+    # b_dec is subtracted from x before x is encoded: (x - b_dec) W_enc + b_enc (Bricken et al.,
+    # "Sparse Autoencoder Setup").
+    pre_bias: bool = False
+
+    # b_dec starts at the geometric median of the data, not at 0 (Bricken et al., appendix on the
+    # autoencoder's training). All other biases start at 0 everywhere.
+    median_start: bool = False
+
+    # What of each activation the penalty adds up.
+    penalty: Callable = l1_penalty
+
+    # Activation i counts w_i = ||W_dec_i|| times in the penalty, otherwise once. Small activations
+    # of long rows then gain nothing, and the rows may have any norm (Templeton et al., "Sparse
+    # Autoencoders").
+    norms_in_penalty: bool = False
+
+    # Each row of W_dec is brought back to unit norm after every step (Cunningham et al.,
+    # section 2; Bricken et al., "Sparse Autoencoder Setup").
+    unit_rows: bool = False
+
+    # Before every step the part of the gradient that is parallel to its row is removed, or
+    # Adam would see a pull that unit_rows undoes (Bricken et al., appendix on the
+    # autoencoder's training).
+    project_gradient: bool = False
+
+    # The steps after which dead features get a new start, and for how many steps before that
+    # a feature must have been silent to count as dead (Bricken et al., appendix on neuron
+    # resampling).
+    resample_steps: tuple[int, ...] = ()
+    dead_steps: int = 12_500
+
+    # lambda rises linearly from 0 over this share of the steps, the first ones (Templeton et al.,
+    # "Sparse Autoencoders"; Circuits Updates, April 2024: the same for the next two).
+    l1_warmup: float = 0.0
+
+    # Adam's rate falls linearly to 0 over this share of the steps, the last ones.
+    lr_decay: float = 0.0
+
+    # The gradient's norm is at most this; 0: it may have any.
+    clip: float = 0.0
+
+
+RECIPES = {
+    "scaling": Recipe(
+        "Templeton et al. 2024, Scaling Monosemanticity",
+        norms_in_penalty=True,
+        l1_warmup=0.05,
+        lr_decay=0.2,
+        clip=1.0,
+    ),
+    "towards": Recipe(
+        "Bricken et al. 2023, Towards Monosemanticity",
+        pre_bias=True,
+        median_start=True,
+        unit_rows=True,
+        project_gradient=True,
+        resample_steps=(25_000, 50_000, 75_000, 100_000),
+    ),
+    "tied": Recipe(
+        "Cunningham et al. 2023, Sparse Autoencoders Find Highly Interpretable Features",
+        tied=True,
+        unit_rows=True,
+    ),
+}
+
+
+@dataclass
+class SAEConfig:
+    """What one autoencoder is made from. It is saved and restored as a whole."""
+    d_in: int                      # width of the activations
+    n_features: int                # size of the dictionary
+    recipe: str = "scaling"        # a row of RECIPES
+    input_norm: str = "dataset"    # what brings ||x||^2 to d_in: dataset, token or none
+    decoder_norm: float = 0.3      # norm of W_dec's rows at the start, unless unit_rows says 1
+    pre_bias: bool | None = None   # None: as the recipe has it
+    tied: bool | None = None       # None: as the recipe has it
+
+    def __post_init__(self):
+        check_known(self.recipe, RECIPES)
+        check_known(self.input_norm, ("dataset", "token", "none"))
+        if self.pre_bias is None:
+            self.pre_bias = RECIPES[self.recipe].pre_bias
+        if self.tied is None:
+            self.tied = RECIPES[self.recipe].tied
+
+
+def check_known(value, known):
+    if value not in known:
+        raise UserError(f"{value} is unknown: it must be one of {', '.join(known)}")
+
+
+# -----------------------------------------------------------------------------
+# the autoencoder
 
 
 class SparseAutoencoder(nn.Module):
     """
-    W_enc (d_in, n_features), b_enc (n_features,), W_dec (n_features, d_in), b_dec (d_in,); for tied, W_enc is W_dec.T
-    and b_dec is 0. `scale` (scalar, 1 until fit_to) takes raw activations to the units in which the loss is measured.
+    W_enc (d_in, n_features), b_enc (n_features,), W_dec (n_features, d_in), b_dec (d_in,).
 
-    recipe: "scaling", "towards" or "tied". decoder_norm: L2 norm of every decoder row at the start (scaling only; the
-    April 2024 update suggests 0.05 to 1). input_norm: "dataset" (one scalar for all, E||x||^2 = d_in), "token" (each
-    vector to ||x||^2 = d_in, the other reading of Templeton et al.) or "none" (raw units). pre_bias: whether b_dec is
-    subtracted before W_enc is applied; None: as the recipe has it, in towards alone.
+    `scale` (a scalar, 1 until fit_to) takes raw activations to the units in which the loss is
+    measured. `extra` holds what was saved beside the autoencoder, see load_sae.
 
-    Initialisation: random directions, W_enc = W_dec^T, biases 0 (April 2024 update; towards and tied take the same,
-    with unit rows). W_enc is stored as a transposed matrix, each feature's weights side by side: that is the layout in
-    which SparseStep makes its gradient.
+    Initialisation: random directions of equal norm, W_enc = W_dec^T, biases 0 (Circuits
+    Updates, April 2024, which suggests norms of 0.05 to 1; the other recipes take the same,
+    with unit rows).
     """
 
-    def __init__(self, d_in, n_features, recipe="scaling", input_norm="dataset", decoder_norm=0.3, pre_bias=None):
+    def __init__(self, config):
         super().__init__()
-        for value, known in ((recipe, RECIPES), (input_norm, ("dataset", "token", "none"))):
-            if value not in known:
-                raise UserError(f"{value} is unknown: it must be one of {', '.join(known)}")
-        self.d_in, self.n_features, self.recipe, self.input_norm = d_in, n_features, recipe, input_norm
-        self.pre_bias = recipe == "towards" if pre_bias is None else pre_bias
-        directions = F.normalize(torch.randn(n_features, d_in), dim=1)
-        self.W_dec = nn.Parameter(directions * (decoder_norm if recipe == "scaling" else 1.0))
-        self.b_enc = nn.Parameter(torch.zeros(n_features))
-        if recipe == "tied":
-            self.register_buffer("b_dec", torch.zeros(d_in), persistent=False)
+        self.config = config
+        self.recipe = RECIPES[config.recipe]
+        self.extra = {}
+
+        directions = F.normalize(torch.randn(config.n_features, config.d_in), dim=1)
+        norm = 1.0 if self.recipe.unit_rows else config.decoder_norm
+        self.W_dec = nn.Parameter(directions * norm)
+        self.b_enc = nn.Parameter(torch.zeros(config.n_features))
+        if config.tied:
+            self.register_buffer("b_dec", torch.zeros(config.d_in), persistent=False)
         else:
-            self.W_enc = nn.Parameter(self.W_dec.detach().clone().t())
-            self.b_dec = nn.Parameter(torch.zeros(d_in))
-        self.register_buffer("scale", torch.tensor(1.0), persistent=False)  # saved beside the weights, by save_sae
+            # W_enc is kept as a transposed matrix, each feature's weights side by side, the
+            # layout in which SparseStep makes its gradient. nn.Module refuses to register a
+            # parameter whose name is a property of the class, hence the way around it.
+            self._parameters["W_enc"] = nn.Parameter(self.W_dec.detach().clone().t())
+            self.b_dec = nn.Parameter(torch.zeros(config.d_in))
 
-    def __getattr__(self, name):  # only asked for what is not found otherwise: a tied autoencoder's encoder
-        if name == "W_enc" and self.recipe == "tied":
-            return self.W_dec.t()
-        return super().__getattr__(name)
+        # not persistent: save_sae writes it beside the weights, which stay SAELens' four
+        self.register_buffer("scale", torch.tensor(1.0), persistent=False)
 
-    @torch.no_grad()
-    def fit_to(self, x):
-        """Starting point from a sample x (N, d_in) of raw activations: the scale, and for towards b_dec."""
-        x = x.float()
-        if self.input_norm != "none":  # E||x||^2 = d_in (Scaling Monosemanticity, Methods)
-            self.scale.fill_(math.sqrt(self.d_in / x.square().sum(1).mean().clamp_min(1e-30).item()))
-        if self.recipe == "towards":   # (Towards Monosemanticity, appendix on the autoencoder's training)
-            self.b_dec.copy_(geometric_median(x * self.input_scale(x)))
+    @property
+    def W_enc(self):
+        """(d_in, n_features). With tied weights it is the decoder, transposed."""
+        return self.W_dec.t() if self.config.tied else self._parameters["W_enc"]
+
+    # ---- the equations
 
     def input_scale(self, x):
-        """What raw x (..., d_in) is multiplied by: `scale`, or with input_norm="token" sqrt(d_in) / ||x||; (..., 1)."""
-        if self.input_norm != "token":
-            return self.scale.expand(*x.shape[:-1], 1)
-        return math.sqrt(self.d_in) / x.float().norm(dim=-1, keepdim=True).clamp_min(1e-8)
+        """
+        What raw x (..., d_in) is multiplied by -> (..., 1).
+
+        "dataset": one scalar for all vectors, so that E||x||^2 = d_in (Templeton et al.,
+        "Sparse Autoencoders"). "token": each vector its own, so that ||x||^2 = d_in (another
+        reading of the same). "none": 1.
+        """
+        if self.config.input_norm == "token":
+            norms = x.float().norm(dim=-1, keepdim=True)
+            return math.sqrt(self.config.d_in) / norms.clamp_min(1e-8)
+        return self.scale.expand(*x.shape[:-1], 1)
+
+    def scaled(self, x):
+        """Raw x (..., d_in) in the units of the loss and in the precision of the weights."""
+        return x.to(self.W_dec.dtype) * self.input_scale(x)
 
     def encoder_input(self, x):
-        """Scaled x -> what W_enc is applied to."""
-        return x - self.b_dec if self.pre_bias else x
+        """Scaled x (..., d_in) -> what W_enc is applied to."""
+        return x - self.b_dec if self.config.pre_bias else x
 
-    def encode(self, x):
-        """(..., d_in) raw activations -> f (..., n_features)."""
-        x = x.to(self.W_dec.dtype) * self.input_scale(x)
-        return F.relu(self.encoder_input(x) @ self.W_enc + self.b_enc)
+    def pre_activations(self, x, features=None):
+        """Scaled x (..., d_in) -> z (..., n_features), or of some features only: see encode."""
+        x = self.encoder_input(x)
+        if features is None:
+            return x @ self.W_enc + self.b_enc
+        rows = self.W_enc.t()[features]    # (k, d_in) or (B, k, d_in)
+        b_enc = self.b_enc[features]       # (k,) or (B, k)
+        if features.dim() == 1:
+            return F.linear(x, rows, b_enc)
+        return x @ rows.transpose(1, 2) + b_enc[:, None]    # (B, T, k)
+
+    def activate(self, x, features=None):
+        """Scaled x -> f. The activation function is called here and nowhere else."""
+        return self.recipe.activation(self.pre_activations(x, features))
+
+    def encode(self, x, features=None):
+        """
+        x (..., d_in) raw activations -> f (..., n_features).
+
+        features: only these, (k,) -> f (..., k); or others for each context, (B, k) and x (B, T,
+        d_in) -> f (B, T, k). All that looks at a feature's activations comes here, so that what is
+        measured is what was trained.
+        """
+        x = self.scaled(x)
+        if features is None:
+            return self.activate(x)
+        features = torch.as_tensor(features, dtype=torch.long, device=x.device)
+        if self.recipe.activation is F.relu:    # f_i depends on z_i alone: no need of the others
+            return self.activate(x, features)
+        f = self.activate(x)
+        if features.dim() == 1:
+            return f[..., features]
+        return f.take_along_dim(features[:, None], dim=-1)
 
     def decode(self, f, scale=None):
-        """f (..., n_features) -> x_hat (..., d_in) in raw units. scale: input_scale(x), only for input_norm="token"."""
-        return (f @ self.W_dec + self.b_dec) / (self.scale if scale is None else scale)
+        """
+        f (..., n_features) -> x_hat (..., d_in) in raw units.
 
-    def forward(self, x, l1_coeff=None):
-        """(..., d_in) raw activations -> their reconstruction; with l1_coeff their loss, for what wraps forward."""
-        return self.decode(self.encode(x), self.input_scale(x)) if l1_coeff is None else self.loss(x, l1_coeff)
+        scale: input_scale(x) of the x that was encoded; only input_norm="token" needs it.
+        """
+        if scale is None:
+            scale = self.scale
+        return (f @ self.W_dec + self.b_dec) / scale
+
+    def forward(self, x):
+        """x (..., d_in) raw activations -> their reconstruction x_hat (..., d_in), raw as well."""
+        return self.decode(self.encode(x), self.input_scale(x))
+
+    def penalty_weights(self):
+        """What activations count in the penalty: the norms of W_dec's rows (n_features,), or 1."""
+        return self.W_dec.norm(dim=1) if self.recipe.norms_in_penalty else 1.0
 
     def loss(self, x, l1_coeff, sparse=None):
         """
-        x (N, d_in) raw, l1_coeff = lambda -> loss, and stats: mse and l1 (the two terms without lambda), l0 (active
-        features a vector), fired (n_features,) bool. Scaled units. sparse: True and False force the exact sparse and
-        the dense step; None takes the sparse one where it can and fewer than one entry in ten is active.
+        The mean over the batch of ||x - x_hat||^2 + lambda sum_i penalty(f_i) w_i, in scaled
+        units.
+
+        x: (N, d_in) raw activations. l1_coeff: lambda. sparse: see reconstruct.
+        -> loss (scalar), stats: mse and l1, the two terms without lambda; l0, active features
+        a vector; fired, bool (n_features,), which features were active on any of them
         """
-        x = x.to(self.W_dec.dtype) * self.input_scale(x)
-        x_in = self.encoder_input(x)
-        if sparse or (sparse is None and self.sparse_pays(x_in)):
-            x_hat, f_sum, n_active = SparseStep.apply(x_in, self.W_enc, self.b_enc, self.W_dec, self.b_dec)
-        else:
-            f = F.relu(x_in @ self.W_enc + self.b_enc)                             # (N, m)
-            x_hat = f @ self.W_dec + self.b_dec                                    # (N, n)
-            f_sum, n_active = f.sum(0, dtype=self.W_dec.dtype), (f > 0).sum()
-        mse = (x_hat - x).square().sum() / len(x)       # sum over the width, mean over the batch
-        weighted = f_sum * self.W_dec.norm(dim=1) if self.recipe == "scaling" else f_sum
-        l1 = weighted.sum() / len(x)                    # sum over the features, mean over the batch
-        stats = {"mse": mse.detach(), "l1": l1.detach(), "l0": n_active / len(x), "fired": f_sum.detach() > 0}
+        x = self.scaled(x)
+        x_hat, penalties, fired, n_active = self.reconstruct(x, sparse)
+        # sums over the width and over the features, means over the batch
+        mse = (x_hat - x).square().sum() / len(x)
+        l1 = (penalties * self.penalty_weights()).sum() / len(x)
+        stats = {
+            "mse": mse.detach(),
+            "l1": l1.detach(),
+            "l0": n_active / len(x),
+            "fired": fired,
+        }
         return mse + l1_coeff * l1, stats
 
+    def reconstruct(self, x, sparse=None):
+        """
+        What the loss needs to know of scaled x (N, d_in).
+
+        sparse: True and False force the exact sparse and the dense step; None takes the
+        sparse one where it can run and pays. Both give the same numbers.
+        -> x_hat (N, d_in); penalty(f) summed over the batch (n_features,); fired, bool
+        (n_features,); how many entries of f are not 0
+        """
+        if self.sparse_pays(x) if sparse is None else sparse:
+            x_hat, f_sum, n_active = SparseStep.apply(
+                self.encoder_input(x), self.W_enc, self.b_enc, self.W_dec, self.b_dec
+            )
+            return x_hat, f_sum, f_sum.detach() > 0, n_active
+        f = self.activate(x)                                                 # (N, n_features)
+        x_hat = f @ self.W_dec + self.b_dec                                  # (N, d_in)
+        penalties = self.recipe.penalty(f).sum(0, dtype=self.W_dec.dtype)    # no bfloat16 sums
+        active = f.detach() > 0
+        return x_hat, penalties, active.any(0), active.sum()
+
     @torch.no_grad()
-    def sparse_pays(self, x_in):
-        """Whether SparseStep runs here, and fewer than one entry in ten is active in the batch's first 64 vectors."""
-        if (x_in.device.type != "cpu" or x_in.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
-                or not torch.backends.mkl.is_available()):
+    def sparse_pays(self, x):
+        """
+        Whether the sparse step computes this recipe, runs here, and pays: fewer than one
+        entry in ten is active in the first 64 vectors of scaled x (N, d_in).
+        """
+        exact = self.recipe.activation is F.relu and self.recipe.penalty is l1_penalty
+        on_cpu = x.device.type == "cpu" and torch.backends.mkl.is_available()
+        single = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        if not (exact and on_cpu and single):
             return False
-        return (x_in[:64] @ self.W_enc + self.b_enc > 0).float().mean().item() < 0.1
+        f = self.activate(x[:64])
+        return (f > 0).float().mean().item() < 0.1
+
+    # ---- what some recipes do around a step of Adam
 
     @torch.no_grad()
     def remove_parallel_gradient(self):
-        """
-        towards, before each Adam step: the part of W_dec's gradient that is parallel to each (unit) row is removed,
-        or Adam would see a pull that the normalisation undoes (Towards Monosemanticity, appendix).
-        """
-        if self.recipe == "towards":
-            W, grad = self.W_dec, self.W_dec.grad
-            grad -= (grad * W).sum(1, keepdim=True) * W
+        """Before the step, where the recipe projects: W_dec's gradient less its part along each row."""
+        if self.recipe.project_gradient:
+            along = (self.W_dec.grad * self.W_dec).sum(1, keepdim=True)    # (n_features, 1)
+            self.W_dec.grad -= along * self.W_dec
 
     @torch.no_grad()
     def normalize_decoder(self):
-        """towards and tied, after each Adam step: every row of W_dec back to unit L2 norm."""
-        if self.recipe != "scaling":
+        """After the step, for recipes with unit rows: every row of W_dec back to L2 norm 1."""
+        if self.recipe.unit_rows:
             self.W_dec /= self.W_dec.norm(dim=1, keepdim=True)
+
+    # ---- the start, and new starts
+
+    @torch.no_grad()
+    def fit_to(self, x):
+        """The starting point from a sample x (N, d_in) of raw activations: the scale, and b_dec."""
+        x = x.float()
+        if self.config.input_norm != "none":
+            mean_square = x.square().sum(1).mean().clamp_min(1e-30).item()    # E||x||^2
+            self.scale.fill_(math.sqrt(self.config.d_in / mean_square))
+        if self.recipe.median_start:
+            self.b_dec.copy_(geometric_median(x * self.input_scale(x)))
+
+    @torch.no_grad()
+    def losses(self, x, l1_coeff):
+        """The loss of each of x (N, d_in), raw activations -> (N,). No gradients."""
+        losses = []
+        for chunk in x.split(4096):
+            f = self.encode(chunk)
+            errors = (f @ self.W_dec + self.b_dec - self.scaled(chunk)).square().sum(1)
+            penalties = (self.recipe.penalty(f) * self.penalty_weights()).sum(1)
+            losses.append(errors + l1_coeff * penalties)
+        return torch.cat(losses)
 
     @torch.no_grad()
     def resample(self, dead, x, optimizer, l1_coeff, generator=None):
         """
-        Gives every dead feature a new start at an input that the autoencoder reconstructs badly (Towards
-        Monosemanticity, appendix on neuron resampling): one input each, drawn with a probability proportional to its
-        loss squared; as unit vector it is the new decoder row; rescaled to 0.2 of the alive features' mean encoder norm
-        it is the new encoder column; encoder bias 0; Adam's moments of just these entries 0.
+        Gives every dead feature a new start at an input that is badly reconstructed now
+        (Bricken et al., appendix on neuron resampling).
 
-        dead: bool (n_features,); x: (N, d_in) raw, a random sample; -> how many were resampled
+        dead: bool (n_features,). x: (N, d_in) raw, a random sample. optimizer: the Adam that
+        trains this. -> how many features were resampled
         """
         n_dead = int(dead.sum())
-        x = x[x.abs().amax(1) > 0]  # zeros have no direction
+        x = x[x.abs().amax(1) > 0]    # zeros have no direction
         if n_dead == 0 or len(x) == 0:
             return 0
-        losses, norms = [], self.W_dec.norm(dim=1) if self.recipe == "scaling" else 1.0
-        for chunk in x.split(4096):
-            f, scaled = self.encode(chunk), chunk.to(self.W_dec) * self.input_scale(chunk)
-            losses.append((f @ self.W_dec + self.b_dec - scaled).square().sum(1) + l1_coeff * (f * norms).sum(1))
-        losses = torch.cat(losses).cpu().double()
-        odds = (losses / losses.max().clamp_min(1e-300)).square() + 1e-12  # so that a perfect autoencoder can draw, too
-        picked = torch.multinomial(odds, n_dead, replacement=n_dead > len(odds), generator=generator)
-        picked = x[picked.to(x.device)].to(self.W_dec)
-        rows = F.normalize(picked * self.input_scale(picked), dim=1)               # (n_dead, n), unit norm
-        alive_norm = self.W_enc[:, ~dead].norm(dim=0).mean() if n_dead < self.n_features else 1.0
+
+        # one input for each dead feature, drawn with a probability proportional to its loss
+        # squared
+        losses = self.losses(x, l1_coeff).cpu().double()
+        odds = (losses / losses.max().clamp_min(1e-300)).square()
+        odds += 1e-12    # so that a perfect autoencoder can draw, too
+        too_few = n_dead > len(odds)
+        drawn = torch.multinomial(odds, n_dead, replacement=too_few, generator=generator)
+        inputs = x[drawn.to(x.device)].to(self.W_dec)
+        rows = F.normalize(inputs * self.input_scale(inputs), dim=1)    # (n_dead, d_in)
+
+        # the unit vector is the decoder row; at 0.2 of the alive features' mean encoder norm
+        # it is the encoder column, so that the newcomer disturbs little; the bias is 0
+        some_alive = n_dead < self.config.n_features
+        alive_norm = self.W_enc[:, ~dead].norm(dim=0).mean() if some_alive else 1.0
         self.W_dec[dead] = rows
         self.b_enc[dead] = 0.0
-        if self.recipe != "tied":
+        if not self.config.tied:
             self.W_enc[:, dead] = 0.2 * alive_norm * rows.t()
-        for p, feature_dim in ((self.W_enc, 1), (self.b_enc, 0), (self.W_dec, 0)):  # a tied W_enc has no moments
-            for name in ("exp_avg", "exp_avg_sq"):
-                if name in optimizer.state.get(p, {}):
-                    optimizer.state[p][name].transpose(0, feature_dim)[dead] = 0.0
+        self.forget_moments(dead, optimizer)
         return n_dead
+
+    def forget_moments(self, dead, optimizer):
+        """Adam's moments of dead features' entries become 0, or old gradients would move them."""
+        feature_dims = {"W_enc": 1, "b_enc": 0, "W_dec": 0}
+        for name, parameter in self.named_parameters():
+            state = optimizer.state.get(parameter, {})
+            for moment in ("exp_avg", "exp_avg_sq"):
+                if name in feature_dims and moment in state:
+                    state[moment].transpose(0, feature_dims[name])[dead] = 0.0
+
+    # ---- one form for all that comes after
 
     @torch.no_grad()
     def fold(self):
         """
-        -> an autoencoder of the form ReLU(x W_enc + b_enc) W_dec + b_dec that reconstructs every x as this one does,
-        with unit decoder rows, scale 1, no pre-encoder bias: f_i is the activation f_i ||W_dec_i|| of Templeton et al.
-        and W_dec_i the direction. (With input_norm="token" each vector's own scale stays.)
+        An autoencoder with the same reconstructions and the form activation(x W_enc + b_enc)
+        W_dec + b_dec: unit decoder rows, scale 1, no tied weights, no pre-encoder bias. Its
+        f_i is the activation f_i ||W_dec_i|| of Templeton et al. ("Sparse Autoencoders") in
+        raw units, its W_dec_i the direction. With input_norm="token" each vector's own scale
+        stays.
+
+        -> SparseAutoencoder. UserError where the activation function does not allow it.
         """
-        scale = 1.0 if self.input_norm == "token" else self.scale
+        config = replace(self.config, tied=False, pre_bias=False)
+        folded = SparseAutoencoder(config).to(self.W_dec)
+        folded.extra = self.extra
         norms = self.W_dec.norm(dim=1)
-        bias = self.b_enc - self.b_dec @ self.W_enc if self.pre_bias else self.b_enc
-        folded = SparseAutoencoder(self.d_in, self.n_features, "scaling", self.input_norm).to(self.W_dec)
+        scale = self.scale
+        if self.config.input_norm == "token":
+            scale = 1.0
+            folded.scale.copy_(self.scale)
+        bias = self.b_enc
+        if self.config.pre_bias:
+            bias = bias - self.b_dec @ self.W_enc    # as (x - b) W = x W - b W
         folded.W_enc.copy_(self.W_enc * norms)
         folded.b_enc.copy_(bias * norms / scale)
         folded.W_dec.copy_(self.W_dec / norms.clamp_min(1e-12)[:, None])
         folded.b_dec.copy_(self.b_dec / scale)
-        if self.input_norm == "token":
-            folded.scale.copy_(self.scale)
+        if self.recipe.activation is not F.relu:
+            self.check_folded(folded)
         return folded
+
+    def check_folded(self, folded):
+        """
+        UserError unless folded reconstructs as this does. Norms and scale go through ReLU because
+        ReLU(c z) = c ReLU(z) for c > 0; another function may not let them.
+        """
+        noise = torch.randn(64, self.config.d_in, generator=torch.Generator().manual_seed(0))
+        x = noise.to(self.W_dec) / self.scale
+        if not torch.allclose(folded(x), self(x), rtol=1e-3, atol=1e-3 / self.scale.item()):
+            raise UserError(
+                f"the activation function of {self.config.recipe} lets no norms or scale through: "
+                "give the recipe unit_rows, and train with --input_norm=none"
+            )
 
 
 def geometric_median(x, n_iters=100, tolerance=1e-6):
-    """x (N, n) -> the point (n,) with the smallest sum of distances to all rows (Weiszfeld's iteration)."""
+    """
+    x (N, n) -> the point (n,) with the smallest sum of distances to all rows, by Weiszfeld's iteration.
+    """
     median = x.mean(0)
     for _ in range(n_iters):
-        weights = 1 / (x - median).norm(dim=1).clamp_min(1e-8)
-        previous, median = median, (weights @ x) / weights.sum()
+        weights = 1 / (x - median).norm(dim=1).clamp_min(1e-8)    # near rows pull more
+        previous = median
+        median = (weights @ x) / weights.sum()
         if (median - previous).norm() <= tolerance * median.norm():
             break
     return median
@@ -256,153 +468,277 @@ def geometric_median(x, n_iters=100, tolerance=1e-6):
 # -----------------------------------------------------------------------------
 # schedules: what changes from step to step, as functions of the step alone
 
+
 def l1_at(step, max_iters, l1_coeff, recipe):
-    """lambda at a step: scaling raises it linearly from 0 over the first 5% of the steps."""
-    return l1_coeff * min(1.0, step / (0.05 * max_iters)) if recipe == "scaling" else l1_coeff
+    """lambda at a step: it rises linearly from 0 over the first l1_warmup of the steps."""
+    if not recipe.l1_warmup:
+        return l1_coeff
+    return l1_coeff * min(1.0, step / (recipe.l1_warmup * max_iters))
 
 
 def lr_at(step, max_iters, learning_rate, recipe):
-    """Adam's rate at a step: scaling lowers it linearly over the last 20% of the steps, to reach 0 after the last."""
-    return learning_rate * min(1.0, (max_iters - step) / (0.2 * max_iters)) if recipe == "scaling" else learning_rate
+    """Adam's rate at a step: it falls linearly over the last lr_decay of the steps, to 0 at the end."""
+    if not recipe.lr_decay:
+        return learning_rate
+    return learning_rate * min(1.0, (max_iters - step) / (recipe.lr_decay * max_iters))
 
 
-def resample_schedule(max_iters):
+def resample_schedule(max_iters, recipe):
     """
-    -> steps after which towards resamples, and for how many steps before a feature must have been silent to count as
-    dead: 25,000 to 100,000 and 12,500 as in the paper; runs of fewer than 200,000 steps scale both with their length.
+    -> the steps after which the recipe resamples (a list), and for how many steps before a
+    feature must have been silent to count as dead. Both are the paper's in runs of 200,000
+    steps or more; a shorter run scales them with its length.
     """
     length = min(max_iters, 200_000)
-    return [max(1, length * k // 8) for k in (1, 2, 3, 4)], max(1, length // 16)
+    steps = [max(1, step * length // 200_000) for step in recipe.resample_steps]
+    return steps, max(1, recipe.dead_steps * length // 200_000)
 
 
 # -----------------------------------------------------------------------------
-# activations on disk
+# autoencoders on disk
+
+
+def save_sae(path, sae, **extra):
+    """Writes sae and any extra tensors and plain values, moved into place when complete."""
+    weights = sae.state_dict()
+    config = asdict(sae.config)
+    save_checkpoint(path, weights=weights, scale=sae.scale.item(), config=config, **extra)
+
+
+def load_sae(path, device="cpu"):
+    """-> SparseAutoencoder as save_sae wrote it; its attribute `extra` holds the extra values."""
+    with reading(path, "run python train_sae.py first"):
+        checkpoint = load_checkpoint(path, device)
+        sae = SparseAutoencoder(SAEConfig(**checkpoint.pop("config"))).to(device)
+        sae.load_state_dict(checkpoint.pop("weights"))
+        sae.scale.fill_(checkpoint.pop("scale"))
+    sae.extra = checkpoint
+    return sae
+
+
+# -----------------------------------------------------------------------------
+# activations: rows on disk, or made as they are needed
+
+SHARD_ROWS = 2**17    # rows of activations that are made, shuffled and written at a time
+
 
 class ActivationStore:
     """
-    Rows of one or more .npy files (float16, 32 or 64, all of one width) as an endless shuffled stream. A row's place is
-    a function of (seed, epoch): an epoch visits every row once, and `batch(position, n)` needs no state to go on from.
+    Rows of one or more .npy files (float16, 32 or 64, all of one width) as an endless
+    shuffled stream.
 
-    Files are cut into slices of at most 128 MiB; an epoch takes the slices in random order and shuffles the rows inside
-    each, so memory stays at one slice, two where a batch reaches into the next. Files of train_sae.py are shuffled
-    already. part: the share of all rows to use, as (from, to). UserError for what is no such file, and for NaN or
-    infinity in the rows.
+    A row's place is a function of (seed, epoch): an epoch visits every row once, and
+    batch(position, n) needs no state to go on from. Files are cut into slices of at most 128
+    MiB; an epoch takes the slices in random order and shuffles the rows inside each, so that
+    memory stays at one slice, two where a batch reaches into the next. Files of train_sae.py
+    are shuffled already.
+
+    part: the share of all rows to use, as (from, to). UserError for what is no such file, and
+    for NaN or infinity in the rows.
     """
     SLICE_BYTES = 128 * 2**20
-    loaded = None, None  # (which slice, its rows shuffled): the one in memory
+    loaded_slice = None    # (epoch, which slice) of the one that is in memory
+    loaded_rows = None     # its rows, shuffled
 
     def __init__(self, paths, seed=0, part=(0.0, 1.0)):
-        files = [(path, *(rows := open_npy(path)).shape, rows.itemsize) for path in paths]
-        self.width, self.seed = files[0][2], seed
-        total, before = sum(n for _, n, _, _ in files), 0
-        first, last = int(part[0] * total), int(part[1] * total)
-        self.slices = []  # (path, first row, last row + 1)
-        for path, n, width, itemsize in files:
-            if width != self.width:
-                raise UserError(f"{path} has rows of width {width}, {files[0][0]} of {self.width}: "
-                                "give files of one width")
-            start, stop = max(first - before, 0), min(last - before, n)
-            step = max(1, self.SLICE_BYTES // (width * itemsize))
-            self.slices += [(path, i, min(i + step, stop)) for i in range(start, stop, step)]
-            before += n
-        self.sizes = np.array([stop - start for _, start, stop in self.slices], dtype=np.int64)
+        self.seed = seed
+        arrays = [open_npy(path) for path in paths]
+        self.width = arrays[0].shape[1]
+        total = sum(len(rows) for rows in arrays)
+        first = int(part[0] * total)
+        last = int(part[1] * total)
+        before = 0    # rows of the files before this one
+        self.slices = []    # (path, first row, last row + 1)
+        for path, rows in zip(paths, arrays):
+            if rows.shape[1] != self.width:
+                raise UserError(
+                    f"{path} has rows of width {rows.shape[1]}, {paths[0]} of {self.width}: "
+                    "give files of one width"
+                )
+            start = max(first - before, 0)
+            stop = min(last - before, len(rows))
+            step = max(1, self.SLICE_BYTES // (self.width * rows.itemsize))
+            for i in range(start, stop, step):
+                self.slices.append((path, i, min(i + step, stop)))
+            before += len(rows)
+        sizes = [stop - start for _, start, stop in self.slices]
+        self.sizes = np.array(sizes, dtype=np.int64)
         self.rows = int(self.sizes.sum())
         if self.rows == 0:
-            raise UserError(f"{files[0][0]}: {total} rows are too few to train on some and hold out others")
+            raise UserError(
+                f"{paths[0]}: {total} rows are too few to train on some and hold out others"
+            )
 
-    def read(self, i, pick):
-        """Rows `pick` (indices) of slice i, in memory."""
+    def read(self, i, indices):
+        """The rows `indices` of slice i, in memory."""
         path, start, stop = self.slices[i]
-        rows = np.load(path, mmap_mode="r", allow_pickle=False)[start:stop][pick]
-        rows = rows.astype(np.float32) if rows.dtype == np.float64 else rows
+        rows = np.load(path, mmap_mode="r", allow_pickle=False)[start:stop][indices]
+        if rows.dtype == np.float64:
+            rows = rows.astype(np.float32)
         if not np.isfinite(rows).all():
-            raise UserError(f"{path} holds NaN or infinity in rows {start:,} to {stop:,}: mend it or leave it out")
+            raise UserError(
+                f"{path} holds NaN or infinity in rows {start:,} to {stop:,}: "
+                "mend it or leave it out"
+            )
         return rows
 
     def batch(self, position, n):
-        """Rows position .. position + n of the stream -> float tensor (n, width)."""
+        """The rows position .. position + n of the stream -> float tensor (n, width)."""
         parts = []
         while n > 0:
-            parts.append(self.rows_from(position)[:n])
-            position += len(parts[-1])
-            n -= len(parts[-1])
+            rows = self.rows_from(position)[:n]
+            parts.append(rows)
+            position += len(rows)
+            n -= len(rows)
         return torch.cat(parts).float()
 
     def rows_from(self, position):
-        """The rest of the slice that row `position` of the stream is in; it is kept in memory for the next batch."""
+        """The rest of the slice that row `position` of the stream is in; kept for the next batch."""
         epoch, offset = divmod(position, self.rows)
         order = np.random.default_rng((self.seed, epoch)).permutation(len(self.slices))
         ends = np.cumsum(self.sizes[order])
-        k = int(np.searchsorted(ends, offset, side="right"))
-        i, offset = int(order[k]), offset - int(ends[k] - self.sizes[order[k]])
-        if self.loaded[0] != (epoch, i):
-            self.loaded = None, None  # frees the last slice before the next comes
+        k = int(np.searchsorted(ends, offset, side="right"))    # the k-th slice of this epoch
+        i = int(order[k])
+        offset -= int(ends[k] - self.sizes[i])                  # rows of the slices before it
+        if self.loaded_slice != (epoch, i):
+            self.loaded_rows = None    # frees the last slice before the next comes
             shuffled = np.random.default_rng((self.seed, epoch, i)).permutation(self.sizes[i])
-            self.loaded = (epoch, i), torch.from_numpy(self.read(i, shuffled))
-        return self.loaded[1][offset:]
+            self.loaded_rows = torch.from_numpy(self.read(i, shuffled))
+            self.loaded_slice = (epoch, i)
+        return self.loaded_rows[offset:]
 
     def sample(self, n, seed):
-        """n rows drawn evenly from all of them, without repetition -> tensor (n, width) in the files' own precision."""
+        """n rows drawn evenly from all, none twice -> tensor (n, width) in the files' precision."""
         rng = np.random.default_rng(seed)
+        # each slice gives its share: how many rows come from it and from those before
         shares = np.cumsum(self.sizes) * min(n, self.rows) / self.rows
-        counts = np.diff(np.floor(shares + rng.random()).astype(np.int64), prepend=0)  # each slice gives its share
-        parts = [self.read(i, np.sort(rng.choice(self.sizes[i], count, replace=False)))
-                 for i, count in enumerate(counts) if count]
+        until = np.floor(shares + rng.random()).astype(np.int64)
+        counts = np.diff(until, prepend=0)
+        parts = []
+        for i, count in enumerate(counts):
+            if count:
+                indices = rng.choice(self.sizes[i], count, replace=False)
+                parts.append(self.read(i, np.sort(indices)))
         return torch.from_numpy(np.concatenate(parts))
 
 
 class ActivationStream(ActivationStore):
     """
-    Activations that are made when they are needed and never written: ActivationStore's batch and sample without an end.
-    make(n, key) -> (n, width), decided by key; batch takes them by shards of SHARD_ROWS, of which one is kept.
+    Activations that are made when they are needed and never written: batch and sample without
+    an end.
+
+    make(n, key) -> (n, width), decided by key. batch takes them by shards of SHARD_ROWS and
+    keeps one.
     """
 
     def __init__(self, make, width, seed):
-        self.make, self.width, self.seed, self.rows = make, width, seed, math.inf
+        self.make = make
+        self.width = width
+        self.seed = seed
+        self.rows = math.inf
 
     def rows_from(self, position):
         number, offset = divmod(position, SHARD_ROWS)
-        if self.loaded[0] != number:
-            self.loaded = None, None
-            self.loaded = number, self.make(SHARD_ROWS, (self.seed, number))
-        return self.loaded[1][offset:]
+        if self.loaded_slice != number:
+            self.loaded_rows = None    # frees the last shard before the next is made
+            self.loaded_rows = self.make(SHARD_ROWS, (self.seed, number))
+            self.loaded_slice = number
+        return self.loaded_rows[offset:]
 
     def sample(self, n, seed):
         return self.make(n, seed)
 
 
 def open_npy(path):
-    """-> memory-mapped array (rows, width) of floats; UserError for anything else. Never unpickles."""
+    """-> memory-mapped floats (rows, width); UserError for anything else. Never unpickles."""
     try:
         rows = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise UserError(f"{path} not found")
     except (ValueError, EOFError, OSError) as error:
-        raise UserError(f"{path} is truncated, holds Python objects or is no .npy file ({error})")
-    floats = (np.float16, np.float32, np.float64)
-    if not isinstance(rows, np.ndarray) or rows.ndim != 2 or 0 in rows.shape or rows.dtype not in floats:
-        found = f"{rows.dtype} of shape {rows.shape}" if isinstance(rows, np.ndarray) else "an archive"
-        raise UserError(f"{path} holds {found}: give floats (float16, 32 or 64) of shape (rows, width)")
-    return rows
+        reason = "is truncated, holds Python objects or is no .npy file"
+        raise UserError(f"{path} {reason} ({error})")
+    found = "an archive"
+    if isinstance(rows, np.ndarray):
+        floats = rows.dtype in (np.float16, np.float32, np.float64)
+        if floats and rows.ndim == 2 and rows.size > 0:
+            return rows
+        found = f"{rows.dtype} of shape {rows.shape}"
+    expected = "floats (float16, 32 or 64) of shape (rows, width)"
+    raise UserError(f"{path} holds {found}: give {expected}")
 
 
 # -----------------------------------------------------------------------------
-# on disk
+# the exact sparse step: a first reader may skip it. It computes nothing new, only faster.
 
-def save_sae(path, sae, **extra):
-    """Writes sae and any extra tensors and plain values, moved into place when complete."""
-    save_checkpoint(path, weights=sae.state_dict(), scale=sae.scale.item(), d_in=sae.d_in, n_features=sae.n_features,
-                    recipe=sae.recipe, input_norm=sae.input_norm, pre_bias=sae.pre_bias, **extra)
+warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+
+PIECE = 512    # vectors whose pre-activations are in the processor's cache at a time
 
 
-def load_sae(path, device="cpu"):
-    """-> SparseAutoencoder as save_sae wrote it; its attribute `extra` holds the extra values."""
-    hint = "run python train_sae.py first"
-    settings = ("weights", "scale", "d_in", "n_features", "recipe", "input_norm", "pre_bias")
-    with reading(path, hint):
-        checkpoint = load_checkpoint(path, device)
-        sae = SparseAutoencoder(**{name: checkpoint[name] for name in settings[2:]}).to(device)
-        sae.load_state_dict(checkpoint["weights"])
-        sae.scale.fill_(checkpoint["scale"])
-    sae.extra = {name: value for name, value in checkpoint.items() if name not in settings}
-    return sae
+class SparseStep(torch.autograd.Function):
+    """
+    x_hat = ReLU(x W_enc + b_enc) W_dec + b_dec and its gradient, exact, at the cost of little
+    more than one dense product, the encoder's. With ReLU the gradient is 0 wherever a feature
+    is off, and nearly all are, so everything else touches the active entries alone. With f as
+    a sparse matrix and g = dL/df, which only matters where f > 0:
+
+        g = dL/dx_hat W_dec^T, sampled at f > 0
+        dL/dW_dec = f^T dL/dx_hat
+        dL/dW_enc = x^T g
+
+    Needs a CPU and torch's MKL.
+    """
+
+    @staticmethod
+    def forward(ctx, x, W_enc, b_enc, W_dec, b_dec):
+        """
+        x (B, n), the weights -> x_hat (B, n), f summed over the batch (m,), number of active
+        entries.
+        """
+        rows, columns, values = active_entries(x, W_enc, b_enc)
+        f = csr(rows, columns, values, x, W_dec)    # (B, m)
+        ctx.save_for_backward(x, W_enc, W_dec, rows, columns, values)
+        f_sum = values.new_zeros(len(b_enc)).index_add_(0, columns, values)
+        return f @ W_dec + b_dec, f_sum, rows[-1]
+
+    @staticmethod
+    def backward(ctx, grad_x_hat, grad_f_sum, _):
+        x, W_enc, W_dec, rows, columns, values = ctx.saved_tensors
+        f = csr(rows, columns, values, x, W_dec)                             # (B, m)
+        through_f_sum = csr(rows, columns, grad_f_sum[columns], x, W_dec)    # (B, m)
+        g = torch.sparse.sampled_addmm(through_f_sum, grad_x_hat, W_dec.t())
+        grad_x = g @ W_enc.t() if ctx.needs_input_grad[0] else None
+        grad_W_enc = (g.t() @ x).t()                                         # (n, m)
+        grad_b_enc = torch.zeros_like(W_dec[:, 0]).index_add_(0, columns, g.values())
+        grad_W_dec = f.t() @ grad_x_hat                                      # (m, n)
+        return grad_x, grad_W_enc, grad_b_enc, grad_W_dec, grad_x_hat.sum(0)
+
+
+def csr(rows, columns, values, x, W_dec):
+    """A sparse matrix (B, m) from where its rows begin and its entries' columns and values."""
+    shape = (len(x), len(W_dec))
+    return torch.sparse_csr_tensor(rows, columns, values, shape, check_invariants=False)
+
+
+def active_entries(x, W_enc, b_enc):
+    """
+    Where x W_enc + b_enc > 0, and how much. x (B, n), W_enc (n, m), b_enc (m,)
+    -> rows (B + 1,), where each row's entries begin; columns and values (entries,), row by row
+    """
+    B, m = len(x), len(b_enc)
+    z = x.new_empty(PIECE, m)    # used again for each piece, so that it stays in the cache
+    places = []                  # row * m + column of each active entry
+    values = []
+    for i in range(0, B, PIECE):
+        piece = x[i:i + PIECE]
+        product = torch.mm(piece, W_enc, out=z[:len(piece)])
+        positive = np.flatnonzero((product > -b_enc).numpy())    # faster than torch's search
+        positive = torch.from_numpy(positive)
+        places.append(positive + i * m)
+        values.append(product.view(-1)[positive])
+    places = torch.cat(places)
+    rows = torch.searchsorted(places, torch.arange(0, B * m + 1, m))
+    columns = places % m
+    values = torch.cat(values) + b_enc[columns]
+    return rows, columns, values

@@ -1,17 +1,19 @@
 """
 Text -> tokens -> a small trained transformer.
 
-    python train_gpt.py                                          # this machine's Python sources: offline, minutes
+    python train_gpt.py                                          # this machine's Python sources
     python train_gpt.py --dataset=shakespeare --out_dir=plays    # a public text by name
     python train_gpt.py --dataset=folder,text.xz --out_dir=mine  # your own text
-    python train_gpt.py --tokenizer=gpt2 --block_size=256 --batch_size=64 --max_iters=20000    # with a GPU
+    python train_gpt.py --tokenizer=gpt2 --block_size=256 --batch_size=64 --max_iters=20000  # GPU
     python train_gpt.py --resume                                 # go on after a kill or Ctrl-C
-    torchrun --nproc_per_node=2 train_gpt.py --batch_size=16     # on two GPUs or two CPUs, 16 contexts each
+    torchrun --nproc_per_node=2 train_gpt.py --batch_size=16     # two GPUs or CPUs, 16 each
 
-Writes to out_dir: tokenizer.json, train.bin and val.bin (uint16 token ids), gpt.pt, gpt.jsonl, gpt_loss.png.
+The first needs no network and takes minutes on a CPU. Writes to out_dir: tokenizer.json,
+train.bin and val.bin (uint16 token ids), data.json, gpt.pt, gpt.jsonl, gpt_loss.png.
 """
 import gzip
 import hashlib
+import heapq
 import lzma
 import os
 import random
@@ -19,148 +21,362 @@ import re
 import socket
 import sysconfig
 import urllib.request
+from collections import Counter, defaultdict
 from contextlib import nullcontext
+from dataclasses import dataclass
 from http.client import HTTPException
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.parallel import DistributedDataParallel
+from matplotlib.figure import Figure
 
-from model import (ANEW, BLUE, END_OF_TEXT, GPT, RED, GPTConfig, Progress, UserError, at_least, bpe_tokenizer,
-                   check_finite, figure, gpt2_tokenizer, learn_bpe, load_json, load_tokenizer, load_tokens, make_parser,
-                   rank_0_first, reading, resumable, run, save_checkpoint, save_json, save_jsonl, save_tokenizer, setup,
-                   steps)
+from model import (
+    ANEW, END_OF_TEXT, GPT, PATTERN, GPTConfig, Progress, UserError, at_least,
+    average_gradients, bpe_tokenizer, check_finite, gpt2_tokenizer, load_json, load_tokenizer,
+    load_tokens, make_parser, rank_0_first, reading, resumable, run, same_on_all_ranks,
+    save_checkpoint, save_json, save_jsonl, save_tokenizer, setup, steps, write_atomic)
 
+GITHUB = "https://raw.githubusercontent.com"
+HUGGING_FACE = "https://huggingface.co/datasets"
 URLS = {
-    "shakespeare": "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
-    "tinystories": "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-train.txt",
+    "shakespeare": f"{GITHUB}/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+    "tinystories": f"{HUGGING_FACE}/roneneldan/TinyStories/resolve/main/"
+                   "TinyStoriesV2-GPT4-train.txt",
 }
+
+# by a file's last suffix; any other file is read as it is
+OPENERS = {".gz": gzip.open, ".xz": lzma.open}
 
 
 def parse_args():
     parser = make_parser(__doc__)
     group = parser.add_argument_group("data")
     group.add_argument("--dataset", default="python",
-                       help="python (the standard library, numpy and matplotlib of this interpreter), shakespeare, "
-                       "tinystories, or text files, folders and URLs with commas between; .gz and .xz are read as they "
-                       f"are; a line {END_OF_TEXT} separates documents")
+                       help="python (the standard library, numpy and matplotlib of this "
+                       "interpreter), shakespeare, tinystories, or text files, folders and URLs "
+                       "with commas between; .gz and .xz are read as they are; "
+                       f"a line {END_OF_TEXT} separates documents")
     group.add_argument("--tokenizer", default="bpe", choices=["bpe", "gpt2"],
                        help="bpe: byte-pair merges learned from the data set; gpt2: tiktoken's")
-    group.add_argument("--vocab_size", type=at_least(1), default=2048, help="tokens of the bpe tokenizer, 257 to 65536")
+    group.add_argument("--vocab_size", type=at_least(1), default=2048,
+                       help="tokens of the bpe tokenizer, 257 to 65536")
     group = parser.add_argument_group("model")
-    group.add_argument("--block_size", type=at_least(1), default=128, help="longest context, in tokens")
+    group.add_argument("--block_size", type=at_least(1), default=128,
+                       help="longest context, in tokens")
     group.add_argument("--n_layer", type=at_least(1), default=1, help="transformer blocks")
     group.add_argument("--n_head", type=at_least(1), default=4, help="attention heads a block")
-    group.add_argument("--n_embd", type=at_least(1), default=128, help="width of the residual stream")
+    group.add_argument("--n_embd", type=at_least(1), default=128,
+                       help="width of the residual stream")
     group = parser.add_argument_group("training")
-    group.add_argument("--batch_size", type=at_least(1), default=32, help="contexts a step, of each rank")
+    group.add_argument("--batch_size", type=at_least(1), default=32,
+                       help="contexts a step, of each rank")
     group.add_argument("--max_iters", type=at_least(1), default=1000, help="steps")
     group.add_argument("--learning_rate", type=at_least(0, float), default=3e-3,
-                       help="peak of AdamW's rate: reached after 2%% of the steps, then falls linearly to 0")
-    group.add_argument("--eval_interval", type=at_least(1), default=100, help="steps between measurements of loss")
-    group.add_argument("--eval_iters", type=at_least(1), default=20, help="batches a measurement")
-    group.add_argument("--save_interval", type=at_least(1), default=500, help="steps between checkpoints")
-    group.add_argument("--resume", action="store_true", help="go on from the last checkpoint, if there is one")
+                       help="peak of AdamW's rate: reached after 2%% of the steps, "
+                       "then falls linearly to 0")
+    group.add_argument("--eval_interval", type=at_least(1), default=100,
+                       help="steps between measurements of loss")
+    group.add_argument("--eval_iters", type=at_least(1), default=20,
+                       help="batches a measurement")
+    group.add_argument("--save_interval", type=at_least(1), default=500,
+                       help="steps between checkpoints")
+    group.add_argument("--resume", action="store_true",
+                       help="go on from the last checkpoint, if there is one")
     return parser.parse_args()
 
 
 # -----------------------------------------------------------------------------
-# data: files -> documents -> tokens
+# data: --dataset -> files -> documents
 
 def download(url, folder):
-    """URL -> path of a complete file in `folder`, as long as the server says it is."""
-    name = re.sub(r"[^\w.-]", "_", url.rstrip("/").split("/")[-1].split("?")[0])
-    path = os.path.join(folder, hashlib.sha256(url.encode()).hexdigest()[:8] + "-" + name)
+    """
+    The path of a URL's file in `folder`, downloaded unless it is there. UserError when it
+    cannot be had, or is shorter than the server said.
+    """
+    name = url.rstrip("/").split("/")[-1].split("?")[0]
+    name = re.sub(r"[^\w.-]", "_", name)
+    prefix = hashlib.sha256(url.encode()).hexdigest()[:8]   # many a URL ends in input.txt
+    path = os.path.join(folder, f"{prefix}-{name}")
     if os.path.exists(path):
         return path
     os.makedirs(folder, exist_ok=True)
     progress = Progress(f"downloading {url}", 0, "bytes")
 
     def show(blocks, block_size, total):
-        progress.total = max(total, blocks * block_size)  # -1: it does not say
-        progress.show(blocks * block_size)
-    socket.setdefaulttimeout(60)  # seconds of silence
+        done = blocks * block_size
+        progress.total = max(total, done)   # total is -1 where the server does not say
+        progress.show(done)
+
+    socket.setdefaulttimeout(60)   # seconds of silence, after which a server counts as dead
     try:
-        urllib.request.urlretrieve(url, path + ".part", show)  # raises an error when it came to less than announced
-    except (OSError, ValueError, HTTPException) as error:
-        raise UserError(f"{url} cannot be downloaded ({error}): run again, or give a file as --dataset")
-    os.replace(path + ".part", path)
+        # raises an error when fewer bytes came than were announced
+        urllib.request.urlretrieve(url, path + ".part", show)
+    except (OSError, ValueError, HTTPException) as error:   # no network, no URL, no HTTP
+        raise UserError(f"{url} cannot be downloaded ({error}): "
+                        "run again, or give a file as --dataset")
+    os.replace(path + ".part", path)   # what has its final name is whole
     return path
 
 
-def source_files(dataset, out_dir):
-    """--dataset -> list of Paths: folders searched through and sorted, then shuffled the same way every time."""
+def python_files():
+    """The Python sources that every machine with these requirements has, at least 10 MB."""
+    folders = [Path(sysconfig.get_paths()["stdlib"])]
+    for package in ("numpy", "matplotlib"):
+        folders.append(Path(find_spec(package).origin).parent)
+    skipped = {
+        "site-packages", "dist-packages",   # they differ from machine to machine
+        "test", "tests",                    # they repeat themselves
+        "encodings",                        # tables, no code
+    }
     paths = []
-    for source in filter(None, (part.strip() for part in dataset.split(","))):
+    for folder in folders:
+        for path in sorted(folder.rglob("*.py")):
+            if not skipped & set(path.relative_to(folder).parts):
+                paths.append(path)
+    return paths
+
+
+def folder_files(folder, out_dir):
+    """All files below a folder, sorted, but for hidden ones and those below out_dir."""
+    out_dir = Path(out_dir).resolve()
+    paths = []
+    for path in sorted(Path(folder).rglob("*")):
+        if not path.is_file():
+            continue
+        parts = path.relative_to(folder).parts   # hidden folders above `folder` do not count
+        hidden = any(part.startswith(".") for part in parts)
+        written_here = out_dir in path.resolve().parents   # what the scripts write is no data
+        if not hidden and not written_here:
+            paths.append(path)
+    return paths
+
+
+def source_files(dataset, out_dir):
+    """
+    The files of --dataset as a list of Paths, shuffled the same way every time: what is
+    held out is then of all kinds. UserError for a source that does not exist.
+    """
+    paths = []
+    for source in dataset.split(","):
+        source = source.strip()
+        if not source:
+            continue
         if source == "python":
-            folders = [Path(sysconfig.get_paths()["stdlib"])]
-            folders += [Path(find_spec(package).origin).parent for package in ("numpy", "matplotlib")]
-            skip = {"site-packages", "dist-packages", "test", "tests", "encodings"}  # the last: tables, no code
-            for folder in folders:
-                paths += [p for p in sorted(folder.rglob("*.py")) if not skip & set(p.relative_to(folder).parts)]
+            paths += python_files()
         elif source in URLS or "://" in source:
-            paths.append(Path(download(URLS.get(source, source), os.path.join(out_dir, "downloads"))))
+            url = URLS.get(source, source)
+            downloads = os.path.join(out_dir, "downloads")
+            paths.append(Path(download(url, downloads)))
         elif os.path.isdir(source):
-            own = Path(out_dir).resolve()  # what the scripts write is no data
-            paths += [p for p in sorted(Path(source).rglob("*")) if p.is_file() and own not in p.resolve().parents
-                      and not any(part.startswith(".") for part in p.relative_to(source).parts)]
+            paths += folder_files(source, out_dir)
         elif os.path.isfile(source):
             paths.append(Path(source))
         else:
-            raise UserError(f"data set {source} not found: --dataset takes python, {', '.join(URLS)}, files, folders")
-    random.Random(0).shuffle(paths)
+            raise UserError(f"data set {source} not found: "
+                            f"--dataset takes python, {', '.join(URLS)}, files, folders")
+    random.Random(0).shuffle(paths)   # not by --seed: all seeds share one data set
     return paths
 
 
 def read_documents(path):
-    """Yields the documents of one file, cut into some 4 MB each, as bytes, and how much of the file was read."""
-    opener, lines, size = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, nullcontext), [], 0
-    with open(path, "rb") as raw, opener(raw) as f:
-        for line in f:
-            ends = line.rstrip(b"\r\n") == END_OF_TEXT.encode()
-            if ends or size > 2**22:
-                yield b"".join(lines), raw.tell()
-                lines, size = [], 0
-            if not ends:
+    """
+    Yields the documents of one file as bytes, each with the number of bytes of the file
+    that have been read, compressed ones if it is compressed. A document ends at a line
+    END_OF_TEXT, or where it has grown to 4 MB: a large file is never in memory as a whole.
+    """
+    opener = OPENERS.get(path.suffix, nullcontext)   # nullcontext gives the file itself
+    lines = []
+    size = 0   # bytes in lines
+    with open(path, "rb") as file, opener(file) as text:
+        for line in text:
+            # a file from Windows ends its lines with both
+            is_separator = line.rstrip(b"\r\n") == END_OF_TEXT.encode()
+            if is_separator or size > 2**22:
+                yield b"".join(lines), file.tell()
+                lines = []
+                size = 0
+            if not is_separator:
                 lines.append(line)
                 size += len(line)
-        yield b"".join(lines), raw.tell()
+        yield b"".join(lines), file.tell()   # what follows the last separator
+
+
+def decoded(document):
+    """A document's bytes as str; None when they are no UTF-8 text."""
+    try:
+        text = document.decode()
+    except UnicodeDecodeError:
+        return None
+    if "\0" in text:   # valid UTF-8, but in binary files alone
+        return None
+    return text
 
 
 def documents(paths, label, skipped):
-    """Yields every document of every file as str, with progress; what is no UTF-8 text is left out and `skipped`."""
-    progress, before = Progress(label, sum(p.stat().st_size for p in paths), "bytes"), 0
+    """
+    Yields every document of every file as str and shows progress. What is no UTF-8 text is
+    left out, and (path, number of the document) is added to the set `skipped`.
+    """
+    n_bytes = sum(path.stat().st_size for path in paths)
+    progress = Progress(label, n_bytes, "bytes")
+    before = 0   # bytes of the files before this one
     for path in paths:
         with reading(path, "mend it or leave it out of --dataset"):
-            for n, (document, position) in enumerate(read_documents(path)):
+            for number, (document, position) in enumerate(read_documents(path)):
                 progress.show(before + position)
-                try:
-                    text = document.decode()
-                except UnicodeDecodeError:
-                    text = "\0"
-                if "\0" in text:
-                    skipped.add((path, n))
-                elif text.strip():
+                text = decoded(document)
+                if text is None:
+                    skipped.add((path, number))
+                elif text.strip():   # a blank one teaches nothing
                     yield text
         before += path.stat().st_size
 
 
+# -----------------------------------------------------------------------------
+# byte-pair encoding (Sennrich et al. 2016)
+#
+# Start with the 256 bytes as tokens. Again and again, find the two tokens that stand side by
+# side most often, and merge them everywhere: the two become one new token. Tokens are numbered
+# in the order in which they are made: that is a token's rank, and its id. In the words "banana"
+# and "bandana", "a" and "n" are merged first, then "b" and "an":
+#     b a n a n a      b an an a      ban an a
+#     b a n d a n a    b an d an a    ban d an a
+#
+# The text is first cut into words (PATTERN in model.py), and pairs are counted within a word,
+# never across. To count all pairs anew for every merge would be slow. Three things spare that:
+# - a word that occurs a thousand times is kept once, with its frequency
+# - a merge recounts only the words that hold the pair
+# - a heap has the most frequent pair on top, so that no merge has to search for it
+
+def count_words(texts):
+    """
+    Cuts an iterable of str into words. Returns the distinct ones, each as a list of its
+    bytes, and in a second list how often each occurs.
+    """
+    frequencies = Counter()
+    for text in texts:
+        frequencies.update(re.findall(PATTERN, text))
+    words = [list(word.encode()) for word in frequencies]   # a byte's rank is its value
+    return words, list(frequencies.values())
+
+
+def count_pairs(words, frequencies):
+    """
+    Counts the pairs of adjacent tokens. Returns {pair: how often it occurs} and
+    {pair: set of the words, by number, that hold it}.
+    """
+    pair_counts = Counter()
+    words_with = defaultdict(set)
+    for i, word in enumerate(words):
+        for pair in zip(word, word[1:]):
+            pair_counts[pair] += frequencies[i]
+            words_with[pair].add(i)
+    return pair_counts, words_with
+
+
+def most_frequent(heap, pair_counts):
+    """
+    Takes the most frequent pair off a heap of (-count, pair), of equally frequent ones the
+    smaller pair of ranks: the same on any machine. None when no pair occurs twice.
+    """
+    while heap:
+        negative_count, pair = heapq.heappop(heap)
+        count = pair_counts[pair]
+        if count != -negative_count:
+            continue      # out of date: the pair was pushed again when its count changed
+        if count < 2:
+            return None   # what occurs once is not worth a token
+        return pair
+    return None
+
+
+def merge_in_word(word, pair, merged):
+    """The word, a list of ranks, with `merged` in place of every such pair."""
+    left, right = pair
+    new_word = []
+    for token in word:   # from the left: of "aaa", the first two are a pair
+        if token == right and new_word and new_word[-1] == left:
+            new_word[-1] = merged
+        else:
+            new_word.append(token)
+    return new_word
+
+
+def learn_bpe(texts, vocab_size):
+    """
+    Learns a byte-pair encoding from an iterable of str. Returns {bytes: rank}, with
+    vocab_size - 1 tokens, since END_OF_TEXT will be the last, or fewer where no pair occurs
+    twice any more.
+    """
+    words, frequencies = count_words(texts)
+    pair_counts, words_with = count_pairs(words, frequencies)
+    # the smallest is on top of a heap: hence the minus
+    heap = [(-count, pair) for pair, count in pair_counts.items()]
+    heapq.heapify(heap)
+
+    tokens = [bytes([byte]) for byte in range(256)]   # a token's bytes, by its rank
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    progress = Progress("merging", vocab_size, "tokens", 256)
+    while len(tokens) < vocab_size - 1:
+        # 1. take the most frequent pair
+        pair = most_frequent(heap, pair_counts)
+        if pair is None:
+            break
+
+        # 2. make it a token, unless two other halves have given the same bytes before
+        merged = tokens[pair[0]] + tokens[pair[1]]
+        if merged not in ranks:
+            ranks[merged] = len(tokens)
+            tokens.append(merged)
+
+        # 3. merge it in every word that holds it; a word's old pairs go, its new ones come
+        # (words_with also names words that held it once: they come out as they were)
+        changed = set()
+        for i in words_with.pop(pair):
+            old_word = words[i]
+            new_word = merge_in_word(old_word, pair, ranks[merged])
+            for old_pair in zip(old_word, old_word[1:]):
+                pair_counts[old_pair] -= frequencies[i]
+                changed.add(old_pair)
+            for new_pair in zip(new_word, new_word[1:]):
+                pair_counts[new_pair] += frequencies[i]
+                words_with[new_pair].add(i)
+                changed.add(new_pair)
+            words[i] = new_word
+
+        # 4. push the new counts; the old ones stay in the heap until they are on top
+        for changed_pair in changed:
+            heapq.heappush(heap, (-pair_counts[changed_pair], changed_pair))
+        progress.show(len(tokens))
+    return ranks
+
+
+# -----------------------------------------------------------------------------
+# tokens: documents -> train.bin and val.bin -> batches
+
 def write_tokens(texts, tokenizer, train_path, val_path):
     """
-    Tokenizes texts into two files of uint16. Every 20th piece of 4,096 tokens at most (a document or a part of one) is
-    held out; of a small data set its end. -> number of bytes of the texts
+    Tokenizes texts into two files of uint16 and returns the number of bytes the texts had.
+    Every 20th piece of 4,096 tokens at most (a document or a part of one) is held out; of a
+    data set of fewer than 20 pieces its last tenth.
     """
-    n_bytes = pieces = 0
-    with open(train_path, "wb") as train, open(val_path, "wb") as val:
+    n_bytes = 0
+    n_pieces = 0
+    with open(train_path, "wb") as train_file, open(val_path, "wb") as val_file:
         for text in texts:
             n_bytes += len(text.encode())
-            ids = np.array(tokenizer.encode_ordinary(text) + [tokenizer.eot_token], dtype=np.uint16)
+            ids = tokenizer.encode_ordinary(text)
+            ids.append(tokenizer.eot_token)   # the model learns where documents end
+            ids = np.array(ids, dtype=np.uint16)   # no vocabulary here is larger than 65,536
+            # in pieces, or a long document would be held out as a whole, or not at all
             for start in range(0, len(ids), 4096):
-                (val if pieces % 20 == 19 else train).write(ids[start:start + 4096].tobytes())
-                pieces += 1
-    if pieces < 20:  # too few to leave one out: the last tenth is held out
+                held_out = n_pieces % 20 == 19
+                file = val_file if held_out else train_file
+                file.write(ids[start:start + 4096].tobytes())
+                n_pieces += 1
+    if n_pieces < 20:   # none was held out
         ids = np.fromfile(train_path, dtype=np.uint16)
         cut = len(ids) - len(ids) // 10
         ids[cut:].tofile(val_path)
@@ -168,159 +384,333 @@ def write_tokens(texts, tokenizer, train_path, val_path):
     return n_bytes
 
 
-def prepare(args, checkpoint=None):
+def make_token_files(paths, tokenizer, skipped, args):
     """
-    The data set as out_dir/train.bin and val.bin, unless they are there already, made from the same files -> tokenizer
-    (tiktoken.Encoding), what all was made from. data.json tells the latter; it is written last: without it, nothing is
-    whole.
+    Writes train.bin and val.bin, and puts them in place when both are whole. Returns their
+    numbers of tokens, {"train": ..., "val": ...}, and the number of bytes of the text.
+    UserError when one is too short for a context.
     """
-    paths, skipped = source_files(args.dataset, args.out_dir), set()
-    made_from = {"tokenizer": args.tokenizer, "vocab_size": args.vocab_size, "files": hashlib.sha256(
-        repr([(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]).encode()).hexdigest()}
-    file = {name: os.path.join(args.out_dir, name) for name in ("tokenizer.json", "train.bin", "val.bin", "data.json")}
-    there = all(map(os.path.exists, file.values()))
-    if checkpoint and checkpoint["data"] != made_from:
-        raise UserError(f"gpt.pt was trained on other files than --dataset={args.dataset}: run without --resume")
-    if there and load_json(file["data.json"], "delete it").get("made_from") == made_from:
-        print(f"data: {file['train.bin']} and val.bin are there, made from the same files")
-        return load_tokenizer(file["tokenizer.json"]), made_from
-
-    print(f"data: {len(paths):,} files, {sum(p.stat().st_size for p in paths) / 1e6:.1f} MB")
-    if args.tokenizer == "gpt2":
-        tokenizer = gpt2_tokenizer()
-    else:
-        if not 257 <= args.vocab_size <= 65536:
-            raise UserError(f"--vocab_size must be 257 to 65,536 (bytes, {END_OF_TEXT}, merges), not {args.vocab_size}")
-        tokenizer = bpe_tokenizer(learn_bpe(documents(paths, "counting words", skipped), args.vocab_size))
-    part = {split: file[f"{split}.bin"] + ".part" for split in ("train", "val")}
+    splits = ("train", "val")
+    final = {split: os.path.join(args.out_dir, f"{split}.bin") for split in splits}
+    part = {split: final[split] + ".part" for split in splits}   # until they are whole
     try:
-        n_bytes = write_tokens(documents(paths, "tokenizing", skipped), tokenizer, part["train"], part["val"])
-        counts = {split: os.path.getsize(path) // 2 for split, path in part.items()}
+        texts = documents(paths, "tokenizing", skipped)
+        n_bytes = write_tokens(texts, tokenizer, part["train"], part["val"])
+        sizes = {split: os.path.getsize(part[split]) for split in splits}
+        counts = {split: sizes[split] // 2 for split in splits}   # a uint16 has two bytes
         if skipped:
             print(f"data: skipped {len(skipped):,} documents that are not UTF-8 text")
         if min(counts.values()) <= args.block_size:
-            raise UserError(f"data set {args.dataset} has {counts['train']:,} tokens to train on, {counts['val']:,} "
-                            f"held out: both must be more than --block_size={args.block_size}")
-        if os.path.exists(file["data.json"]):
-            os.remove(file["data.json"])
-        for split, path in part.items():
-            os.replace(path, file[f"{split}.bin"])
+            raise UserError(
+                f"data set {args.dataset} has {counts['train']:,} tokens to train on, "
+                f"{counts['val']:,} held out: both must be more than "
+                f"--block_size={args.block_size}")
+        # without data.json, nothing is whole: it goes before the first file is replaced
+        data_json = os.path.join(args.out_dir, "data.json")
+        if os.path.exists(data_json):
+            os.remove(data_json)
+        for split in splits:
+            os.replace(part[split], final[split])
     finally:
-        for path in filter(os.path.exists, part.values()):
-            os.remove(path)
-    save_tokenizer(file["tokenizer.json"], tokenizer)
-    save_json(file["data.json"], {"made_from": made_from, "dataset": args.dataset, **counts})
+        for path in part.values():
+            if os.path.exists(path):   # after an error or Ctrl-C
+                os.remove(path)
+    return counts, n_bytes
+
+
+def make_tokenizer(paths, skipped, args):
+    """The tokenizer that --tokenizer asks for: tiktoken's gpt2, or learned from the files."""
+    if args.tokenizer == "gpt2":
+        return gpt2_tokenizer()
+    if not 257 <= args.vocab_size <= 65536:   # from no merge at all to all that uint16 holds
+        raise UserError("--vocab_size must be 257 to 65,536 "
+                        f"(bytes, {END_OF_TEXT}, merges), not {args.vocab_size}")
+    texts = documents(paths, "counting words", skipped)
+    return bpe_tokenizer(learn_bpe(texts, args.vocab_size))
+
+
+def describe(paths, args):
+    """
+    What the tokens depend on, as a dict. data.json and the checkpoint keep it, and so tell
+    whether they belong together. A file counts as the same while its path, size and time of
+    change are.
+    """
+    files = []
+    for path in paths:
+        stat = path.stat()
+        files.append((str(path), stat.st_size, stat.st_mtime_ns))
+    return {
+        "tokenizer": args.tokenizer,
+        "vocab_size": args.vocab_size,
+        "files": hashlib.sha256(repr(files).encode()).hexdigest(),
+    }
+
+
+def is_prepared(out_dir, made_from):
+    """Whether out_dir has all files of the data set, made from the same sources."""
+    # data.json alone says it, but for files that somebody has deleted since
+    for name in ("tokenizer.json", "train.bin", "val.bin", "data.json"):
+        if not os.path.exists(os.path.join(out_dir, name)):
+            return False
+    data = load_json(os.path.join(out_dir, "data.json"), "delete it")
+    return data.get("made_from") == made_from
+
+
+def prepare(args, checkpoint=None):
+    """
+    Makes out_dir/train.bin, val.bin and tokenizer.json from --dataset, unless they are
+    there already, made from the same files. Returns the tokenizer, a tiktoken.Encoding, and
+    the dict of what all was made from. data.json holds that dict and is written last, so
+    its presence means that the other files are complete. UserError when the checkpoint was
+    trained on other files.
+    """
+    paths = source_files(args.dataset, args.out_dir)
+    made_from = describe(paths, args)
+    if checkpoint and checkpoint["data"] != made_from:
+        raise UserError(f"gpt.pt was trained on other files than --dataset={args.dataset}: "
+                        "run without --resume")
+    tokenizer_path = os.path.join(args.out_dir, "tokenizer.json")
+    if is_prepared(args.out_dir, made_from):
+        train_path = os.path.join(args.out_dir, "train.bin")
+        print(f"data: {train_path} and val.bin are there, made from the same files")
+        return load_tokenizer(tokenizer_path), made_from
+
+    megabytes = sum(path.stat().st_size for path in paths) / 1e6
+    print(f"data: {len(paths):,} files, {megabytes:.1f} MB")
+    skipped = set()   # a set, since the documents are read twice
+    tokenizer = make_tokenizer(paths, skipped, args)
+    counts, n_bytes = make_token_files(paths, tokenizer, skipped, args)
+    save_tokenizer(tokenizer_path, tokenizer)
+    data = {"made_from": made_from, "dataset": args.dataset, **counts}
+    save_json(os.path.join(args.out_dir, "data.json"), data)
+    bytes_a_token = n_bytes / sum(counts.values())
     print(f"data: {counts['train']:,} tokens for training, {counts['val']:,} held out, "
-          f"{n_bytes / sum(counts.values()):.2f} bytes a token, vocabulary {tokenizer.n_vocab:,}")
+          f"{bytes_a_token:.2f} bytes a token, vocabulary {tokenizer.n_vocab:,}")
     return tokenizer, made_from
 
 
 def get_batch(tokens, args, seed, rank=0, ranks=1):
     """
-    batch_size random contexts of a token file, decided by seed
-    -> this rank's share of them: inputs and targets (batch_size / ranks, block_size)
+    Cuts batch_size random contexts out of a token file, decided by seed, and returns this
+    rank's share of them: inputs and targets, both (batch_size / ranks, block_size), the
+    targets one token on.
     """
-    starts = np.random.default_rng(seed).integers(0, len(tokens) - args.block_size, (ranks, args.batch_size // ranks))
-    starts = starts[rank]
-    rows = torch.from_numpy(np.stack([tokens[s:s + args.block_size + 1] for s in starts]).astype(np.int64))
-    return rows[:, :-1], rows[:, 1:]
+    T = args.block_size
+    share = args.batch_size // ranks
+    rng = np.random.default_rng(seed)
+    # every rank draws those of all and takes its own: the same batch on any number of ranks
+    starts = rng.integers(0, len(tokens) - T, (ranks, share))
+    starts = starts[rank]                                                    # (share,)
+    contexts = np.stack([tokens[start:start + T + 1] for start in starts])   # (share, T + 1)
+    contexts = torch.from_numpy(contexts.astype(np.int64))   # embeddings take no uint16
+    return contexts[:, :-1], contexts[:, 1:]
 
 
 # -----------------------------------------------------------------------------
 # training
 
+@dataclass
+class Training:
+    """A run, and what its checkpoint keeps beside the flags: enough to go on from there."""
+    path: str         # of the checkpoint
+    made_from: dict   # what the data was made from: see `prepare`
+    gpt: GPT
+    optimizer: torch.optim.Optimizer
+    step: int         # how many are done
+    log: list         # a dict for each measurement: step, tokens, train, val
+
+
 def learning_rate(step, max_iters, peak):
-    """Linear warm-up over the first 2% of steps, then linear decay that would reach 0 at step max_iters."""
+    """Linear warm-up over the first 2% of steps, then linear decay to 0 at max_iters."""
     warmup = max(1, round(0.02 * max_iters))
-    return peak * min((step + 1) / warmup, (max_iters - step) / max(1, max_iters - warmup))
+    rising = (step + 1) / warmup   # + 1: a first step of rate 0 would be none
+    falling = (max_iters - step) / max(1, max_iters - warmup)
+    return peak * min(rising, falling)
 
 
 def make_optimizer(gpt, peak):
-    """AdamW; weight decay on matrices only, not on biases, LayerNorm gains and embeddings."""
-    decayed, rest = [], []
+    """AdamW with weight decay on matrices only, not on biases, gains and embeddings."""
+    decayed = []
+    not_decayed = []
     for name, p in gpt.named_parameters():
-        (decayed if p.dim() == 2 and not re.match("wte|wpe", name) else rest).append(p)
-    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.95), fused=p.device.type != "mps")
+        is_embedding = re.match("wte|wpe", name)
+        if p.dim() == 2 and not is_embedding:
+            decayed.append(p)
+        else:
+            not_decayed.append(p)
+    groups = [
+        {"params": decayed, "weight_decay": 0.1},
+        {"params": not_decayed, "weight_decay": 0.0},
+    ]
+    fused = p.device.type != "mps"   # one kernel for all parameters; mps has none
+    betas = (0.9, 0.95)              # GPT-3's; the default 0.999 remembers a whole short run
+    return torch.optim.AdamW(groups, lr=peak, betas=betas, fused=fused)
+
+
+def restore(training, checkpoint):
+    """Takes the training to where its checkpoint is. UserError when that is damaged."""
+    with reading(training.path, ANEW):
+        training.gpt.load_state_dict(checkpoint["model"])
+        training.optimizer.load_state_dict(checkpoint["optimizer"])
+        training.step = checkpoint["step"]
+        training.log = checkpoint["log"]
+
+
+@torch.no_grad()
+def measure(training, loss_on, args):
+    """
+    Appends the mean losses, in nats a token, of eval_iters batches of each split to the log,
+    and returns them as a line of text. loss_on(split, seed, rank) gives that of one batch.
+    UserError when a loss or a weight is not finite.
+    """
+    # the same batches each time, so that two measurements differ by the model alone
+    seeds = [(args.seed, 1, i) for i in range(args.eval_iters)]
+    means = {}
+    for split in ("train", "val"):
+        # rank 0's share on all ranks, so that all stop if it is not finite
+        losses = [loss_on(split, seed, rank=0).item() for seed in seeds]
+        means[split] = sum(losses) / len(losses)
+    step = training.step
+    check_finite(means["train"], training.gpt, step, training.optimizer, training.path)
+    tokens = step * args.batch_size * args.block_size
+    training.log.append({"step": step, "tokens": tokens, **means})
+    return f"step {step:,}  train loss {means['train']:.3f}  val loss {means['val']:.3f}"
+
+
+def save(training, loss, args, rank):
+    """
+    Writes gpt.jsonl, and the checkpoint last: where it says that the run is finished, all
+    is there. UserError, on all ranks, when the loss or a weight is not finite.
+    """
+    check_finite(loss.item(), training.gpt, training.step, training.optimizer, training.path)
+    if rank > 0:
+        return
+    save_jsonl(os.path.join(args.out_dir, "gpt.jsonl"), training.log)
+    save_checkpoint(
+        training.path,
+        model=training.gpt.state_dict(),
+        config=vars(training.gpt.config),
+        optimizer=training.optimizer.state_dict(),
+        step=training.step,
+        log=training.log,
+        args=vars(args),
+        data=training.made_from,
+    )
+
+
+def plot_losses(path, log):
+    """Draws the losses of the log, in nats a token, against the step, as a .png."""
+    figure = Figure(figsize=(6.0, 3.6), layout="constrained")   # no pyplot: no screen needed
+    ax = figure.subplots()
+    steps_measured = [row["step"] for row in log]
+    for split, colour in (("train", "#2a6f97"), ("val", "#d1495b")):
+        losses = [row[split] for row in log]
+        ax.plot(steps_measured, losses, color=colour, label=split)
+    final_loss = log[-1]["val"]
+    ax.set(xlabel="step", ylabel="loss (nats a token)",
+           title=f"language model: {final_loss:.3f} held out")
+    ax.grid(alpha=0.25)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False, fontsize="small")
+    write_atomic(path, lambda f: figure.savefig(f, format="png", dpi=120))
+
+
+def print_sample(gpt, tokenizer, tokens, device):
+    """Prints how the model goes on, for 200 tokens, from the start of the held-out ones."""
+    n_start = max(1, gpt.config.block_size // 4)
+    start = torch.from_numpy(tokens[None, :n_start].astype(np.int64))   # (1, n_start)
+    continued = gpt.eval().generate(start.to(device), 200)              # (1, n_start + 200)
+    text = tokenizer.decode(continued[0].tolist())
+    line = "-" * 80
+    print(f"\nsample, continued from {n_start} held-out tokens:\n{line}\n{text}\n{line}")
+
+
+def begin_training(args, config, machine, made_from, checkpoint):
+    """A Training at its first step, or where the checkpoint is, the same on all ranks."""
+    path = os.path.join(args.out_dir, "gpt.pt")
+    gpt = GPT(config).to(machine.device)
+    optimizer = make_optimizer(gpt, args.learning_rate)
+    training = Training(path, made_from, gpt, optimizer, step=0, log=[])
+    if checkpoint:
+        restore(training, checkpoint)
+    same_on_all_ranks(gpt)
+    n_parameters = sum(p.numel() for p in gpt.parameters())
+    print(f"gpt: {n_parameters:,} parameters, on {machine.device}")
+    return training
+
+
+def train(training, data, args, machine):
+    """
+    Trains until args.max_iters steps are done or a signal asks to stop, and leaves
+    gpt_loss.png, gpt.jsonl and the checkpoint.
+    """
+    gpt = training.gpt
+    optimizer = training.optimizer
+    model = torch.compile(gpt) if machine.compiled else gpt   # the parameters are gpt's
+    batch_tokens = args.batch_size * args.block_size
+    first_token = training.step * batch_tokens
+    progress = Progress("training", args.max_iters * batch_tokens, "tokens", first_token)
+
+    def loss_on(split, seed, rank):
+        """The mean loss, in nats a token, on a rank's share of the batch of a seed."""
+        inputs, targets = get_batch(data[split], args, seed, rank, machine.ranks)
+        with machine.autocast:
+            _, loss = model(inputs.to(machine.device), targets.to(machine.device))
+        return loss
+
+    def measure_and_show():
+        line = measure(training, loss_on, args)
+        progress.show(training.step * batch_tokens, lambda: line, now=True)
+
+    for step in steps(training.step, args.max_iters):
+        if step % args.eval_interval == 0:
+            measure_and_show()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args.max_iters, args.learning_rate)
+        # a batch is a function of (seed, step): a checkpoint has no position to remember
+        loss = loss_on("train", (args.seed, 0, step), machine.rank)
+        optimizer.zero_grad()
+        loss.backward()
+        average_gradients(gpt)
+        torch.nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)   # no batch moves them too far
+        optimizer.step()
+
+        training.step = step + 1
+        # a function, since .item() waits for a GPU: it is called only when a line is due
+        progress.show(training.step * batch_tokens,
+                      lambda: f"step {training.step:,}  loss {loss.item():.3f}")
+        if training.step % args.save_interval == 0 and training.step < args.max_iters:
+            save(training, loss, args, machine.rank)
+
+    if training.step == args.max_iters:   # else a signal ended the loop
+        measure_and_show()
+    if machine.rank == 0:
+        plot_losses(os.path.join(args.out_dir, "gpt_loss.png"), training.log)
+    save(training, loss, args, machine.rank)
 
 
 def main():
     args = parse_args()
-    device, autocast, compiled, rank, ranks = setup(args)
-    args.batch_size *= ranks
-    path = os.path.join(args.out_dir, "gpt.pt")
-    checkpoint = resumable(path, args, device)
-    config = GPTConfig(args.block_size, 257, args.n_layer, args.n_head, args.n_embd)  # refuses bad sizes at once
-    with rank_0_first(ranks):
+    machine = setup(args)
+    args.batch_size *= machine.ranks   # of all ranks together, here and in the checkpoint
+    checkpoint = resumable(os.path.join(args.out_dir, "gpt.pt"), args, machine.device)
+
+    # bad sizes are refused now, not after tokenizing; 257 stands in for a number not known yet
+    config = GPTConfig(args.block_size, 257, args.n_layer, args.n_head, args.n_embd)
+    with rank_0_first():
         tokenizer, made_from = prepare(args, checkpoint)
-    config.vocab_size = tokenizer.n_vocab
+    config.vocab_size = tokenizer.n_vocab   # gpt2's, or fewer than asked for if merges ran out
     data = {split: load_tokens(args.out_dir, split, config) for split in ("train", "val")}
 
-    gpt = GPT(config).to(device)
-    optimizer, first, log = make_optimizer(gpt, args.learning_rate), 0, []
-    if checkpoint:
-        with reading(path, ANEW):
-            gpt.load_state_dict(checkpoint["model"])
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            first, log = checkpoint["step"], checkpoint["log"]
-    loss_of = torch.compile(gpt) if compiled else gpt
-    if ranks > 1:
-        loss_of = DistributedDataParallel(loss_of)
-    print(f"gpt: {sum(p.numel() for p in gpt.parameters()):,} parameters, on {device}")
-    tokens_a_step = args.batch_size * args.block_size
-    progress = Progress("training", args.max_iters * tokens_a_step, "tokens", first * tokens_a_step)
+    training = begin_training(args, config, machine, made_from, checkpoint)
+    train(training, data, args, machine)
+    if training.step < args.max_iters:
+        raise KeyboardInterrupt(f"step {training.step:,}")   # `run` says how to go on
 
-    def loss_on(name, *share):
-        x, y = get_batch(data[name], args, *share)
-        with autocast:
-            return loss_of(x.to(device), y.to(device))[1]
-
-    @torch.no_grad()
-    def measure(step):  # on the same batches each time, so that two measurements differ by the model alone
-        seeds = [(args.seed, 1, i) for i in range(args.eval_iters)]
-        train, val = (sum(loss_on(name, seed, 0, ranks).item() for seed in seeds) / len(seeds) for name in data)
-        check_finite(train, gpt, step, optimizer, path)
-        log.append({"step": step, "tokens": step * tokens_a_step, "train": train, "val": val})
-        progress.show(step * tokens_a_step, lambda: f"step {step:,}  train loss {train:.3f}  val loss {val:.3f}", True)
-
-    def save(step, loss):  # the checkpoint last: where it says that the run is finished, all is there
-        check_finite(loss.item(), gpt, step, optimizer, path)
-        if rank:
-            return
-        save_jsonl(os.path.join(args.out_dir, "gpt.jsonl"), log)
-        save_checkpoint(path, model=gpt.state_dict(), config=vars(config), optimizer=optimizer.state_dict(),
-                        step=step, log=log, args=vars(args), data=made_from)
-
-    done = first
-    for step in steps(first, args.max_iters):
-        if step % args.eval_interval == 0:
-            measure(step)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.max_iters, args.learning_rate)
-        loss = loss_on("train", (args.seed, 0, step), rank, ranks)  # a function of (seed, step): nothing to remember
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
-        optimizer.step()
-        done = step + 1
-        progress.show(done * tokens_a_step, lambda: f"step {done:,}  loss {loss.item():.3f}")
-        if done % args.save_interval == 0 and done < args.max_iters:
-            save(done, loss)
-    if done == args.max_iters:
-        measure(done)
-    if not rank:
-        with figure(os.path.join(args.out_dir, "gpt_loss.png")) as ax:
-            for name, colour in (("train", BLUE), ("val", RED)):
-                ax.plot([row["step"] for row in log], [row[name] for row in log], color=colour, label=name)
-            ax.set(xlabel="step", ylabel="loss (nats a token)", title=f"language model: {log[-1]['val']:.3f} held out")
-    save(done, loss)
-    if done < args.max_iters:
-        raise KeyboardInterrupt(f"step {done:,}")
-
-    start = torch.from_numpy(data["val"][None, :max(1, args.block_size // 4)].astype(np.int64)).to(device)
-    text = tokenizer.decode(gpt.eval().generate(start, 200)[0].tolist())
-    print(f"\nsample, continued from {start.shape[1]} held-out tokens:\n{'-' * 80}\n{text}\n{'-' * 80}")
-    print(f"val loss {log[-1]['val']:.3f}; wrote {path}; next: python train_sae.py --out_dir={args.out_dir}")
+    print_sample(training.gpt, tokenizer, data["val"], machine.device)
+    final_loss = training.log[-1]["val"]
+    print(f"val loss {final_loss:.3f}; wrote {training.path}; "
+          f"next: python train_sae.py --out_dir={args.out_dir}")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from sae import RECIPES, SparseAutoencoder  # noqa: E402
+from sae import RECIPES, SAEConfig, SparseAutoencoder  # noqa: E402
 
 
 def main():
@@ -38,7 +38,7 @@ def main():
     on_gpu = args.device != "cpu"
     torch.set_float32_matmul_precision("high")
     autocast = torch.autocast(torch.device(args.device).type, dtype=torch.bfloat16, enabled=on_gpu)
-    sae = SparseAutoencoder(args.d_in, args.n_features, args.recipe).to(args.device)
+    sae = SparseAutoencoder(SAEConfig(args.d_in, args.n_features, args.recipe)).to(args.device)
     loss_of = torch.compile(sae.loss) if on_gpu else sae.loss
     x = torch.randn(args.batch_size, args.d_in, device=args.device)
     with torch.no_grad():  # a bias that leaves about l0 features active
@@ -52,8 +52,8 @@ def main():
         optimizer.zero_grad()
         loss.backward()
         sae.remove_parallel_gradient()
-        if args.recipe == "scaling":
-            torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
+        if sae.recipe.clip:
+            torch.nn.utils.clip_grad_norm_(sae.parameters(), sae.recipe.clip)
         optimizer.step()
         sae.normalize_decoder()
         return stats["l0"]

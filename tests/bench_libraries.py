@@ -25,17 +25,17 @@ from sae_lens.saes.standard_sae import StandardTrainingSAE, StandardTrainingSAEC
 from sae_lens.training.sae_trainer import SAETrainer
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from sae import ActivationStore, SparseAutoencoder, l1_at, lr_at  # noqa: E402
+from sae import ActivationStore, SAEConfig, SparseAutoencoder, l1_at, lr_at  # noqa: E402
 
 
 def ours(args, width, l1_coeff):
-    sae = SparseAutoencoder(width, args.n_features)
+    sae = SparseAutoencoder(SAEConfig(width, args.n_features))
     optimizer = torch.optim.Adam(sae.parameters(), fused=True)
 
     def step(x, i):
         for group in optimizer.param_groups:
-            group["lr"] = lr_at(i, args.max_iters, args.learning_rate, "scaling")
-        loss, _ = sae.loss(x, l1_at(i, args.max_iters, l1_coeff, "scaling"))
+            group["lr"] = lr_at(i, args.max_iters, args.learning_rate, sae.recipe)
+        loss, _ = sae.loss(x, l1_at(i, args.max_iters, l1_coeff, sae.recipe))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)

@@ -16,7 +16,7 @@ import torch
 import analyze
 from conftest import SMALL_GPT, SMALL_SAE, script
 from model import GPT, GPTConfig, bpe_tokenizer, save_checkpoint, save_tokenizer
-from sae import SparseAutoencoder, load_sae, save_sae
+from sae import SAEConfig, SparseAutoencoder, load_sae, save_sae
 from test_scripts import hashes
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # a user would see numpy's warnings, too
@@ -30,9 +30,9 @@ V = TOKENIZER.n_vocab
 # models and autoencoders made by hand, on disk as the scripts leave them
 
 def load(out):
-    """What analyze.py's commands are given as `this`."""
+    """What analyze.py's commands are given as their run."""
     given = []
-    with mock.patch.dict(analyze.COMMANDS, feature=lambda this, args: given.append(this)):
+    with mock.patch.dict(analyze.COMMANDS, feature=analyze.Command(lambda run, args: given.append(run))):
         done = script("analyze.py", "feature", f"--out_dir={out}", "--device=cpu")
     assert done.returncode == 0, done.stderr
     return given[0]
@@ -53,7 +53,7 @@ def random_run(out, site="mlp.0", recipe="scaling", input_norm="dataset", tokens
     """A run of random weights, none of them 0 or 1, and its autoencoder before it was folded."""
     torch.manual_seed(0)
     gpt = GPT(GPTConfig(block_size, V, n_layer=2, n_head=2, n_embd=8))
-    sae = SparseAutoencoder(gpt.site_width(site), 14, recipe, input_norm)
+    sae = SparseAutoencoder(SAEConfig(gpt.site_width(site), 14, recipe, input_norm))
     with torch.no_grad():
         for p in gpt.parameters():
             p += 0.3 * torch.randn_like(p)
@@ -70,7 +70,7 @@ def lookup_run(out, text, table):
     of its model is the token's one-hot vector.
     """
     torch.manual_seed(0)
-    gpt, sae = GPT(GPTConfig(32, V, 1, 1, V)), SparseAutoencoder(V, table.shape[1], "towards", "none")
+    gpt, sae = GPT(GPTConfig(32, V, 1, 1, V)), SparseAutoencoder(SAEConfig(V, table.shape[1], "towards", "none"))
     with torch.no_grad():
         for p in (gpt.wpe.weight, gpt.blocks[0].attn_proj.weight, gpt.blocks[0].mlp_proj.weight):
             p.zero_()
@@ -94,10 +94,10 @@ def by_hand(sae, x):
     W_enc, b_enc, W_dec, b_dec = (getattr(sae, name).detach().double().numpy()
                                   for name in ("W_enc", "b_enc", "W_dec", "b_dec"))
     norms, scale = np.linalg.norm(W_dec, axis=1), np.full(x.shape[:-1] + (1,), sae.scale.item())
-    if sae.input_norm == "token":
+    if sae.config.input_norm == "token":
         scale = np.sqrt(x.shape[-1]) / np.linalg.norm(x, axis=-1, keepdims=True)
-    f = np.maximum((x * scale - b_dec * (sae.recipe == "towards")) @ W_enc + b_enc, 0) * norms
-    if sae.input_norm == "token":
+    f = np.maximum((x * scale - b_dec * sae.config.pre_bias) @ W_enc + b_enc, 0) * norms
+    if sae.config.input_norm == "token":
         return f, W_dec / norms[:, None], 1 / scale
     return f / scale, W_dec / norms[:, None], np.ones_like(scale)
 
@@ -112,7 +112,7 @@ def activations_at(gpt, idx, site):
 def all_by_hand(this):
     """Every feature and every neuron of the first MLP on every held-out token: (m, tokens), (n_neurons, tokens)."""
     x, neurons = (activations_at(this.gpt, this.contexts[:, :-1], site) for site in (this.site, "mlp.0"))
-    return by_hand(this.sae, x)[0].reshape(-1, this.sae.n_features).T, neurons.reshape(-1, neurons.shape[2]).T
+    return by_hand(this.sae, x)[0].reshape(-1, this.n_features).T, neurons.reshape(-1, neurons.shape[2]).T
 
 
 # -----------------------------------------------------------------------------
@@ -153,7 +153,7 @@ def test_ablation_is_a_pass_without_the_feature_and_attribution_its_slope(tmp_pa
         np.testing.assert_allclose(e.ablation[mine], ablation, rtol=1e-3, atol=1e-4 * np.abs(ablation).max())
         np.testing.assert_allclose(e.attribution[mine], slope, rtol=1e-3, atol=1e-4 * np.abs(slope).max())
         n_active += len(on)
-    assert 0 < n_active == len(e.row) < 3 * sae.n_features
+    assert 0 < n_active == len(e.row) < 3 * sae.config.n_features
 
 
 @pytest.mark.parametrize("site", ["mlp.1", "resid.1"])
@@ -186,7 +186,7 @@ def test_where_no_feature_is_active_there_are_no_effects(tmp_path):
 @pytest.mark.parametrize("site", ["attn.0", "mlp.1", "resid.0"])
 def test_logits_at_a_token_are_the_whole_models_with_and_without_a_removal(tmp_path, site):
     this, _ = random_run(tmp_path, site)
-    plain, put = this.gpt(IDX)[0][range(3), P], torch.randn(3, 8, this.sae.d_in)
+    plain, put = this.gpt(IDX)[0][range(3), P], torch.randn(3, 8, this.sae.config.d_in)
 
     def hook(name, x):
         return put if name == site else None
@@ -393,7 +393,7 @@ def test_the_frontier_has_the_lowest_loss_among_the_runs_that_were_at_a_budget()
     """Straight in log compute: the first two cross at 1,000; the third is best, but ends at 10; the last is never."""
     def curve(start, stop, loss_of):
         compute = np.geomspace(start, stop, 5)
-        return {"compute": compute, "loss": loss_of(np.log10(compute))}
+        return analyze.Curve("", 0, 0.0, compute, loss_of(np.log10(compute)), ())
     runs = [curve(1, 1e5, lambda c: 10 - c), curve(10, 1e6, lambda c: 13 - 2 * c), curve(1, 10, lambda c: 1 + 0 * c),
             curve(1, 1e6, lambda c: 50 - c)]
     budgets, best, losses = analyze.frontier(runs)
@@ -410,7 +410,7 @@ def test_the_frontier_has_the_lowest_loss_among_the_runs_that_were_at_a_budget()
 def test_contexts_come_from_all_of_the_held_out_text(tmp_path, n_tokens, expected):
     random_run(tmp_path, tokens=range(207))  # 25 contexts of 8 tokens and one more that is a target only
     given = []
-    with mock.patch.dict(analyze.COMMANDS, feature=lambda this, args: given.append(this)):
+    with mock.patch.dict(analyze.COMMANDS, feature=analyze.Command(lambda run, args: given.append(run))):
         script("analyze.py", "feature", f"--out_dir={tmp_path}", f"--read_tokens={n_tokens}", f"--eval_tokens={n_tokens}")
     for contexts in (given[0].contexts, given[0].held_out):
         assert contexts.tolist() == [list(range(8 * k, 8 * k + 9)) for k in expected]
@@ -443,8 +443,9 @@ def test_the_page_tells_activations_and_the_effect_of_ablating_the_feature_on_th
         hook = analyze.clamp(this, [i], 0.0)
         without = this.gpt(this.contexts[:, :-1], hook=hook)[0].log_softmax(2).gather(2, this.contexts[:, 1:, None])
         change = (without[..., 0] - plain).flatten().numpy()
-        assert d["d"] == pytest.approx((f[i] > 0).mean(), rel=5e-3)
-        for _, tokens, marked, active in d.get("x", ()):
+        assert d["density"] == pytest.approx((f[i] > 0).mean(), rel=5e-3)
+        for example in d.get("examples", ()):
+            tokens, marked, active = (example[key] for key in ("tokens", "marked", "active"))
             starts = [s for s in range(len(this.tokens)) if this.tokens[s:s + len(tokens)].tolist() == tokens
                       and s // 30 == (s + len(tokens) - 1) // 30]
             assert len(starts) == 1 and 0 <= marked < len(tokens) == 24 and str(marked) in active
@@ -455,10 +456,10 @@ def test_the_page_tells_activations_and_the_effect_of_ablating_the_feature_on_th
                 assert effect == pytest.approx(change[starts[0] + int(k)], rel=6e-3, abs=2e-5)
                 checked += 1
     assert checked > 300
-    assert [text for text, _ in data["texts"]] == [this.contexts[k, :-1].tolist() for k in (0, 32, 65)]
-    for text, ranked in data["texts"]:
-        k = this.contexts[:, :-1].tolist().index(text)
-        for t, features in enumerate(ranked):
+    assert [text["tokens"] for text in data["texts"]] == [this.contexts[k, :-1].tolist() for k in (0, 32, 65)]
+    for text in data["texts"]:
+        k = this.contexts[:, :-1].tolist().index(text["tokens"])
+        for t, features in enumerate(text["active"]):
             expected = {i: f[i, 30 * k + t] for i in np.flatnonzero(f[:, 30 * k + t] > 1e-6)}
             assert dict(features) == pytest.approx(expected, rel=6e-3)
             assert [v for _, v in features] == sorted((v for _, v in features), reverse=True)

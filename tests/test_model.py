@@ -14,13 +14,13 @@ from model import (
     GPTConfig,
     UserError,
     bpe_tokenizer,
-    learn_bpe,
     load_gpt,
     load_tokenizer,
     save_checkpoint,
     save_tokenizer,
 )
 from sae import load_sae
+from train_gpt import learn_bpe
 
 
 def small_gpt(n_layer=2, seed=0):

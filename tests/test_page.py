@@ -7,10 +7,11 @@ import select
 import shutil
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
-from analyze import fill_page
+from analyze import PAGE, fill_page
 from conftest import SMALL_GPT, SMALL_SAE, script
 
 PROGRAM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -19,6 +20,7 @@ pytestmark = pytest.mark.skipif(PROGRAM is None, reason="no chromium or google-c
 # -----------------------------------------------------------------------------
 # data with a bit of everything: dead, ultra-low and unexplained features, and tokens that would like to be markup
 
+OPENING = '<script type="application/json" id="data">'
 HOSTILE = [
     "<script>window.hacked=1</script>",
     "</script><script>window.hacked=1</script>",
@@ -26,7 +28,7 @@ HOSTILE = [
     "</textarea>",
     "&lt;",
     "<img src=x onerror=window.hacked=1>",
-    "__DATA__",
+    OPENING,
     "\u202eevil",
     "\x00\x1b[2J",
     "�",
@@ -47,41 +49,47 @@ FEATURES = [
     *((1e-4 * token, 2.0 + token, 0.01 * token, 0.05, token, token) for token in range(5, len(VOCAB))),
 ]
 COLUMNS = {
-    "i": range(len(FEATURES)),
-    "d": [f[0] if f else 0 for f in FEATURES],
-    **{key: [f and f[k] for f in FEATURES] for key, k in (("m", 1), ("e", 2), ("n", 3))},
+    "number": range(len(FEATURES)),
+    "density": [f[0] if f else 0 for f in FEATURES],
+    **{key: [f and f[k] for f in FEATURES] for key, k in (("max", 1), ("explained", 2), ("neuron_correlation", 3))},
 }
 
 
 def alive(density, m, explained, neuron, marked, raised):
     examples = [
-        [label, [0, 1, marked, 2, 3], 2, {"2": [m * share, -0.25], "3": [m / 10, None]}]
+        {
+            "label": label,
+            "tokens": [0, 1, marked, 2, 3],
+            "marked": 2,
+            "active": {"2": [m * share, -0.25], "3": [m / 10, None]},
+        }
         for label, share in (("top", 1), ("top", 0.75), ("50-75%", 0.5), ("0-25%", 0.125))
     ]
     return {
-        "d": density,
-        "m": m,
-        "e": explained,
-        "n": neuron,
-        "h": [4**k for k in reversed(range(24))],
-        "x": examples,
-        "up": [[raised, 2.5], [9, 1.25]],
-        "down": [[0, -3.0], [3, -0.004]],
-        "near": [[77, -0.5], [8, 0.25]],
+        "density": density,
+        "max": m,
+        "explained": explained,
+        "neuron_correlation": neuron,
+        "histogram": [4**k for k in reversed(range(24))],
+        "examples": examples,
+        "raised": [[raised, 2.5], [9, 1.25]],
+        "lowered": [[0, -3.0], [3, -0.004]],
+        "neurons": [[77, -0.5], [8, 0.25]],
     }
 
 
 DATA = {
     "title": "tiny · mlp.0",
     "summary": [["L0", "10.5", "active features a token"]],
-    "vocab": SEEN,
-    "ultra": 1e-5,
-    "features": [alive(*f) if f else {"d": 0} for f in FEATURES],
+    "vocabulary": SEEN,
+    "ultra_low": 1e-5,
+    "features": [alive(*f) if f else {"density": 0} for f in FEATURES],
     "texts": [
-        [[0, 1, 2, 3], [[[1, 2.0], [0, 0.5]], [], [[5, 617.25]], [[4, 0.01], [2, 0.001]]]],
-        [list(range(len(VOCAB))), [[[0, 1.0]]] * len(VOCAB)],
+        {"tokens": [0, 1, 2, 3], "active": [[[1, 2.0], [0, 0.5]], [], [[5, 617.25]], [[4, 0.01], [2, 0.001]]]},
+        {"tokens": list(range(len(VOCAB))), "active": [[[0, 1.0]]] * len(VOCAB)},
     ],
 }
+SAMPLE = json.loads(Path(PAGE).read_text(encoding="utf-8").split(OPENING)[1].split("</script>")[0])  # of the template
 
 
 # -----------------------------------------------------------------------------
@@ -189,8 +197,9 @@ def page(browser):
 
 HEADING, ROWS = "document.querySelector('h1').textContent", "[...list.children].map(a => +a.hash.slice(1))"
 CURRENT = "[...document.querySelectorAll('[aria-current=true]')].map(a => a.hash)"
-ACTIVE = """[...document.querySelectorAll('#active .share')].map(line =>
-    [line.querySelector('a').hash, line.lastChild.textContent, +line.style.getPropertyValue('--a')])"""
+VALUES = "[...document.querySelectorAll('.value')].map(value => value.textContent)"
+ACTIVE = """[...document.querySelectorAll('#active .ranked')].map(line =>
+    [line.querySelector('a').hash, line.lastChild.textContent, +line.style.getPropertyValue('--share')])"""
 
 
 def ordered(key, sign, among=range(len(FEATURES))):
@@ -209,7 +218,7 @@ def test_it_opens_as_a_file_with_the_summary_and_all_features_by_density(page):
     assert page.js("document.title") == page.js(HEADING) == "tiny · mlp.0"
     summary = page.js("feature.querySelector('section').innerText.split(/\\n+/)")
     assert summary == ["L0", "10.5", "active features a token"]
-    assert page.js(ROWS) == ordered("d", -1)
+    assert page.js(ROWS) == ordered("density", -1)
 
 
 def test_it_may_load_nothing_from_anywhere(page):
@@ -220,20 +229,44 @@ def test_it_may_load_nothing_from_anywhere(page):
     page.events.clear()  # the error that this has caused
 
 
+def test_the_template_opens_by_itself_with_its_sample(page, monkeypatch):
+    monkeypatch.setattr(page, "path", Path(PAGE))
+    page.open()
+    assert page.js("document.title") == page.js(HEADING) == SAMPLE["title"]
+    assert len(page.js(ROWS)) == len(SAMPLE["features"]) > 2
+    for number in range(len(SAMPLE["features"])):
+        page.js(f"location.hash = '#{number}'")
+        page.expect(HEADING, f"feature {number}")
+    page.js("location.hash = '#texts/0/0'")
+    page.expect(ACTIVE + ".length", len(SAMPLE["texts"][0]["active"][0]))
+    assert page.js("document.querySelectorAll('[id=data]').length") == 1
+
+
+def test_the_sample_has_the_keys_of_a_page_that_is_filled_with_a_run():
+    assert set(SAMPLE) == set(DATA) == {"title", "summary", "ultra_low", "vocabulary", "features", "texts"}
+    numbers = {"density", "max", "explained", "neuron_correlation"}
+    lists = {"histogram", "examples", "raised", "lowered", "neurons"}
+    for feature in SAMPLE["features"]:
+        assert set(feature) == (numbers | lists if feature["density"] else {"density"})
+        for example in feature.get("examples", ()):
+            assert set(example) == {"label", "tokens", "marked", "active"}
+    assert all(set(text) == {"tokens", "active"} for text in SAMPLE["texts"])
+
+
 def test_an_address_selects_its_feature(page):
     page.open("#4")
     assert page.js(HEADING) == "feature 4" and page.js(CURRENT) == ["#4"]
-    assert page.js("[...document.querySelectorAll('b')].map(b => b.textContent)") == ["0.002%", "0.0456", "0.80", "–"]
+    assert page.js(VALUES) == ["0.002%", "0.0456", "0.80", "–"]
     page.js("location.hash = '#5'")
     page.expect(HEADING, "feature 5")
     assert page.js(CURRENT) == ["#5"]
-    assert page.js("[...document.querySelectorAll('b')].map(b => b.textContent)") == ["5%", "1234", "−0.02", "0.10"]
+    assert page.js(VALUES) == ["5%", "1234", "−0.02", "0.10"]
 
 
 def test_an_address_that_there_is_not_shows_the_summary_and_does_no_harm(page):
     page.open("#99")
     for place in ("", "#-1", "#04", "#1e0", "#length", "#__proto__", "#%E0%A4%A", "#<img src=x>'\""):
-        assert page.js(HEADING) == "tiny · mlp.0" and page.js(ROWS) == ordered("d", -1)
+        assert page.js(HEADING) == "tiny · mlp.0" and page.js(ROWS) == ordered("density", -1)
         page.js("location.hash = '#4'")
         page.expect(HEADING, "feature 4")
         page.js(f"location.hash = {json.dumps(place)}")
@@ -265,8 +298,8 @@ def test_back_and_forward_go_to_the_places_visited(page):
 
 @pytest.mark.parametrize("key", COLUMNS)
 def test_a_click_on_a_heading_sorts_by_it_and_another_the_other_way(page, key):
-    if key == "d":
-        page.click("#i")
+    if key == "density":
+        page.click("#number")
     page.click(f"#{key}")
     assert page.js(ROWS) == ordered(key, -1)
     page.click(f"#{key}")
@@ -280,26 +313,26 @@ def test_text_keeps_the_features_with_it_in_a_marked_or_raised_token(page):
         kept = [i for i, own in enumerate(tokens) if own and any(text.lower() in token for token in own)]
         assert len(kept) < 10, "the text has to filter something out"
         page.filter(text)
-        assert page.js(ROWS) == ordered("d", -1, kept)
+        assert page.js(ROWS) == ordered("density", -1, kept)
         assert page.js("getComputedStyle(list.parentNode, '::after').content") == f'"{len(kept)} features"'
     page.filter("")
-    assert page.js(ROWS) == ordered("d", -1)
+    assert page.js(ROWS) == ordered("density", -1)
 
 
 def test_a_kind_keeps_its_features(page):
     alive = [i for i, f in enumerate(FEATURES) if f]
-    for kind, kept in (("alive", alive), ("ultra-low", [3]), ("dead", [2, 6]), ("all", COLUMNS["i"])):
+    for kind, kept in (("alive", alive), ("ultra-low", [3]), ("dead", [2, 6]), ("all", COLUMNS["number"])):
         page.filter("", kind)
-        assert page.js(ROWS) == ordered("d", -1, kept)
+        assert page.js(ROWS) == ordered("density", -1, kept)
     page.filter("self", "dead")
     assert page.js(ROWS) == []
 
 
 def test_arrow_keys_step_through_the_list_as_it_is_sorted_and_filtered(page):
     page.open("#0")
-    page.click("#m")
+    page.click("#max")
     page.filter("hacked")  # feature 0 is not among these
-    order = ordered("m", -1, [7, 8, 12])
+    order = ordered("max", -1, [7, 8, 12])
     page.js("document.activeElement.blur()")
     keys = ("ArrowDown", "ArrowRight", "ArrowDown", "ArrowDown", "ArrowUp", "ArrowLeft")
     for key, at in zip(keys, (0, 1, 2, 2, 1, 0)):
@@ -309,7 +342,7 @@ def test_arrow_keys_step_through_the_list_as_it_is_sorted_and_filtered(page):
     page.filter("")
     page.js("document.activeElement.blur()")
     page.key("ArrowRight")  # the feature has other neighbours now
-    page.expect(HEADING, f"feature {ordered('m', -1)[ordered('m', -1).index(order[0]) + 1]}")
+    page.expect(HEADING, f"feature {ordered('max', -1)[ordered('max', -1).index(order[0]) + 1]}")
 
 
 def test_arrow_keys_do_not_step_while_typing_or_with_alt(page):
@@ -332,13 +365,13 @@ def test_arrow_keys_do_not_step_while_typing_or_with_alt(page):
 
 def test_a_feature_shows_its_effects_neurons_and_histogram(page):
     page.open("#0")
-    line = "[...line.childNodes].map(part => part.textContent).concat(+line.style.getPropertyValue('--a'))"
+    line = "[...line.childNodes].map(part => part.textContent).concat(+line.style.getPropertyValue('--share'))"
     panels = page.js(f"""Object.fromEntries([...feature.querySelectorAll("section")].map(panel => [
-        panel.querySelector("h2").textContent, [...panel.querySelectorAll(".share")].map(line => {line})]))""")
+        panel.querySelector("h2").textContent, [...panel.querySelectorAll(".ranked")].map(line => {line})]))""")
     assert panels["raised tokens, logits"] == [["Return", "+2.50", 1], ["&lt;", "+1.25", 0.5]]
     assert panels["lowered tokens, logits"] == [["def", "−3.00", 1], ["Return", "−0.00", pytest.approx(0.004 / 3)]]
     assert panels["neurons, cosine"] == [["77", "−0.50", 1], ["8", "+0.25", 0.5]]
-    heights = page.js("[...document.querySelectorAll('.bars i')].map(bar => bar.getBoundingClientRect().height)")
+    heights = page.js("[...document.querySelectorAll('.bars .bar')].map(bar => bar.getBoundingClientRect().height)")
     assert heights[0] > 100 and heights[:8] == pytest.approx([heights[0] / 2**k for k in range(8)], abs=0.5)  # a root
 
 
@@ -349,7 +382,7 @@ def test_examples_stand_in_groups_shaded_by_activation_with_the_marked_token_out
     line = "def self⏎    ⏎    Return"
     assert groups == [["top", [line, line]], ["50-75%", [line]], ["0-25%", [line]]]
     each = "[...feature.querySelectorAll('.text')].map(line => [...line.children].map(t => +(%s)))"
-    shares = page.js(each % "t.style.getPropertyValue('--a')")
+    shares = page.js(each % "t.style.getPropertyValue('--share')")
     assert shares == [[0, 0, share, 0.1, 0] for share in (1, 0.75, 0.5, 0.125)]
     alphas = page.js(each % "getComputedStyle(t).backgroundColor.match(/[\\d.]+/g)[3]")
     assert all(a == 0 for line in alphas for a in (line[0], line[1], line[4]))
@@ -377,7 +410,7 @@ def test_a_tooltip_tells_activation_and_effect(page, how):
 def test_a_dead_feature_says_so(page):
     page.open("#2")
     assert page.js(HEADING) == "feature 2" and "dead: never active" in page.js("feature.innerText")
-    assert page.js("feature.querySelectorAll('.text, .share, i').length") == 0
+    assert page.js("feature.querySelectorAll('.text, .ranked, .bar').length") == 0
 
 
 def test_a_new_feature_and_a_new_order_are_shown_from_the_top(page):
@@ -389,7 +422,7 @@ def test_a_new_feature_and_a_new_order_are_shown_from_the_top(page):
     page.expect("document.querySelector('main').scrollTop", 0)
     page.js("list.parentNode.scrollTop = 100")
     assert page.js("list.parentNode.scrollTop") == 100
-    page.js("m.click()")
+    page.js("max.click()")
     page.expect("list.parentNode.scrollTop", 0)
 
 
@@ -437,7 +470,7 @@ def test_hostile_tokens_stay_text_wherever_they_are_shown(page):
         page.expect(HEADING, f"feature {i}")
         text = SEEN[FEATURES[i][4]]
         assert page.js("document.querySelector('#list [aria-current=true] bdi').textContent") == text
-        assert page.js("feature.querySelector('.share bdi').textContent") == text
+        assert page.js("feature.querySelector('.ranked bdi').textContent") == text
         assert page.js("[...feature.querySelector('.text').children].map(t => t.textContent)") == [
             "def",
             " self",
@@ -489,9 +522,9 @@ def test_text_stands_out_in_light_and_dark(page, scheme):
 
     page.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
     page.open("#0")
-    paper = colours("#head")[1]
+    paper = colours("#headings")[1]
     assert (luminance(paper) > 0.5) == (scheme == "light")
-    for selector in ("h1", "h2", "#list a", "#list [aria-current=true]", "bdi[style]", ".share bdi", "input"):
+    for selector in ("h1", "h2", "#list a", "#list [aria-current=true]", "bdi.shaded", ".ranked bdi", "input"):
         text, over = colours(selector)
         assert contrast(text, over[:3], over[3] if len(over) > 3 else 1, paper) >= 4.5, selector
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from model import UserError
-from sae import (RECIPES, ActivationStore, SparseAutoencoder, SparseStep, geometric_median, l1_at, load_sae, lr_at,
-                 resample_schedule, save_sae)
+from sae import (RECIPES, ActivationStore, SAEConfig, SparseAutoencoder, SparseStep, geometric_median, l1_at, load_sae,
+                 lr_at, resample_schedule, save_sae)
 
 needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="the sparse step needs MKL")
 both_steps = pytest.mark.parametrize("sparse", [False, pytest.param(True, marks=needs_mkl)], ids=["dense", "sparse"])
@@ -29,7 +29,7 @@ def seed():
 
 def make(recipe, d_in=5, n_features=11, scale=0.7, input_norm="dataset"):
     """A float64 autoencoder in general position: no weight is 0, no row of unit norm, W_enc unlike W_dec."""
-    sae = SparseAutoencoder(d_in, n_features, recipe, input_norm).double()
+    sae = SparseAutoencoder(SAEConfig(d_in, n_features, recipe, input_norm)).double()
     for p in sae.parameters():
         torch.nn.init.normal_(p, std=0.8)
     sae.scale.fill_(scale)
@@ -119,7 +119,7 @@ WORKED_BY_HAND = {"scaling": (65.0, 4.0), "towards": (61.0, 3.0), "tied": (82.5,
 @both_steps
 @every_recipe
 def test_loss_of_a_case_worked_by_hand(recipe, sparse):
-    sae = SparseAutoencoder(2, 2, recipe).double()
+    sae = SparseAutoencoder(SAEConfig(2, 2, recipe)).double()
     gain = 2.0 if recipe == "scaling" else 1.0
     with torch.no_grad():
         sae.W_dec.copy_(torch.tensor([[gain, 0.0], [0.0, 1.0]]))
@@ -204,7 +204,7 @@ def test_sparse_step_equals_the_dense_step_in_float32(recipe, density, batch):
 @needs_mkl
 @pytest.mark.parametrize("active, calls", [(1, 1), (4, 0)])
 def test_the_sparse_step_is_picked_when_fewer_than_one_entry_in_ten_is_active(monkeypatch, active, calls):
-    sae = SparseAutoencoder(4, 20)
+    sae = SparseAutoencoder(SAEConfig(4, 20))
     with torch.no_grad():
         sae.W_enc.zero_()
         sae.b_enc.fill_(-1)
@@ -233,7 +233,7 @@ def test_without_mkl_the_dense_step_takes_over(monkeypatch):
 # unit decoder rows (Towards Monosemanticity, appendix: the part of the gradient along a row is removed)
 
 def test_towards_removes_the_gradient_along_each_row_and_nothing_else():
-    sae = SparseAutoencoder(5, 11, "towards").double()
+    sae = SparseAutoencoder(SAEConfig(5, 11, "towards")).double()
     W = sae.W_dec.detach().numpy()
     W = W / np.linalg.norm(W, axis=1, keepdims=True)
     with torch.no_grad():
@@ -249,7 +249,7 @@ def test_towards_removes_the_gradient_along_each_row_and_nothing_else():
 
 @pytest.mark.parametrize("recipe", ["towards", "tied"])
 def test_rows_of_the_decoder_are_of_unit_norm_after_every_step(recipe):
-    sae, x = SparseAutoencoder(5, 11, recipe).double(), inputs(16)
+    sae, x = SparseAutoencoder(SAEConfig(5, 11, recipe)).double(), inputs(16)
     optimizer = torch.optim.Adam(sae.parameters(), lr=0.1)
     for _ in range(3):
         optimizer.zero_grad()
@@ -353,7 +353,7 @@ MISTAKES = {"the loss itself": np.array([2, 1, 4]) / 7, "no L1": np.array([0, 1,
 @every_recipe
 def test_inputs_are_drawn_with_odds_of_their_squared_loss(recipe):
     gain, n_draws, tolerance = (2.0 if recipe == "scaling" else 1.0), 1500, 0.04        # 0.04: 3.6 standard errors
-    sae = SparseAutoencoder(2, 3, recipe)
+    sae = SparseAutoencoder(SAEConfig(2, 3, recipe))
     with torch.no_grad():
         sae.W_dec.copy_(gain * torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]))
         if recipe != "tied":
@@ -372,7 +372,7 @@ def test_inputs_are_drawn_with_odds_of_their_squared_loss(recipe):
 
 
 def test_the_draw_is_over_all_of_the_sample():
-    sae = SparseAutoencoder(3, 4, "towards")
+    sae = SparseAutoencoder(SAEConfig(3, 4, "towards"))
     x = 1e-3 * torch.randn(5000, 3)
     x[4500] = torch.tensor([3.0, 0.0, -4.0])        # the only input with a loss worth mentioning
     sae.resample(mask(4, [2]), x.half(), adam(sae), 0.1)         # in the precision of the files
@@ -428,7 +428,7 @@ def test_an_input_of_zeros_becomes_no_decoder_row(recipe, dead):
 
 
 def test_a_perfect_autoencoder_can_be_resampled():
-    sae = SparseAutoencoder(2, 3, "tied")
+    sae = SparseAutoencoder(SAEConfig(2, 3, "tied"))
     with torch.no_grad():
         sae.W_dec.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]))
         sae.b_enc[2] = -10.0
@@ -441,18 +441,19 @@ def test_a_perfect_autoencoder_can_be_resampled():
 
 @pytest.mark.parametrize("step, share", [(0, 0.0), (1, 0.02), (25, 0.5), (49, 0.98), (50, 1.0), (51, 1.0), (999, 1.0)])
 def test_scaling_raises_lambda_from_zero_over_the_first_twentieth(step, share):
-    assert l1_at(step, 1000, 5.0, "scaling") == pytest.approx(5.0 * share)
+    assert l1_at(step, 1000, 5.0, RECIPES["scaling"]) == pytest.approx(5.0 * share)
 
 
 @pytest.mark.parametrize("step, share", [(0, 1.0), (799, 1.0), (800, 1.0), (801, 0.995), (900, 0.5), (999, 0.005),
                                          (1000, 0.0)])
 def test_scaling_lowers_the_learning_rate_to_zero_over_the_last_fifth(step, share):
-    assert lr_at(step, 1000, 4e-4, "scaling") == pytest.approx(4e-4 * share)
+    assert lr_at(step, 1000, 4e-4, RECIPES["scaling"]) == pytest.approx(4e-4 * share)
 
 
 @pytest.mark.parametrize("step", [0, 1, 500, 999])
 @pytest.mark.parametrize("recipe", ["towards", "tied"])
 def test_towards_and_tied_keep_lambda_and_learning_rate(recipe, step):
+    recipe = RECIPES[recipe]
     assert (l1_at(step, 1000, 5.0, recipe), lr_at(step, 1000, 4e-4, recipe)) == (5.0, 4e-4)
 
 
@@ -462,7 +463,7 @@ def test_towards_and_tied_keep_lambda_and_learning_rate(recipe, step):
     (100_000, [12_500, 25_000, 37_500, 50_000], 6_250),
     (1600, [200, 400, 600, 800], 100)])
 def test_resampling_steps_are_the_papers_or_shrink_with_a_short_run(max_iters, steps, window):
-    assert resample_schedule(max_iters) == (steps, window)
+    assert resample_schedule(max_iters, RECIPES["towards"]) == (steps, window)
 
 
 # -----------------------------------------------------------------------------
@@ -504,7 +505,7 @@ def test_a_folded_autoencoder_is_one_affine_map_relu_another(recipe):
 @pytest.mark.parametrize("recipe, pre_bias", [("scaling", True), ("towards", False)])
 def test_the_pre_encoder_bias_can_be_had_apart_from_the_recipe(tmp_path, recipe, pre_bias):
     """x_in = x - b_dec or x, in encode, loss, gradients of both steps, fold and on disk; all else is the recipe's."""
-    sae = SparseAutoencoder(5, 11, recipe, pre_bias=pre_bias)
+    sae = SparseAutoencoder(SAEConfig(5, 11, recipe, pre_bias=pre_bias))
     for p in sae.parameters():
         torch.nn.init.normal_(p, std=0.8)
     x = inputs(7).float()
@@ -524,16 +525,16 @@ def test_the_pre_encoder_bias_can_be_had_apart_from_the_recipe(tmp_path, recipe,
 
 
 def test_the_scale_makes_the_mean_squared_norm_the_width():
-    sae, x = SparseAutoencoder(5, 11), 30 * inputs(200) + 7
+    sae, x = SparseAutoencoder(SAEConfig(5, 11)), 30 * inputs(200) + 7
     sae.fit_to(x)
     assert ((sae.scale.item() * x.numpy()) ** 2).sum(axis=1).mean() == pytest.approx(5, rel=1e-5)
-    half = SparseAutoencoder(5, 11)
+    half = SparseAutoencoder(SAEConfig(5, 11))
     half.fit_to(x.half())
     assert half.scale.item() == pytest.approx(sae.scale.item(), rel=1e-3)
 
 
 def test_input_norm_none_stays_in_raw_units():
-    sae = SparseAutoencoder(5, 11, input_norm="none")
+    sae = SparseAutoencoder(SAEConfig(5, 11, input_norm="none"))
     sae.fit_to(30 * inputs(200))
     assert sae.scale == 1
 
@@ -552,7 +553,7 @@ def test_token_norm_gives_each_vector_the_norm_of_the_width(recipe):
 @pytest.mark.parametrize("input_norm", ["dataset", "token", "none"])
 @every_recipe
 def test_only_towards_starts_b_dec_at_the_geometric_median_of_the_scaled_data(recipe, input_norm):
-    sae, x = SparseAutoencoder(3, 8, recipe, input_norm), 4 * inputs(300, d_in=3).numpy() ** 2
+    sae, x = SparseAutoencoder(SAEConfig(3, 8, recipe, input_norm)), 4 * inputs(300, d_in=3).numpy() ** 2
     sae.fit_to(torch.from_numpy(x))
     own = {"dataset": sae.scale.item(), "token": np.sqrt(3) / np.linalg.norm(x, axis=1, keepdims=True), "none": 1.0}
     away = x * own[input_norm] - sae.b_dec.detach().numpy()
@@ -579,7 +580,7 @@ def test_the_geometric_median_stays_with_the_majority():
 @pytest.mark.parametrize("decoder_norm", [0.05, 1.0])
 @every_recipe
 def test_training_starts_with_transposed_matrices_equal_norms_and_no_bias(recipe, decoder_norm):
-    sae = SparseAutoencoder(6, 50, recipe, decoder_norm=decoder_norm)
+    sae = SparseAutoencoder(SAEConfig(6, 50, recipe, decoder_norm=decoder_norm))
     assert torch.equal(sae.W_enc, sae.W_dec.t())
     norm = decoder_norm if recipe == "scaling" else 1.0
     np.testing.assert_allclose(np.linalg.norm(parameters(sae)["W_dec"], axis=1), norm, rtol=1e-6)
@@ -598,7 +599,7 @@ def test_tied_has_one_matrix_and_no_decoder_bias():
 
 def test_an_unknown_recipe_is_refused():
     with pytest.raises(UserError, match="unscaling"):
-        SparseAutoencoder(5, 11, "unscaling")
+        SparseAutoencoder(SAEConfig(5, 11, "unscaling"))
 
 
 # -----------------------------------------------------------------------------
@@ -619,7 +620,9 @@ def test_load_gives_back_exactly_what_save_wrote(tmp_path, recipe, input_norm):
     sae, path = make(recipe, scale=1 / 3, input_norm=input_norm).float(), tmp_path / "sae.pt"
     save_sae(path, sae, step=12, site="mlp.0", history=[1.5, None], silent=torch.arange(11))
     loaded = load_sae(path, "cpu")
-    assert (loaded.d_in, loaded.n_features, loaded.recipe, loaded.input_norm) == (5, 11, recipe, input_norm)
+    assert loaded.config == sae.config
+    config = loaded.config
+    assert (config.d_in, config.n_features, config.recipe, config.input_norm) == (5, 11, recipe, input_norm)
     assert torch.equal(loaded.scale, sae.scale)
     assert loaded.state_dict().keys() == sae.state_dict().keys()
     for name, value in sae.state_dict().items():
@@ -649,9 +652,11 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path):
     assert trap.exists()                            # so the trap works
 
 
-def save_changed(path, **changes):
+def save_changed(path, weights=None, **config):
     save_sae(path, make("scaling").float())
-    torch.save(torch.load(path, weights_only=True) | changes, path)
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["config"] |= config
+    torch.save(checkpoint | ({"weights": weights} if weights else {}), path)
 
 
 FOREIGN_FILES = {
@@ -662,7 +667,7 @@ FOREIGN_FILES = {
     "another dict": lambda path: torch.save({"model": {}, "config": {}}, path),
     "a tensor": lambda path: torch.save(torch.ones(3), path),
     "another width": lambda path: save_changed(path, d_in=6),
-    "another recipe": lambda path: save_changed(path, recipe="tied"),
+    "another recipe": lambda path: save_changed(path, recipe="tied", tied=True),
     "an unknown recipe": lambda path: save_changed(path, recipe="unscaling"),
     "weights of another kind": lambda path: save_changed(path, weights=[1, 2]),
 }

@@ -26,7 +26,7 @@ import train_gpt
 import train_sae
 from conftest import SMALL_GPT, SMALL_SAE, TEXT, script
 from model import END_OF_TEXT, GPT, GPTConfig, UserError, load_gpt
-from sae import ActivationStream, SparseAutoencoder, load_sae
+from sae import ActivationStream, SAEConfig, SparseAutoencoder, load_sae
 
 
 # -----------------------------------------------------------------------------
@@ -313,7 +313,7 @@ def test_toy_features_are_as_rare_and_as_strong_as_they_should_be():
 
 def perfect_sae(width):
     """Reconstructs everything: one feature for each neuron's positive and one for its negative part."""
-    sae = SparseAutoencoder(width, 2 * width)
+    sae = SparseAutoencoder(SAEConfig(width, 2 * width))
     with torch.no_grad():
         sae.W_dec.copy_(torch.cat([torch.eye(width), -torch.eye(width)]))
         sae.W_enc.copy_(sae.W_dec.t())
@@ -321,16 +321,8 @@ def perfect_sae(width):
 
 
 def run_on(gpt, sae, site, contexts):
-    return SimpleNamespace(
-        gpt=gpt,
-        sae=sae.fold().requires_grad_(False),
-        site=site,
-        contexts=contexts,
-        held_out=contexts,
-        folder="unused",
-        tokens=contexts[:, :-1].reshape(-1).numpy(),
-        cache={},
-    )
+    folded = sae.fold().requires_grad_(False)
+    return analyze.Run("unused", folded, {"site": site}, contexts, gpt, contexts=contexts)
 
 
 @pytest.mark.parametrize("site", ["attn.0", "mlp.0", "mlp.1", "resid.0"])
@@ -344,7 +336,7 @@ def test_a_perfect_autoencoder_changes_no_loss_and_an_empty_one_is_zero_ablation
         1, abs=1e-6
     )
 
-    empty = SparseAutoencoder(width, 4)
+    empty = SparseAutoencoder(SAEConfig(width, 4))
     with torch.no_grad():
         empty.b_enc.fill_(-1e6)
     metrics, features = analyze.measure(run_on(gpt, empty, site, contexts))
@@ -359,7 +351,7 @@ def test_the_metrics_are_those_of_plain_numpy():
         torch.randint(50, (300, 17), generator=torch.Generator().manual_seed(1)),
     )  # several batches
     torch.manual_seed(1)
-    sae = SparseAutoencoder(32, 20)
+    sae = SparseAutoencoder(SAEConfig(32, 20))
     with torch.no_grad():
         sae.scale.fill_(3.0)
         sae.b_enc.uniform_(-0.3, 0.2)
@@ -391,7 +383,7 @@ def test_the_metrics_are_those_of_plain_numpy():
     plain, spliced, zero = (metrics[f"loss_{name}"] for name in ("plain", "spliced", "zero_ablated"))
     assert metrics["loss_recovered"] == pytest.approx((zero - spliced) / (zero - plain))
 
-    picked = analyze.activations_of(run_on(gpt, sae, "mlp.0", contexts), [7, 2])
+    picked = run_on(gpt, sae, "mlp.0", contexts).activations([7, 2])
     np.testing.assert_allclose(picked, (f * np.linalg.norm(W_dec, axis=1) / 3.0)[:, [7, 2]].T, rtol=1e-3, atol=1e-5)
 
 
@@ -399,7 +391,7 @@ def test_the_metrics_are_those_of_plain_numpy():
 def test_logit_effects_are_the_directions_pushed_through_a_layernorm_linearised_on_real_tokens(site):
     gpt, contexts = tiny_gpt(), torch.randint(50, (50, 17), generator=torch.Generator().manual_seed(2))
     torch.nn.init.normal_(gpt.ln_f.weight)
-    this = run_on(gpt, SparseAutoencoder(gpt.site_width(site), 6), site, contexts)
+    this = run_on(gpt, SparseAutoencoder(SAEConfig(gpt.site_width(site), 6)), site, contexts)
     kept = {}
     gpt(contexts[:, :-1], hook=lambda s, x: kept.update({s: x}))
     stream = kept["resid.1"].reshape(-1, 8).double().numpy()
