@@ -38,11 +38,11 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 from model import GPT, UserError, at_least, load_gpt, load_tokens, make_parser, reading
-from model import run as run_script    # below, a run is an autoencoder with what belongs to it
+from model import run as run_script  # below, a run is an autoencoder with what belongs to it
 from model import save_json, setup, tracked, write_atomic
 from sae import ActivationStore, SAEConfig, SparseAutoencoder, load_sae
 
-ULTRA_LOW = 1e-5    # density that sets apart the "ultra-low density cluster" of Bricken et al.
+ULTRA_LOW = 1e-5  # density that sets apart the "ultra-low density cluster" of Bricken et al.
 
 
 def parse_args():
@@ -57,8 +57,8 @@ def parse_args():
     add("--eval_tokens", type=at_least(1), default=2**18,
         help="report: held-out tokens of its metrics")
     add("--read_tokens", type=at_least(1), default=2**17,
-        help="held-out tokens whose activations are kept in memory, for examples and all other "
-        "analyses")
+        help="held-out tokens whose activations are kept in memory, for examples and all "
+        "other analyses")
     add("--show", type=at_least(1), default=10,
         help="how many features to print (report: of each kind)")
     add("--prompt", default="", help="cause, steer: text to start from")
@@ -84,16 +84,17 @@ class Run:
     In shapes, N is the number of contexts, T their length in tokens, n the width of the
     activations, m the number of features.
     """
-    folder: str                  # where sae.pt is and where all that is written goes
-    sae: SparseAutoencoder       # folded: unit directions, activations in raw units
-    source: dict                 # what train_sae.py noted of the rows: "site", "gpt", ...
-    held_out: torch.Tensor | None = None    # of the metrics: contexts (N, T + 1), or own rows (N, n)
+    folder: str             # where sae.pt is and where all that is written goes
+    sae: SparseAutoencoder  # folded: unit directions, activations in raw units
+    source: dict            # what train_sae.py noted of the rows: "site", "gpt", ...
+    held_out: torch.Tensor | None = None  # for metrics: contexts (N, T + 1), or rows (N, n)
     # only where the activations are those of a model:
     gpt: GPT | None = None
     tokenizer: tiktoken.Encoding | None = None
-    contexts: torch.Tensor | None = None    # (N, T + 1) token ids, of all other analyses; the last
-    #                                         token of each is a target only
-    kept: dict = field(default_factory=dict)    # what x() has read: site -> activations
+    # (N, T + 1) token ids, for all other analyses; the last token of each is a target only
+    contexts: torch.Tensor | None = None
+    # what x() has read: site -> activations; runs of one model may share it
+    kept: dict = field(default_factory=dict)
 
     @property
     def site(self):
@@ -107,19 +108,22 @@ class Run:
 
     @property
     def device(self):
+        """Where the autoencoder and the model are."""
         return self.sae.W_dec.device
 
     @property
     def n_features(self):
+        """The size of the dictionary, m."""
         return self.sae.config.n_features
 
     @property
     def T(self):
+        """The length of a context in tokens, without the one that is only a target."""
         return self.contexts.shape[1] - 1
 
     @cached_property
     def tokens(self):
-        """The tokens of all contexts in a row (N T,), numpy: "position" below is an index into it."""
+        """The tokens of all contexts in a row (N T,), numpy. A position is an index into it."""
         return self.contexts[:, :-1].reshape(-1).numpy()
 
     def batches(self, label, contexts):
@@ -130,14 +134,14 @@ class Run:
             yield batch.to(self.device)
 
     def x(self, site=None):
-        """Activations (N T, n) of the contexts at a site, by default the autoencoder's. On the CPU."""
+        """Activations (N T, n) of the contexts at a site, by default this run's, on the CPU."""
         site = site or self.site
         if site not in self.kept:
             parts = []
             for batch in self.batches(f"reading {site}", self.contexts):
-                x = self.gpt.activations(batch[:, :-1], site)    # (b, T, n)
+                x = self.gpt.activations(batch[:, :-1], site)  # (b, T, n)
                 parts.append(x.flatten(0, 1).cpu())
-            self.kept[site] = torch.cat(parts)
+            self.kept[site] = torch.cat(parts)  # 256 MB for the default's 131,072 x 512
         return self.kept[site]
 
     def activations(self, features):
@@ -145,14 +149,14 @@ class Run:
         x = self.x()
         features = torch.as_tensor(features, dtype=torch.long, device=self.device)
         acts = np.empty((len(features), len(x)), dtype=np.float32)
-        for start in range(0, len(x), 8192):    # in pieces, for what is in between fits into the cache
+        for start in range(0, len(x), 8192):  # in pieces: what is in between stays in the cache
             piece = x[start:start + 8192].to(self.device)
-            f = self.sae.encode(piece, features)    # (8192, k)
+            f = self.sae.encode(piece, features)  # (8192, k)
             acts[:, start:start + 8192] = f.t().cpu().numpy()
         return acts
 
     def neurons(self):
-        """What the neurons of the layer's MLP do on every token -> (n_neurons, N T) float32, numpy."""
+        """What the neurons of the layer's MLP do on every token -> (n_neurons, N T), numpy."""
         layer = self.site.split(".")[1]
         return self.x(f"mlp.{layer}").t().contiguous().numpy()
 
@@ -160,11 +164,13 @@ class Run:
         """A user's text -> the number of a feature, or a UserError when there is none."""
         if text.isdecimal() and int(text) < self.n_features:
             return int(text)
+        last = self.n_features - 1
         raise UserError(
-            f"give the number of a feature of {self.folder}, 0 to {self.n_features - 1}, not {text!r}"
+            f"give the number of a feature of {self.folder}, 0 to {last}, not {text!r}"
         )
 
     def all_dead(self):
+        """The error of an analysis that needs active features where there are none."""
         return UserError(f"{self.folder}: every feature is dead on these tokens")
 
 
@@ -176,9 +182,10 @@ def folder_of(args, name):
 
 
 def load_run(args, device, name):
-    """A name or folder -> Run. UserError where a file of it is missing or does not belong to the rest."""
+    """A name or folder -> Run. UserError where files are missing or do not belong together."""
     folder = folder_of(args, name)
     sae = load_sae(os.path.join(folder, "sae.pt"), device)
+    # what another program wrote, or save_sae without it, cannot be put beside its model
     if "source" not in sae.extra:
         raise UserError(
             f"{folder}/sae.pt does not say what it was trained on: "
@@ -192,7 +199,8 @@ def load_run(args, device, name):
 
 def load_model(loaded, args):
     """Adds the model, its tokenizer and the held-out text to a Run."""
-    out_dir = os.path.dirname(os.path.dirname(os.path.abspath(loaded.folder)))
+    sae_folder = os.path.dirname(os.path.abspath(loaded.folder))  # out_dir/sae
+    out_dir = os.path.dirname(sae_folder)
     loaded.gpt, loaded.tokenizer = load_gpt(out_dir, loaded.device)
     if loaded.gpt.fingerprint() != loaded.source["gpt"]:
         raise UserError(
@@ -206,10 +214,11 @@ def load_model(loaded, args):
 
 
 def spread_contexts(tokens, T, n_tokens):
-    """tokens (many,) -> contexts (N, T + 1) of some n_tokens tokens, evenly from all of the text."""
-    contexts = tokens.unfold(0, T + 1, T)    # the last token of one is the first of the next
+    """tokens (many,) -> contexts (N, T + 1) of some n_tokens tokens, from all of the text."""
+    contexts = tokens.unfold(0, T + 1, T)  # the last token of one is the first of the next
     n = min(len(contexts), max(1, n_tokens // T))
-    return contexts[torch.arange(n) * len(contexts) // n]
+    evenly = torch.arange(n) * len(contexts) // n
+    return contexts[evenly]
 
 
 # -----------------------------------------------------------------------------
@@ -219,8 +228,8 @@ def spread_contexts(tokens, T, n_tokens):
 @dataclass
 class FeatureStatistics:
     """What was measured of each feature, arrays (m,)."""
-    density: np.ndarray    # share of the tokens it is active on
-    energy: np.ndarray     # mean of its squared activation: what it carries of x_hat
+    density: np.ndarray  # share of the tokens it is active on
+    energy: np.ndarray   # mean of its squared activation: what it carries of x_hat
 
 
 def measure(run):
@@ -232,16 +241,16 @@ def measure(run):
     with 0 there (Bricken et al., "How much of the model does our interpretation explain?")
     """
     sae = run.sae
-    mean = run.x().mean(0).to(sae.W_dec) if run.gpt else None
+    mean = run.x().mean(0).to(sae.W_dec) if run.gpt else None  # (n,), for mean-ablation
     losses = Counter()
-    sums = []    # of each batch, over its tokens: nothing of size (tokens x features) is kept
+    sums = []  # of each batch, over its tokens: nothing of size (tokens x features) is kept
     for batch in run.batches("measuring", run.held_out):
         if run.gpt:
             x, plain = activations_and_loss(run, batch)
         else:
             x = batch.float()
-        f = sae.encode(x)
-        x_hat = sae.decode(f, sae.input_scale(x))
+        f = sae.encode(x)                          # (b, T, m), of own rows (b, m)
+        x_hat = sae.decode(f, sae.input_scale(x))  # as x
         parts = (f > 0, f.square(), x, x.square(), (x_hat - x).square())
         sums.append([part.flatten(0, -2).sum(0).cpu().double() for part in parts])
         if run.gpt:
@@ -255,14 +264,16 @@ def measure(run):
                 loss = loss_with(run, batch, replacement)
                 losses[f"loss_{name}"] += loss * len(batch) / len(run.held_out)
 
+    # means over all tokens, in float64: of features (m,) and of coordinates of x (n,)
     n_tokens = len(run.held_out) * (run.held_out.shape[1] - 1 if run.gpt else 1)
-    totals = [torch.stack(parts).sum(0).numpy() / n_tokens for parts in zip(*sums)]
-    density, energy, center, square, error = totals    # means over the tokens
+    means = [torch.stack(parts).sum(0).numpy() / n_tokens for parts in zip(*sums)]
+    density, energy, center, square, error = means
     ultra_low = (density > 0) & (density < ULTRA_LOW)
+    variance = (square - center**2).sum()  # about the mean, not about 0
     metrics = {
         "tokens": n_tokens,
         "l0": density.sum(),
-        "variance_explained": 1 - error.sum() / (square - center**2).sum(),
+        "variance_explained": 1 - error.sum() / variance,
         "n_features": run.n_features,
         "dead": (density == 0).mean(),
         "ultra_low": ultra_low.mean(),
@@ -276,11 +287,13 @@ def measure(run):
 
 
 def activations_and_loss(run, contexts):
-    """One plain pass over contexts (b, T + 1) -> x (b, T, n) at the site, the model's loss in nats."""
+    """One pass over contexts (b, T + 1) -> x (b, T, n) at the site, the model's loss in nats."""
     found = {}
-    _, loss = run.gpt(
-        contexts[:, :-1], contexts[:, 1:], lambda site, x: found.update({site: x})
-    )
+
+    def keep(site, x):  # returns None, which changes nothing
+        found[site] = x
+
+    _, loss = run.gpt(contexts[:, :-1], contexts[:, 1:], keep)
     return found[run.site], loss.item()
 
 
@@ -294,7 +307,7 @@ def loss_with(run, contexts, replacement):
 
 
 def blocks(n, size=256):
-    """The numbers 0 .. n - 1 in blocks: so many features' activations on all tokens fit into memory."""
+    """0 .. n - 1 in blocks: so many features' activations on all tokens fit into memory."""
     return [np.arange(start, min(start + size, n)) for start in range(0, n, size)]
 
 
@@ -312,8 +325,8 @@ def logit_effects(run, directions):
     """
     kind, layer = run.site.split(".")
     if kind == "mlp":
-        W_out = run.gpt.blocks[int(layer)].mlp_proj.weight    # (n_embd, n)
-        directions = directions @ W_out.t()                   # (k, n_embd)
+        W_out = run.gpt.blocks[int(layer)].mlp_proj.weight  # (n_embd, n)
+        directions = directions @ W_out.t()                 # (k, n_embd)
     centred = directions - directions.mean(1, keepdim=True)
     logits = run.gpt.lm_head(centred * run.gpt.ln_f.weight * inverse_sigma(run))
     return logits - logits.mean(1, keepdim=True)
@@ -322,16 +335,17 @@ def logit_effects(run, directions):
 def inverse_sigma(run):
     """The mean of 1 / sigma over the tokens that reach the last LayerNorm."""
     if "inverse_sigma" not in run.kept:
-        stream = run.x(f"resid.{run.gpt.config.n_layer - 1}")    # (N T, n_embd)
+        stream = run.x(f"resid.{run.gpt.config.n_layer - 1}")  # (N T, n_embd)
         variance = stream.var(1, correction=0) + run.gpt.ln_f.eps
         run.kept["inverse_sigma"] = variance.rsqrt().mean().item()
     return run.kept["inverse_sigma"]
 
 
 def unit_rows(a):
-    """Rows of a (k, tokens) about their means, of unit norm: their products are Pearson correlations."""
+    """a (k, tokens), rows about their means, of unit norm: products are Pearson correlations."""
     a = a - a.mean(1, keepdims=True)
-    return a / np.linalg.norm(a, axis=1, keepdims=True).clip(1e-15)
+    norms = np.linalg.norm(a, axis=1, keepdims=True)
+    return a / norms.clip(1e-15)  # a constant row stays 0: it correlates with nothing
 
 
 def highest_correlations(run, others):
@@ -342,8 +356,8 @@ def highest_correlations(run, others):
     best = np.zeros(run.n_features)
     density = np.zeros(run.n_features)
     for block in tracked("correlating", blocks(run.n_features), "features"):
-        acts = run.activations(block)
-        best[block] = (unit_rows(acts) @ others.T).max(1)
+        acts = run.activations(block)                      # (block, N T)
+        best[block] = (unit_rows(acts) @ others.T).max(1)  # of correlations (block, k)
         density[block] = (acts > 0).mean(1)
     alive = np.flatnonzero(density)
     if len(alive) == 0:
@@ -362,29 +376,31 @@ def explained_by_tokens(run, acts):
     show, scores low though it is clear.
     """
     V = run.tokenizer.n_vocab
-    tokens = run.tokens.reshape(-1, run.T)                                       # (N, T)
-    previous = np.pad(tokens[:, :-1], ((0, 0), (1, 0)), constant_values=V)       # V: there is none
+    tokens = run.tokens.reshape(-1, run.T)                                  # (N, T)
+    previous = np.pad(tokens[:, :-1], ((0, 0), (1, 0)), constant_values=V)  # V: there is none
     pairs, pair_of = np.unique(previous * V + tokens, return_inverse=True)
-    pair_of = pair_of.reshape(-1, run.T)    # (N, T), indices into the distinct pairs
+    pair_of = pair_of.reshape(-1, run.T)  # (N, T), indices into the distinct pairs
     learn = pair_of[::2].ravel()
     judge = pair_of[1::2].ravel()
 
     # sums over pairs tell all: those over tokens are sums of them
-    token_of = pairs % V    # the current token of each distinct pair
+    token_of = pairs % V  # the current token of each distinct pair
     pair_counts = np.bincount(learn, minlength=len(pairs))
     token_counts = np.bincount(token_of, pair_counts, V)
     scores = []
     for row in acts.reshape(len(acts), -1, run.T):
+        # the mean of each distinct pair, and of each token, on the contexts learned from
         learned = row[::2].ravel()
         pair_sums = np.bincount(learn, learned, len(pairs))
         token_means = np.bincount(token_of, pair_sums, V) / token_counts.clip(1)
         by_token = np.where(token_counts > 0, token_means, learned.mean())[token_of]
         by_pair = np.where(pair_counts > 0, pair_sums / pair_counts.clip(1), by_token)
 
+        # how much of the variance on the others these means leave
         truth = row[1::2].ravel().astype(np.float64)
         total = np.square(truth - truth.sum() / max(1, len(truth))).sum()
         errors = [np.square(truth - guess[judge]).sum() for guess in (by_token, by_pair)]
-        scores.append(1 - np.array(errors) / (total or np.nan))    # NaN: never active there
+        scores.append(1 - np.array(errors) / (total or np.nan))  # NaN: never active there
     return np.array(scores)
 
 
@@ -399,7 +415,7 @@ GREY = "#888888"
 @contextmanager
 def figure(path, panels=1, width=6.0, height=3.6):
     """with figure(path) as ax: draws on one panel (or a list of them); at the end it is written."""
-    fig = Figure(figsize=(width, height), layout="constrained")
+    fig = Figure(figsize=(width, height), layout="constrained")  # no pyplot: no screen needed
     axes = fig.subplots(1, panels)
     yield axes
     for ax in np.atleast_1d(axes):
@@ -424,6 +440,7 @@ def token_text(run, *tokens):
     """
     text = run.tokenizer.decode([int(token) for token in tokens])
     text = text.replace("\n", "⏎").replace("\t", "⇥")
+    # a terminal must not obey what a text holds: escape codes, marks that turn its direction
     return "".join(character if character.isprintable() else "·" for character in text)
 
 
@@ -435,13 +452,14 @@ def snippet(run, position, width):
     token = token_text(run, context[t])
     right = token_text(run, *context[t + 1:-1])
     room = max(10, width - len(token))
-    room_left = room * 2 // 3    # what comes before explains more
+    room_left = room * 2 // 3  # what comes before explains more
     return f"{left[-room_left:].rjust(room_left)}«{token}»{right[:room // 3]}"
 
 
 def histogram(acts):
     """Counts of activations in 24 bins from 0, those of 0 left out, to the largest."""
-    counts, _ = np.histogram(acts[acts > 0], bins=24, range=(0, acts.max()))
+    on = acts[acts > 0]
+    counts, _ = np.histogram(on, bins=24, range=(0, acts.max()))
     return counts.tolist()
 
 
@@ -450,10 +468,11 @@ def title(run, i, acts):
     on = np.flatnonzero(acts)
     if len(on) == 0:
         return f"feature {i}  not active on any of {len(acts):,} held-out tokens"
-    best = on[np.argsort(-acts[on], kind="stable")[:50]]
+    best = on[np.argsort(-acts[on], kind="stable")[:50]]  # positions, the largest first
     token, n = Counter(run.tokens[best].tolist()).most_common(1)[0]
     counts = histogram(acts)
-    heights = [math.sqrt(count / max(counts)) for count in counts]    # a root, so that few show
+    # roots, or only the first bars would be seen: most activations are small
+    heights = [math.sqrt(count / max(counts)) for count in counts]
     bars = "".join(" ▁▂▃▄▅▆▇█"[math.ceil(8 * height)] for height in heights)
     return (
         f"feature {i}  density {len(on) / len(acts):.2%}  max {acts.max():.2f}  "
@@ -464,7 +483,7 @@ def title(run, i, acts):
 def top_examples(run, acts, n):
     """Positions of the n largest activations, each with other tokens just before and after it."""
     on = np.flatnonzero(acts)
-    ranked = on[np.argsort(-acts[on], kind="stable")][:200].tolist()
+    ranked = on[np.argsort(-acts[on], kind="stable")][:200].tolist()  # enough to choose from
     seen = set()
     positions = []
     for position in ranked:
@@ -485,6 +504,7 @@ def examples(run, acts, n_top, n_intervals, each, rng):
     on = np.flatnonzero(acts)
     edges = np.linspace(0, acts.max(), n_intervals + 1)
     for k in reversed(range(n_intervals)):
+        # intervals of the activation itself, as wide as one another, not of its rank
         inside = on[(acts[on] > edges[k]) & (acts[on] <= edges[k + 1])]
         inside = np.setdiff1d(inside, [position for _, position in chosen])
         label = f"{100 * k // n_intervals}-{100 * (k + 1) // n_intervals}%"
@@ -506,12 +526,12 @@ def related(run, i, largest, n):
     """
     kind, layer = run.site.split(".")
     direction = run.sae.W_dec[i]
-    logits = logit_effects(run, direction[None])[0] * largest    # (vocab_size,)
+    logits = logit_effects(run, direction[None])[0] * largest  # (vocab_size,)
     if kind == "mlp":
-        cosines = direction    # the neurons are the axes
+        cosines = direction  # the neurons are the axes
     else:
-        written = run.gpt.blocks[int(layer)].mlp_proj.weight    # (n_embd, n_neurons), by the neurons
-        cosines = direction @ F.normalize(written, dim=0)
+        W_out = run.gpt.blocks[int(layer)].mlp_proj.weight  # (n_embd, n_neurons)
+        cosines = direction @ F.normalize(W_out, dim=0)     # with what each neuron writes
     raised = ranked_pairs(logits, logits, n)
     lowered = ranked_pairs(logits, -logits, n)
     return raised, lowered, ranked_pairs(cosines, cosines.abs(), n)
@@ -526,11 +546,11 @@ def print_feature(run, i, acts, n_top=5, n_intervals=4, each=1, n_tokens=8, note
     if not acts.any():
         return
     columns = shutil.get_terminal_size((120, 24)).columns
-    width = min(160, columns) - 22    # 22: label and activation
+    width = min(160, columns) - 22  # 22: label and activation
     previous = ""
     chosen = examples(run, acts, n_top, n_intervals, each, np.random.default_rng(i))
     for label, position in chosen:
-        shown = label if label != previous else ""    # a label once for all its examples
+        shown = label if label != previous else ""  # a label once for all its examples
         print(f"  {shown:>8} {acts[position]:8.2f}  {snippet(run, position, width)}")
         previous = label
     raised, lowered, nearest = related(run, i, acts.max().item(), n_tokens)
@@ -558,7 +578,8 @@ def summary(run, metrics):
     ]
     if run.gpt:
         others = (
-            f"spliced {metrics['loss_spliced']:.3f}, mean-ablated {metrics['loss_mean_ablated']:.3f}, "
+            f"spliced {metrics['loss_spliced']:.3f}, "
+            f"mean-ablated {metrics['loss_mean_ablated']:.3f}, "
             f"zero-ablated {metrics['loss_zero_ablated']:.3f} nats a token"
         )
         recovered = f"{metrics['loss_recovered']:.3f}"
@@ -572,17 +593,17 @@ def draw_density(run, density, n_tokens):
     alive = density[density > 0]
     lowest = min(math.log10(ULTRA_LOW) - 0.5, np.log10(alive.min(initial=1)) - 0.1)
     bins = np.linspace(lowest, 0, 60)
-    groups = (
-        (alive >= ULTRA_LOW, BLUE, "alive"),
-        (alive < ULTRA_LOW, RED, "ultra-low"),
-    )
+    main = alive[alive >= ULTRA_LOW]
+    ultra_low = alive[alive < ULTRA_LOW]
     with figure(os.path.join(run.folder, "density.png")) as ax:
-        for which, colour, label in groups:
-            label = f"{label}: {which.sum():,}"
-            ax.hist(np.log10(alive[which]), bins=bins, color=colour, label=label)
+        ax.hist(np.log10(main), bins=bins, color=BLUE, label=f"alive: {len(main):,}")
+        label = f"ultra-low: {len(ultra_low):,}"
+        ax.hist(np.log10(ultra_low), bins=bins, color=RED, label=label)
         ax.axvline(math.log10(ULTRA_LOW), color=RED, lw=1, ls=":")
-        ax.plot([], [], " ", label=f"dead: {len(density) - len(alive):,}")    # a line of the legend
-        ax.set(xlabel=f"log10 of feature density on {n_tokens:,} held-out tokens", ylabel="features")
+        n_dead = len(density) - len(alive)
+        ax.plot([], [], " ", label=f"dead: {n_dead:,}")  # no log10 of 0: in the legend alone
+        ax.set_xlabel(f"log10 of feature density on {n_tokens:,} held-out tokens")
+        ax.set_ylabel("features")
 
 
 def read_log(folder):
@@ -611,11 +632,13 @@ def draw_training(run):
 
 def show_report(run, args):
     """Metrics, their plots, the most important features and some drawn at random, and the page."""
-    if run.kind == "own":    # the twentieth that was held out
+    if run.kind == "own":  # the twentieth that was held out
         seed = run.sae.extra["args"]["seed"]
         store = ActivationStore(run.source["acts"], seed, (0.95, 1))
         run.held_out = store.sample(args.eval_tokens, args.seed)
     metrics, statistics = measure(run)
+
+    # numbers
     name = os.path.basename(run.folder)
     recipe = run.sae.config.recipe
     headline = f"{name} · {recipe} recipe · {run.site} · {run.n_features:,} features"
@@ -624,8 +647,12 @@ def show_report(run, args):
     print(f"\n{headline}, on {metrics['tokens']:,} held-out {unit}")
     for row_name, value, note in rows:
         print(f"  {row_name:<20}{value:>9}   {note}")
+
+    # pictures
     draw_density(run, statistics.density, metrics["tokens"])
     draw_training(run)
+
+    # features
     if run.gpt:
         best = np.argsort(-statistics.energy, kind="stable")
         alive = np.flatnonzero(statistics.density > 0)
@@ -652,20 +679,20 @@ def show_feature(run, args):
 
 
 def highest_cosines(run):
-    """For each true direction of toy data the highest cosine with any decoder row -> (directions,)."""
-    truth = run.source["truth"].to(run.sae.W_dec)    # (directions, n), unit rows, as W_dec's are
+    """For each true direction of toy data its highest cosine with a feature -> (directions,)."""
+    truth = run.source["truth"].to(run.sae.W_dec)  # (directions, n), unit rows, as W_dec's are
     return (truth @ run.sae.W_dec.t()).amax(1).cpu().numpy()
 
 
 def show_toy(run, args):
-    """How many true directions have a feature of their own: a cosine over 0.9 with a decoder row."""
+    """How many true directions have a feature of their own, one with a cosine over 0.9."""
     cosines = highest_cosines(run)
     found = cosines > 0.9
     print(
         f"{found.sum()} of {len(found)} true directions found ({found.mean():.1%}): "
         f"cosine with a feature over 0.9; mean of the highest cosines {cosines.mean():.3f}"
     )
-    quarters = np.array_split(found, 4)    # the first direction is the most frequent
+    quarters = np.array_split(found, 4)  # the first direction is the most frequent
     for name, quarter in zip(("most frequent", "frequent", "rare", "rarest"), quarters):
         print(f"  {name:>14} quarter  {quarter.mean():7.1%}")
     save(
@@ -697,13 +724,13 @@ def logits_at(run, contexts, places, x=None):
     """
     stream = run.gpt.trunk(contexts, lambda site, _: x if site == run.site else None)
     rows = torch.arange(len(contexts), device=contexts.device)
-    return run.gpt.lm_head(stream[rows, places])    # the unembedding at these tokens alone
+    return run.gpt.lm_head(stream[rows, places])  # the unembedding at these tokens alone
 
 
 @dataclass
 class Effects:
-    """What features that are active at some tokens do there, an entry (k,) for each pair of them."""
-    row: np.ndarray            # which of the contexts
+    """What features that are active at some tokens do there: arrays (k,), one entry a pair."""
+    row: np.ndarray  # which of the contexts
     feature: np.ndarray
     activation: np.ndarray
     attribution: np.ndarray
@@ -721,29 +748,32 @@ def effects(run, contexts, places, targets):
     pass serves all features.
     """
     everything = torch.arange(len(contexts), device=contexts.device)
-    x = run.gpt.activations(contexts, run.site)    # (b, T, n)
+    x = run.gpt.activations(contexts, run.site)  # (b, T, n)
 
-    def contrast(rows, x):    # of contexts[rows], with x at the site: (len(rows),)
+    def contrast(rows, x):  # of contexts[rows], with x at the site: (len(rows),)
         logits = logits_at(run, contexts[rows], places[rows], x)
         return logits.gather(1, targets[rows, None])[:, 0] - logits.mean(1)
 
+    # one backward pass gives the gradient at every token of every context
     with torch.enable_grad():
         before = contrast(everything, x.requires_grad_())
-        gradient, = torch.autograd.grad(before.sum(), x)    # (b, T, n)
+        gradient, = torch.autograd.grad(before.sum(), x)  # (b, T, n)
     x = x.detach()
     before = before.detach()
 
-    f = run.sae.encode(x[everything, places])                              # (b, m)
-    scale = run.sae.input_scale(x[everything, places])                     # (b, 1)
-    row, feature = f.nonzero(as_tuple=True)                                # (k,) each: active pairs
+    # every pair of a token and a feature that is active on it
+    f = run.sae.encode(x[everything, places])           # (b, m)
+    scale = run.sae.input_scale(x[everything, places])  # (b, 1)
+    row, feature = f.nonzero(as_tuple=True)             # (k,) each: active pairs
     activation = f[row, feature]
-    parts = activation[:, None] * run.sae.W_dec[feature] / scale[row]      # (k, n), in raw units
+    parts = activation[:, None] * run.sae.W_dec[feature] / scale[row]  # (k, n), in raw units
     attribution = (parts * gradient[everything, places][row]).sum(1)
 
+    # one forward pass for each pair, with the feature's part taken out at that token alone
     ablation = torch.zeros(len(row), device=contexts.device)
     for block in tracked("ablating", blocks(len(row)), "features"):
         rows = row[block]
-        changed = x[rows]    # a copy
+        changed = x[rows]  # a copy
         changed[torch.arange(len(block)), places[rows]] -= parts[block]
         ablation[block] = before[rows] - contrast(rows, changed)
     arrays = (row, feature, activation, attribution, ablation)
@@ -762,7 +792,7 @@ def drawn_effects(run, seed, n_tokens):
 def correlations(a, b):
     """Pearson's and the rank correlation of two arrays (k,)."""
     pearson = float(np.corrcoef(a, b)[0, 1])
-    ranks = [values.argsort().argsort() for values in (a, b)]
+    ranks = [values.argsort().argsort() for values in (a, b)]  # the place of each when sorted
     return pearson, float(np.corrcoef(*ranks)[0, 1])
 
 
@@ -788,9 +818,9 @@ def show_cause(run, args, n_tokens=400):
 
 
 def show_cause_of_prompt(run, args):
-    """The features behind what comes after a prompt, those with the largest ablation effect first."""
+    """The features behind what comes after a prompt, the largest ablation effect first."""
     idx = encode_text(run, args.prompt)
-    last = torch.tensor([idx.shape[1] - 1], device=run.device)
+    last = torch.tensor([idx.shape[1] - 1], device=run.device)  # the place of the last token
     probabilities = logits_at(run, idx, last).softmax(1)[0]
     if args.target:
         target = encode_text(run, args.target)[0, :1]
@@ -807,10 +837,10 @@ def show_cause_of_prompt(run, args):
     print("its logit, by feature: activation, attribution, ablation")
     top = np.argsort(-np.abs(found.ablation))[:args.show]
     for k, acts in zip(top, run.activations(found.feature[top])):
-        print(
-            f"  {found.activation[k]:6.2f}  {found.attribution[k]:+7.3f}  {found.ablation[k]:+7.3f}  "
-            f"{title(run, int(found.feature[k]), acts)}"
+        numbers = (
+            f"{found.activation[k]:6.2f}  {found.attribution[k]:+7.3f}  {found.ablation[k]:+7.3f}"
         )
+        print(f"  {numbers}  {title(run, int(found.feature[k]), acts)}")
 
 
 # -----------------------------------------------------------------------------
@@ -825,13 +855,13 @@ def clamp(run, features, value):
     x + (value - f_i) W_dec_i is SAE(x) with f_i clamped, plus x - SAE(x). value None: f_i's
     own, which changes nothing. With 0 it is the ablation of Bricken et al.'s feature browser.
     """
-    features = torch.as_tensor(features, device=run.device)[:, None]    # (b, 1)
-    directions = run.sae.W_dec[features]                                # (b, 1, n)
+    features = torch.as_tensor(features, device=run.device)[:, None]  # (b, 1)
+    directions = run.sae.W_dec[features]                              # (b, 1, n)
 
-    def hook(site, x):    # (b, T, n)
+    def hook(site, x):  # (b, T, n)
         if site != run.site:
             return None
-        f = run.sae.encode(x, features)    # (b, T, 1)
+        f = run.sae.encode(x, features)  # (b, T, 1)
         held = f if value is None else value
         return x + (held - f) * directions / run.sae.input_scale(x)
 
@@ -847,7 +877,7 @@ def mean_probability(run, contexts, token, hook=None):
 def parse_multiples(text):
     """--value -> a list of floats, or a UserError."""
     try:
-        return np.asarray_chkfinite(text.split(","), float).tolist()
+        return np.asarray_chkfinite(text.split(","), float).tolist()  # no NaN, no infinity
     except ValueError:
         raise UserError(
             f"--value takes multiples of the feature's maximum with commas between, not {text}"
@@ -862,8 +892,8 @@ def show_steer(run, args):
     print(title(run, i, acts))
     if not acts.any():
         return
-    token = logit_effects(run, run.sae.W_dec[i:i + 1]).argmax().item()    # what it raises most
-    stride = max(1, len(run.contexts) // 16)
+    token = logit_effects(run, run.sae.W_dec[i:i + 1]).argmax().item()  # what it raises most
+    stride = max(1, len(run.contexts) // 16)  # some 16 contexts from all of the text
     contexts = run.contexts[::stride, :-1].to(run.device)
     start = encode_text(run, args.prompt) if args.prompt else contexts[:1, :16]
     clamped = []
@@ -873,7 +903,8 @@ def show_steer(run, args):
             hook = clamp(run, [i], multiple * acts.max().item())
         probability = mean_probability(run, contexts, token, hook)
         clamped.append({"multiple": multiple, "probability": probability})
-        generator = torch.Generator(run.device).manual_seed(args.seed)    # the same draws for all
+        # the same draws for all, so that two texts differ by the feature alone
+        generator = torch.Generator(run.device).manual_seed(args.seed)
         ids = run.gpt.generate(start, 60, hook=hook, generator=generator)
         written = token_text(run, *ids[0, start.shape[1]:])
         name = "unsteered" if multiple is None else f"{multiple:+g} x max"
@@ -892,11 +923,11 @@ def read_marked(run, text):
     marked with «...» (without a mark the text's last).
     """
     plain = re.sub("[«»]", "", text)
-    marked = re.search("«.+?»", text, re.S)
+    marked = re.search("«.+?»", text, re.S)  # the first one
     upto = re.sub("[«»]", "", text[:marked.end()]) if marked else plain
     idx = encode_text(run, plain)
-    f = run.sae.encode(run.gpt.activations(idx, run.site))[0]    # (T, m)
-    _, starts = run.tokenizer.decode_with_offsets(idx[0].tolist())    # in characters
+    f = run.sae.encode(run.gpt.activations(idx, run.site))[0]  # (T, m)
+    _, starts = run.tokenizer.decode_with_offsets(idx[0].tolist())  # in characters
     return f, bisect(starts, len(upto) - 1) - 1
 
 
@@ -910,7 +941,7 @@ def search_scores(run, texts, without=()):
     for text in texts:
         f, place = read_marked(run, text)
         found.append(f[place] + f.mean(0))
-    elsewhere = [torch.zeros_like(found[0])]
+    elsewhere = [torch.zeros_like(found[0])]  # without such texts nothing is taken off
     for text in without:
         f, _ = read_marked(run, text)
         elsewhere.append(f.amax(0))
@@ -963,7 +994,7 @@ def explainability(run, alive, mlp, density, seed, n_sample):
 
 
 def draw_neurons(run, best, share, scores):
-    """The features' highest correlations with a neuron, and how much tokens explain of each kind."""
+    """The features' highest correlations with a neuron; how much tokens explain of each kind."""
     with figure(os.path.join(run.folder, "neurons.png"), panels=2, width=9) as (left, right):
         left.hist(best, bins=40, color=BLUE)
         left.axvline(0.3, color=RED, ls=":")
@@ -985,8 +1016,8 @@ def show_neurons(run, args, n_sample=256):
     alive, best, density = highest_correlations(run, unit_rows(mlp))
     share = float((best <= 0.3).mean())
     print(
-        f"{share:.1%} of {len(alive):,} alive features have no neuron that they correlate with above "
-        f"0.3; median of the highest correlations {np.median(best):.2f}"
+        f"{share:.1%} of {len(alive):,} alive features have no neuron that they correlate with "
+        f"above 0.3; median of the highest correlations {np.median(best):.2f}"
     )
     median_density = np.median(density)
     scores = explainability(run, alive, mlp, median_density, args.seed, n_sample)
@@ -1013,13 +1044,15 @@ def show_neurons(run, args, n_sample=256):
 
 
 def find_words(run):
-    """Every word of the held-out text, with all its tokens -> {word: positions of its last token}."""
-    end_of_text = run.tokenizer.eot_token
-    pieces = []    # the bytes of each token; between documents a line's end, so that no word crosses
+    """Every word of the held-out text, all its tokens -> {word: positions of its last token}."""
+    tokenizer = run.tokenizer
+    pieces = []  # the bytes of each token
     for token in run.tokens.tolist():
-        piece = b"\n" if token == end_of_text else run.tokenizer.decode_single_token_bytes(token)
-        pieces.append(piece)
-    last_bytes = defaultdict(list)    # where in the text each word's last byte is
+        if token == tokenizer.eot_token:
+            pieces.append(b"\n")  # so that no word goes from one document into the next
+        else:
+            pieces.append(tokenizer.decode_single_token_bytes(token))
+    last_bytes = defaultdict(list)  # where in the text each word's last byte is
     for match in re.finditer(rb"[A-Za-z]{2,}", b"".join(pieces)):
         last_bytes[match.group().decode()].append(match.end() - 1)
     ends = np.cumsum([len(piece) for piece in pieces])
@@ -1040,7 +1073,8 @@ def word_places(run, path, n=240):
         frequent = [word for word in places if len(places[word]) > 2]
         ranked = sorted(frequent, key=lambda word: (-len(places[word]), word))
         ranks = np.geomspace(1, len(ranked) + 1, n).astype(int) - 1
-        wanted = [ranked[rank] for rank in np.unique(ranks)[:-1]]    # small ranks come more than once
+        ranks = np.unique(ranks)[:-1]  # small ranks came more than once; the last is beyond
+        wanted = [ranked[rank] for rank in ranks]
     return {word: places[word] for word in wanted}
 
 
@@ -1058,11 +1092,11 @@ def best_detectors(run, places):
         highest = acts.max(1, keepdims=True)
         n_alive += int((highest > 0).sum())
         for threshold in (0, 0.25, 0.5):
-            fired = acts > threshold * highest    # (features, N T)
+            fired = acts > threshold * highest  # (features, N T)
             n_fired = fired.sum(1)
             for k, positions in enumerate(places.values()):
-                right = fired[:, positions].sum(1)
-                scores = 2 * right / (n_fired + len(positions))    # F1 = 2 right / (fired + there)
+                right = fired[:, positions].sum(1)  # (features,)
+                scores = 2 * right / (n_fired + len(positions))  # F1: 2 right / (fired + there)
                 if scores.max() > f1[k]:
                     f1[k] = scores.max()
                     best[k] = block[scores.argmax()]
@@ -1070,7 +1104,9 @@ def best_detectors(run, places):
 
 
 def sigmoid(x, a, b):
-    return 1 / (1 + np.exp(-(a + b * x).clip(-30, 30)))
+    """The chance at x (n,), where the log of its odds is a + b x."""
+    log_odds = (a + b * x).clip(-30, 30)  # beyond, exp would overflow
+    return 1 / (1 + np.exp(-log_odds))
 
 
 def fit_sigmoid(x, y, n_iters=50, ridge=1e-6):
@@ -1078,11 +1114,11 @@ def fit_sigmoid(x, y, n_iters=50, ridge=1e-6):
     Logistic regression by Newton's method: x (n,), y (n,) in {0, 1} -> a, b of
     P(y = 1) = sigmoid(a + b x). The ridge keeps a, b finite where all are 0, or all are 1.
     """
-    X = np.stack([np.ones_like(x), x], axis=1)    # (n, 2)
-    w = np.zeros(2)
+    X = np.stack([np.ones_like(x), x], axis=1)  # (n, 2)
+    w = np.zeros(2)                             # a and b
     for _ in range(n_iters):
         p = sigmoid(x, *w)
-        gradient = X.T @ (y - p) - ridge * w
+        gradient = X.T @ (y - p) - ridge * w  # of the log-likelihood
         hessian = X.T @ (X * (p * (1 - p))[:, None]) + ridge * np.eye(2)
         w = w + np.linalg.solve(hessian, gradient)
     return w
@@ -1099,14 +1135,18 @@ def completeness(run, places, frequency, threshold):
         raise run.all_dead()
     found = f1 > threshold
     words = {}
-    for word, how_often, i, score in zip(places, frequency.tolist(), best.tolist(), f1.tolist()):
-        words[word] = {"frequency": how_often, "feature": i, "f1": score}
+    for k, word in enumerate(places):
+        words[word] = {
+            "frequency": frequency[k].item(),
+            "feature": best[k].item(),
+            "f1": f1[k].item(),
+        }
     return {"alive": n_alive, "found": float(found.mean()), "words": words}, found
 
 
 def draw_complete(run, frequency, found, alive, a, b):
     """The share of words with a feature, by frequency, in six groups of as many words each."""
-    groups = np.array_split(frequency.argsort(), min(6, len(frequency)))
+    groups = np.array_split(frequency.argsort(), min(6, len(frequency)))  # indices of words
     middles = [np.exp(np.log(frequency[group]).mean()) for group in groups]
     fitted = np.sort(frequency)
     with figure(os.path.join(run.folder, "complete.png")) as ax:
@@ -1131,7 +1171,7 @@ def show_complete(run, args, threshold=0.5):
             raise UserError("the held-out text has none of these words")
         raise UserError("the held-out text is too short")
     counts = [len(positions) for positions in places.values()]
-    frequency = np.array(counts) / len(run.tokens)    # (words,), of all tokens
+    frequency = np.array(counts) / len(run.tokens)  # (words,), of all tokens
     results = {}
     found = {}
     for name in args.names:
@@ -1140,12 +1180,14 @@ def show_complete(run, args, threshold=0.5):
             raise UserError(
                 f"{name} was trained on activations of another model than {args.names[0]}"
             )
-        other.kept = run.kept    # activations of the same model on the same contexts
+        other.kept = run.kept  # activations of the same model on the same contexts
         results[name], found[name] = completeness(other, places, frequency, threshold)
+        share = results[name]["found"]
         print(
-            f"{name}: {found[name].mean():.1%} of {len(places)} words have a feature with F1 over "
-            f"{threshold} ({results[name]['alive']:,} alive features)"
+            f"{name}: {share:.1%} of {len(places)} words have a feature with F1 over {threshold} "
+            f"({results[name]['alive']:,} alive features)"
         )
+    # one sigmoid through the words of all runs
     alive = {name: result["alive"] for name, result in results.items()}
     x = np.concatenate([np.log10(frequency * n) for n in alive.values()])
     a, b = fit_sigmoid(x, np.concatenate(list(found.values())))
@@ -1174,11 +1216,12 @@ def print_words(words, n):
 class Curve:
     """The training of one autoencoder as a curve of loss against compute."""
     name: str
+    d_in: int
     n_features: int
     learning_rate: float
-    compute: np.ndarray    # (lines of the log,) operations so far
-    loss: np.ndarray       # (lines of the log,)
-    settings: tuple        # what must agree between curves that are compared
+    compute: np.ndarray  # (lines of the log,) operations so far
+    loss: np.ndarray     # (lines of the log,)
+    settings: tuple      # what must agree between curves that are compared
 
 
 def read_curve(args, name):
@@ -1196,11 +1239,10 @@ def read_curve(args, name):
     l1_coeff = flags["l1_coeff"]
     compute = 12.0 * config.d_in * config.n_features * log["rows"]
     loss = log["mse"] + l1_coeff * log["l1"]
-    settings = (
-        source.get("gpt"), source["site"], config.d_in, config.recipe, config.input_norm, l1_coeff
-    )
+    data = (source.get("gpt"), source["site"], config.d_in)
+    settings = (*data, config.recipe, config.input_norm, l1_coeff)
     rate = flags["learning_rate"]
-    return Curve(name, config.n_features, rate, compute, loss, settings)
+    return Curve(name, config.d_in, config.n_features, rate, compute, loss, settings)
 
 
 def power_law(x, y):
@@ -1218,12 +1260,13 @@ def frontier(curves, n_budgets=24):
     highest = max(curve.compute[-1] for curve in curves)
     budgets = np.geomspace(lowest, highest, n_budgets)
     losses = []
-    for curve in curves:    # infinite where it was not yet, or no more
+    for curve in curves:  # infinite where it was not yet, or no more
         logs = np.log(budgets), np.log(curve.compute)
         losses.append(np.interp(*logs, curve.loss, left=np.inf, right=np.inf))
-    losses = np.array(losses)    # (curves, budgets)
-    known = np.isfinite(losses).any(0)
-    return budgets[known], losses.argmin(0)[known], losses.min(0)[known]
+    losses = np.array(losses)           # (curves, budgets)
+    known = np.isfinite(losses).any(0)  # between two runs there may be budgets at which none was
+    winners = losses.argmin(0)
+    return budgets[known], winners[known], losses.min(0)[known]
 
 
 def best_rates(curves):
@@ -1233,7 +1276,7 @@ def best_rates(curves):
     """
     ends = defaultdict(list)
     for curve in curves:
-        budget = float(f"{curve.compute[-1]:.2g}")    # two digits: nearly the same is the same
+        budget = float(f"{curve.compute[-1]:.2g}")  # two digits: nearly the same is the same
         ends[budget].append((curve.loss[-1], curve.learning_rate))
     rates = {}
     for budget, group in ends.items():
@@ -1247,17 +1290,19 @@ def scaling_laws(curves):
     Power laws of compute C (Templeton et al., "Scaling Laws") -> {what: (c, k) of c C^k}, and the
     frontier from which they come: budgets, best n_features, losses
     """
-    budgets, best, losses = frontier(curves)
-    sizes = np.array([curves[k].n_features for k in best])
+    budgets, winners, losses = frontier(curves)
+    sizes = np.array([curves[k].n_features for k in winners])
     laws = {}
     if len(curves) > 1 and budgets[-1] > budgets[0]:
-        d_in = curves[0].settings[2]
+        rows = budgets / (12 * curves[0].d_in * sizes)  # what the rest of the budget buys
         laws["n_features"] = power_law(budgets, sizes)
-        laws["steps x batch"] = power_law(budgets, budgets / (12 * d_in * sizes))
+        laws["steps x batch"] = power_law(budgets, rows)
         laws["loss"] = power_law(budgets, losses)
     rates = best_rates(curves)
     if len(rates) > 1:
-        laws["learning_rate"] = power_law(np.array(list(rates)), np.array(list(rates.values())))
+        tried = np.array(list(rates))
+        best = np.array(list(rates.values()))
+        laws["learning_rate"] = power_law(tried, best)
     return laws, budgets, sizes, losses
 
 
@@ -1274,7 +1319,8 @@ def show_scaling(run, args):
         )
     if len({curve.settings for curve in curves}) > 1:
         raise UserError(
-            "these runs differ in data, site, recipe, normalisation or lambda: give --names that agree"
+            "these runs differ in data, site, recipe, normalisation or lambda: "
+            "give --names that agree"
         )
     laws, budgets, sizes, losses = scaling_laws(curves)
     for name, (c, k) in laws.items():
@@ -1282,12 +1328,12 @@ def show_scaling(run, args):
 
     all_sizes = sorted({curve.n_features for curve in curves})
     with figure(os.path.join(run.folder, "scaling.png")) as ax:
-        for rank, size in enumerate(all_sizes, 1):    # the larger the darker
+        for rank, size in enumerate(all_sizes, 1):  # the larger the darker
             for curve in curves:
                 if curve.n_features == size:
                     shade = rank / len(all_sizes)
                     line, = ax.plot(curve.compute, curve.loss, color=BLUE, alpha=shade, lw=1)
-            line.set_label(f"{size:,} features")    # one line of the legend for each size
+            line.set_label(f"{size:,} features")  # one line of the legend for each size
         ax.plot(budgets, losses, ":", color=RED, label="frontier")
         ax.set(xscale="log", xlabel="compute (operations)", ylabel="loss")
     save(
@@ -1310,14 +1356,16 @@ def show_compare(run, args):
         raise UserError("compare takes two names, or folders such as other_out/sae/small")
     small = run
     large = load_run(args, run.device, args.names[1])
+    # of one model the smaller is looked up in the larger, in whichever order they were named
     if small.n_features > large.n_features:
         small, large = large, small
     if small.kind != "model" or large.kind != "model" or not same_text(small, large):
         raise UserError(
-            "compare needs two autoencoders on models with the same tokenizer and held-out text"
+            "compare needs two autoencoders on models with the same tokenizer "
+            "and held-out text"
         )
     if small.source["gpt"] == large.source["gpt"] and small.site == large.site:
-        large.kept = small.kept    # activations of the same model on the same contexts
+        large.kept = small.kept  # activations of the same model on the same contexts
         show_splitting(run, small, large, args.show)
     else:
         show_universality(run, small, large)
@@ -1332,18 +1380,19 @@ def show_splitting(run, small, large, n_shown):
     How many features have a counterpart, by cosine, and into what the smaller dictionary's split
     (Bricken et al., "Feature Splitting").
     """
-    cosines = (small.sae.W_dec @ large.sae.W_dec.t()).cpu().numpy()    # (m of small, m of large)
+    cosines = (small.sae.W_dec @ large.sae.W_dec.t()).cpu().numpy()  # (m of small, m of large)
     best = cosines.max(1)
     shares = {f"{cosine}": float((best > cosine).mean()) for cosine in (0.5, 0.7, 0.9)}
     listed = ", ".join(f"{cosine} for {share:.1%}" for cosine, share in shares.items())
     print(
-        f"{small.n_features:,} features of {small.folder} among {large.n_features:,} of {large.folder}: "
+        f"{small.n_features:,} features of {small.folder} among "
+        f"{large.n_features:,} of {large.folder}: "
         f"highest cosine over {listed}; median {np.median(best):.2f}"
     )
-    n_near = (cosines > 0.5).sum(1)    # features of the large one in the direction of each
+    n_near = (cosines > 0.5).sum(1)  # features of the large one in the direction of each
     for i in np.argsort(-n_near, kind="stable")[:n_shown].tolist():
         print(f"\n{title(small, i, small.activations([i])[0])}")
-        nearest = np.argsort(-cosines[i])[:min(6, max(1, n_near[i]))]
+        nearest = np.argsort(-cosines[i])[:min(6, max(1, n_near[i]))]  # one at least, six at most
         for j, acts in zip(nearest.tolist(), large.activations(nearest)):
             print(f"   {cosines[i, j]:.2f}  {title(large, j, acts)}")
     median = float(np.median(best))
@@ -1358,13 +1407,16 @@ def best_matches(a, b):
     all_of_b = b.activations(np.arange(b.n_features))
     _, features, _ = highest_correlations(a, unit_rows(all_of_b))
     mlp = a.neurons()
-    mlp = mlp[mlp.any(1)]    # dead ones correlate with nothing
+    mlp = mlp[mlp.any(1)]  # dead ones correlate with nothing
     neurons = (unit_rows(mlp) @ unit_rows(b.neurons()).T).max(1)
     return {"features": features, "neurons": neurons}
 
 
 def show_universality(run, a, b):
-    """Does another model have the same features, more than the same neurons? (Bricken et al., "Universality")"""
+    """
+    Does another model have the same features, more than it has the same neurons? (Bricken et al.,
+    "Universality")
+    """
     # tokens enough for a correlation, and the activations of all features on them fit into memory
     n_contexts = max(1, 2**16 // a.T)
     a = replace(a, contexts=a.contexts[:n_contexts], kept={})
@@ -1396,7 +1448,7 @@ def fill_page(data):
     """
     opening = '<script type="application/json" id="data">'
     with open(PAGE, encoding="utf-8") as file:
-        before, rest = file.read().split(opening)
+        before, rest = file.read().split(opening)  # it stands there once
     _, closing, after = rest.partition("</script>")
     filled = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     return before + opening + filled.replace("<", "\\u003c") + closing + after
@@ -1415,19 +1467,19 @@ def short_pairs(pairs):
 class Window:
     """A part of a context that is shown as an example of a feature."""
     feature: int
-    start: int          # position of its first token
-    acts: np.ndarray    # (width,) of the feature there
-    active: dict        # of the page: place in the window -> [activation, effect of ablating]
+    start: int        # position of its first token
+    acts: np.ndarray  # (width,) of the feature there
+    active: dict      # of the page: place in the window -> [activation, effect of ablating]
 
 
 def describe_feature(run, i, acts, width):
-    """One feature with activations acts (N T,) as the page wants it, and its examples as Windows."""
+    """One feature with activations acts (N T,) as the page wants it, its examples as Windows."""
     raised, lowered, nearest = related(run, i, acts.max().item(), 8)
     shown = []
     windows = []
     for label, position in examples(run, acts, 6, 4, 1, np.random.default_rng(i)):
-        t = position % run.T
-        first = min(max(0, t - 15), run.T - width)    # in the context: 15 tokens before, if there are
+        t = position % run.T  # within its context, which the window does not leave
+        first = min(max(0, t - 15), run.T - width)
         start = position - t + first
         window = Window(i, start, acts[start:start + width].copy(), {})
         windows.append(window)
@@ -1435,7 +1487,7 @@ def describe_feature(run, i, acts, width):
             "label": label,
             "tokens": run.tokens[start:start + width].tolist(),
             "marked": position - start,
-            "active": window.active,    # filled later, by add_effects
+            "active": window.active,  # filled later, by add_effects
         })
     description = {
         "max": short(acts.max()),
@@ -1472,9 +1524,10 @@ def describe_features(run):
 def log_probabilities(run, contexts, t, hook=None):
     """Of the tokens after t (b, k), places in contexts (b, T + 1) -> (b, k), on the CPU."""
     rows = torch.arange(len(t), device=run.device)[:, None]
-    stream = run.gpt.trunk(contexts[:, :int(t.max()) + 1], hook)    # what comes later has no effect
-    logits = run.gpt.lm_head(stream[rows, t])                       # (b, k, vocab_size)
-    following = contexts[rows, t + 1, None]
+    needed = contexts[:, :int(t.max()) + 1]          # what comes later has no effect on these
+    stream = run.gpt.trunk(needed, hook)
+    logits = run.gpt.lm_head(stream[rows, t])        # (b, k, vocab_size)
+    following = contexts[rows, t + 1, None]          # (b, k, 1)
     return logits.log_softmax(2).gather(2, following)[..., 0].cpu()
 
 
@@ -1488,15 +1541,16 @@ def add_effects(run, windows):
     every_place = torch.arange(run.T, device=run.device)
     for batch in run.batches("log-probabilities", run.contexts):
         plain.append(log_probabilities(run, batch, every_place.expand(len(batch), -1)))
-    plain = torch.cat(plain).flatten()    # (N T,)
+    plain = torch.cat(plain).flatten()  # (N T,)
 
-    windows = sorted(windows, key=lambda window: window.start % run.T)    # see log_probabilities
+    # those that end early in their context together: log_probabilities then computes less
+    windows = sorted(windows, key=lambda window: window.start % run.T)
     for block in tracked("ablating", blocks(len(windows)), "examples"):
         chosen = [windows[k] for k in block]
         starts = torch.tensor([window.start for window in chosen])
-        positions = starts[:, None] + torch.arange(len(chosen[0].acts))    # (b, width)
+        positions = starts[:, None] + torch.arange(len(chosen[0].acts))  # (b, width)
         contexts = run.contexts[starts // run.T].to(run.device)
-        hook = clamp(run, [window.feature for window in chosen], 0.0)
+        hook = clamp(run, [window.feature for window in chosen], 0.0)  # its own in each context
         after = log_probabilities(run, contexts, (positions % run.T).to(run.device), hook)
         changes = (after - plain[positions]).tolist()
         for window, change in zip(chosen, changes):
@@ -1505,13 +1559,13 @@ def add_effects(run, windows):
 
 
 def example_texts(run, n_texts):
-    """Some contexts from all of the text, each token with the features active on it, largest first."""
+    """Contexts from all of the text, each token with the features active on it, largest first."""
     texts = []
     chosen = np.unique(np.linspace(0, len(run.contexts) - 1, n_texts).astype(int))
     for k in chosen.tolist():
         x = run.x()[k * run.T:(k + 1) * run.T].to(run.device)
         f = run.sae.encode(x).sort(1, descending=True)
-        active = []
+        active = []  # for each token [feature, activation] of the active ones
         for numbers, values in zip(f.indices.tolist(), f.values.tolist()):
             n_active = sum(value > 0 for value in values)
             active.append(short_pairs(zip(numbers[:n_active], values[:n_active])))
@@ -1544,11 +1598,12 @@ def write_page(run, headline, rows, n_texts=8):
 
 @dataclass(frozen=True)
 class Command:
-    show: Callable                # (run, args): computes, prints, draws and saves
-    kinds: tuple = ("model",)     # which activations it can do with: see Run.kind
-    words: str = ""               # what words after the command are: "arguments", "names", "": none
+    show: Callable             # (run, args): computes, prints, draws and saves
+    kinds: tuple = ("model",)  # which activations it can do with: see Run.kind
+    words: str = ""            # the words after the command: "arguments", "names", or none
 
 
+# To add a command, append a line: no other line depends on how many there are, or on their order.
 COMMANDS = {
     "report": Command(show_report, kinds=("model", "own")),
     "feature": Command(show_feature, words="arguments"),
@@ -1568,6 +1623,7 @@ def main():
     command = COMMANDS[args.command]
     if args.arguments and not command.words:
         raise UserError(f"{args.command} takes flags only, not {args.arguments[0]!r}")
+    # the first name is the run that is analyzed; its folder takes what is written
     names = args.arguments if command.words == "names" else args.names.split(",")
     args.names = [name for name in names if name] or [args.name]
 
@@ -1576,7 +1632,8 @@ def main():
     if loaded.kind not in command.kinds:
         able = [name for name, other in COMMANDS.items() if loaded.kind in other.kinds]
         raise UserError(
-            f"{loaded.folder} was trained on {loaded.site} activations: choose from {', '.join(able)}"
+            f"{loaded.folder} was trained on {loaded.site} activations: "
+            f"choose from {', '.join(able)}"
         )
     with torch.no_grad():
         command.show(loaded, args)

@@ -47,11 +47,11 @@ warnings.filterwarnings("ignore", "Detected pickle protocol")
 
 @dataclass
 class GPTConfig:
-    block_size: int = 128   # longest context, in tokens
+    block_size: int = 128  # longest context, in tokens
     vocab_size: int = 2048
     n_layer: int = 1
     n_head: int = 4
-    n_embd: int = 128       # width of the residual stream; the MLP is four times as wide
+    n_embd: int = 128  # width of the residual stream; the MLP is four times as wide
 
     def __post_init__(self):
         if self.n_embd % self.n_head:
@@ -67,7 +67,7 @@ class Block(nn.Module):
         C = config.n_embd
         self.n_head = config.n_head
         self.ln_1 = nn.LayerNorm(C)
-        self.c_attn = nn.Linear(C, 3 * C)    # query, key, value of all heads at once
+        self.c_attn = nn.Linear(C, 3 * C)  # query, key, value of all heads at once
         self.attn_proj = nn.Linear(C, C)
         self.ln_2 = nn.LayerNorm(C)
         self.c_fc = nn.Linear(C, 4 * C)
@@ -76,20 +76,20 @@ class Block(nn.Module):
     def attention(self, x):
         """Causal self-attention of x (B, T, C); the result is (B, T, C), too."""
         B, T, C = x.shape
-        head = C // self.n_head                    # width of one
-        q, k, v = self.c_attn(x).split(C, dim=2)   # each (B, T, C)
-        q = q.view(B, T, self.n_head, head).transpose(1, 2)           # (B, n_head, T, head)
-        k = k.view(B, T, self.n_head, head).transpose(1, 2)           # (B, n_head, T, head)
-        v = v.view(B, T, self.n_head, head).transpose(1, 2)           # (B, n_head, T, head)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)   # (B, n_head, T, head)
-        y = y.transpose(1, 2).reshape(B, T, C)     # the heads side by side again
+        head = C // self.n_head                   # width of one
+        q, k, v = self.c_attn(x).split(C, dim=2)  # each (B, T, C)
+        q = q.view(B, T, self.n_head, head).transpose(1, 2)          # (B, n_head, T, head)
+        k = k.view(B, T, self.n_head, head).transpose(1, 2)          # (B, n_head, T, head)
+        v = v.view(B, T, self.n_head, head).transpose(1, 2)          # (B, n_head, T, head)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, n_head, T, head)
+        y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return self.attn_proj(y)
 
     def forward(self, x, hook, layer):
         """From x (B, T, C) to (B, T, C). The block goes on with what hook(site, x) returns."""
-        attention_output = self.attention(self.ln_1(x))   # (B, T, C)
+        attention_output = self.attention(self.ln_1(x))  # (B, T, C)
         x = x + hook(f"attn.{layer}", attention_output)
-        neurons = F.relu(self.c_fc(self.ln_2(x)))         # (B, T, 4 C)
+        neurons = F.relu(self.c_fc(self.ln_2(x)))  # (B, T, 4 C)
         neurons = hook(f"mlp.{layer}", neurons)
         x = x + self.mlp_proj(neurons)
         return hook(f"resid.{layer}", x)
@@ -124,14 +124,14 @@ class GPT(nn.Module):
     def init_weights(self):
         """Draws the parameters anew, as the class says. LayerNorm's gains stay at 1."""
         for name, p in self.named_parameters():
-            keeps_variance = p.shape[-1] ** -0.5   # 1 / sqrt(fan_in)
+            keeps_variance = p.shape[-1] ** -0.5  # 1 / sqrt(fan_in)
             if name.endswith("bias"):
                 nn.init.zeros_(p)
             elif "wte" in name or "wpe" in name:
                 nn.init.normal_(p, std=0.02)
             elif "lm_head" in name:
                 nn.init.normal_(p, std=keeps_variance / 10)
-            elif "proj" in name:                   # writes into the residual stream
+            elif "proj" in name:  # writes into the residual stream
                 nn.init.normal_(p, std=keeps_variance / math.sqrt(2 * self.config.n_layer))
             elif p.dim() == 2:
                 nn.init.normal_(p, std=keeps_variance)
@@ -146,17 +146,17 @@ class GPT(nn.Module):
             return x if replacement is None else replacement
 
         T = idx.shape[1]
-        positions = torch.arange(T, device=idx.device)   # (T,)
-        x = self.wte(idx) + self.wpe(positions)          # (B, T, C)
+        positions = torch.arange(T, device=idx.device)  # (T,)
+        x = self.wte(idx) + self.wpe(positions)         # (B, T, C)
         for layer, block in enumerate(self.blocks):
-            x = block(x, replaced, layer)                # (B, T, C)
+            x = block(x, replaced, layer)  # (B, T, C)
         return self.ln_f(x)
 
     def activations(self, idx, site):
         """The activations (B, T, site_width) at a site, on token ids idx (B, T)."""
         seen = {}
 
-        def keep(name, x):   # returns None, which changes nothing
+        def keep(name, x):  # returns None, which changes nothing
             seen[name] = x
 
         self.trunk(idx, keep)
@@ -172,10 +172,10 @@ class GPT(nn.Module):
         "resid.L" (residual stream after the block, width n_embd). What it returns takes the
         place of x; None keeps x.
         """
-        logits = self.lm_head(self.trunk(idx, hook))   # (B, T, vocab_size)
+        logits = self.lm_head(self.trunk(idx, hook))  # (B, T, vocab_size)
         if targets is None:
             return logits, None
-        flat = logits.float().flatten(0, 1)            # (B T, vocab_size), never bfloat16
+        flat = logits.float().flatten(0, 1)  # (B T, vocab_size), never bfloat16
         loss = F.cross_entropy(flat, targets.flatten())
         return logits, loss
 
@@ -183,14 +183,14 @@ class GPT(nn.Module):
     def generate(self, idx, n_tokens, temperature=0.8, top_k=50, hook=None, generator=None):
         """Appends n_tokens sampled tokens to idx (B, T), which gives (B, T + n_tokens)."""
         for _ in range(n_tokens):
-            context = idx[:, -self.config.block_size:]     # there are no positions beyond
+            context = idx[:, -self.config.block_size:]  # there are no positions beyond
             logits, _ = self(context, hook=hook)
-            logits = logits[:, -1] / temperature           # (B, vocab_size): of the next token
+            logits = logits[:, -1] / temperature  # (B, vocab_size): of the next token
             k = min(top_k, logits.shape[-1])
-            kth_largest = logits.topk(k).values[:, -1:]    # (B, 1)
+            kth_largest = logits.topk(k).values[:, -1:]  # (B, 1)
             logits = logits.masked_fill(logits < kth_largest, -math.inf)
             probs = logits.softmax(-1)
-            next_token = torch.multinomial(probs, 1, generator=generator)   # (B, 1)
+            next_token = torch.multinomial(probs, 1, generator=generator)  # (B, 1)
             idx = torch.cat([idx, next_token], dim=1)
         return idx
 
@@ -279,7 +279,7 @@ def save_tokenizer(path, tokenizer):
     """
     saved = {"kind": tokenizer.name}
     if tokenizer.name == "bpe":
-        ranks = range(tokenizer.n_vocab - 1)   # all but END_OF_TEXT, which bpe_tokenizer adds
+        ranks = range(tokenizer.n_vocab - 1)  # all but END_OF_TEXT, which bpe_tokenizer adds
         tokens = [tokenizer.decode_single_token_bytes(rank) for rank in ranks]
         saved["pattern"] = PATTERN
         saved["tokens"] = [token.decode(errors="surrogateescape") for token in tokens]
@@ -403,7 +403,7 @@ def make_parser(doc):
 def at_least(low, kind=int):
     """An argparse type: a finite number of a kind, int or float, that is low or more."""
     def number(text):
-        if not low <= kind(text) < 2**63:   # NaN fails this, too; torch's integers end at 2^63
+        if not low <= kind(text) < 2**63:  # NaN fails this, too; torch's integers end at 2^63
             raise argparse.ArgumentTypeError(
                 f"must be at least {low} and below 2^63, not {text}")
         return kind(text)
@@ -414,10 +414,10 @@ def at_least(low, kind=int):
 class Machine:
     """What a script runs on."""
     device: torch.device
-    autocast: AbstractContextManager   # around a forward pass: bfloat16 products, or nothing
-    compiled: bool                     # whether to torch.compile what is trained
-    rank: int                          # number of this process: 0 without torchrun
-    ranks: int                         # how many processes there are: 1 without torchrun
+    autocast: AbstractContextManager  # around a forward pass: bfloat16 products, or nothing
+    compiled: bool                    # whether to torch.compile what is trained
+    rank: int                         # number of this process: 0 without torchrun
+    ranks: int                        # how many processes there are: 1 without torchrun
 
 
 def setup(args):

@@ -69,9 +69,9 @@ class Recipe:
     # What of each activation the penalty adds up.
     penalty: Callable = l1_penalty
 
-    # Activation i counts w_i = ||W_dec_i|| times in the penalty, otherwise once. Small activations
-    # of long rows then gain nothing, and the rows may have any norm (Templeton et al., "Sparse
-    # Autoencoders").
+    # Activation i counts w_i = ||W_dec_i|| times in the penalty, otherwise once. Small
+    # activations of long rows then gain nothing, and the rows may have any norm (Templeton et
+    # al., "Sparse Autoencoders").
     norms_in_penalty: bool = False
 
     # Each row of W_dec is brought back to unit norm after every step (Cunningham et al.,
@@ -127,13 +127,13 @@ RECIPES = {
 @dataclass
 class SAEConfig:
     """What one autoencoder is made from. It is saved and restored as a whole."""
-    d_in: int                      # width of the activations
-    n_features: int                # size of the dictionary
-    recipe: str = "scaling"        # a row of RECIPES
-    input_norm: str = "dataset"    # what brings ||x||^2 to d_in: dataset, token or none
-    decoder_norm: float = 0.3      # norm of W_dec's rows at the start, unless unit_rows says 1
-    pre_bias: bool | None = None   # None: as the recipe has it
-    tied: bool | None = None       # None: as the recipe has it
+    d_in: int                     # width of the activations
+    n_features: int               # size of the dictionary
+    recipe: str = "scaling"       # a row of RECIPES
+    input_norm: str = "dataset"   # what brings ||x||^2 to d_in: dataset, token or none
+    decoder_norm: float = 0.3     # norm of W_dec's rows at the start, unless unit_rows says 1
+    pre_bias: bool | None = None  # None: as the recipe has it
+    tied: bool | None = None      # None: as the recipe has it
 
     def __post_init__(self):
         check_known(self.recipe, RECIPES)
@@ -220,11 +220,11 @@ class SparseAutoencoder(nn.Module):
         x = self.encoder_input(x)
         if features is None:
             return x @ self.W_enc + self.b_enc
-        rows = self.W_enc.t()[features]    # (k, d_in) or (B, k, d_in)
-        b_enc = self.b_enc[features]       # (k,) or (B, k)
+        rows = self.W_enc.t()[features]  # (k, d_in) or (B, k, d_in)
+        b_enc = self.b_enc[features]     # (k,) or (B, k)
         if features.dim() == 1:
             return F.linear(x, rows, b_enc)
-        return x @ rows.transpose(1, 2) + b_enc[:, None]    # (B, T, k)
+        return x @ rows.transpose(1, 2) + b_enc[:, None]  # (B, T, k)
 
     def activate(self, x, features=None):
         """Scaled x -> f. The activation function is called here and nowhere else."""
@@ -234,15 +234,15 @@ class SparseAutoencoder(nn.Module):
         """
         x (..., d_in) raw activations -> f (..., n_features).
 
-        features: only these, (k,) -> f (..., k); or others for each context, (B, k) and x (B, T,
-        d_in) -> f (B, T, k). All that looks at a feature's activations comes here, so that what is
-        measured is what was trained.
+        features: only these, (k,) -> f (..., k); or others for each context, (B, k) and x (B,
+        T, d_in) -> f (B, T, k). All that looks at a feature's activations comes here, so that
+        what is measured is what was trained.
         """
         x = self.scaled(x)
         if features is None:
             return self.activate(x)
         features = torch.as_tensor(features, dtype=torch.long, device=x.device)
-        if self.recipe.activation is F.relu:    # f_i depends on z_i alone: no need of the others
+        if self.recipe.activation is F.relu:  # f_i depends on z_i alone: no need of the others
             return self.activate(x, features)
         f = self.activate(x)
         if features.dim() == 1:
@@ -303,9 +303,9 @@ class SparseAutoencoder(nn.Module):
                 self.encoder_input(x), self.W_enc, self.b_enc, self.W_dec, self.b_dec
             )
             return x_hat, f_sum, f_sum.detach() > 0, n_active
-        f = self.activate(x)                                                 # (N, n_features)
-        x_hat = f @ self.W_dec + self.b_dec                                  # (N, d_in)
-        penalties = self.recipe.penalty(f).sum(0, dtype=self.W_dec.dtype)    # no bfloat16 sums
+        f = self.activate(x)                                               # (N, n_features)
+        x_hat = f @ self.W_dec + self.b_dec                                # (N, d_in)
+        penalties = self.recipe.penalty(f).sum(0, dtype=self.W_dec.dtype)  # no bfloat16 sums
         active = f.detach() > 0
         return x_hat, penalties, active.any(0), active.sum()
 
@@ -327,9 +327,9 @@ class SparseAutoencoder(nn.Module):
 
     @torch.no_grad()
     def remove_parallel_gradient(self):
-        """Before the step, where the recipe projects: W_dec's gradient less its part along each row."""
+        """Before the step, where the recipe projects: W_dec.grad less its part along each row."""
         if self.recipe.project_gradient:
-            along = (self.W_dec.grad * self.W_dec).sum(1, keepdim=True)    # (n_features, 1)
+            along = (self.W_dec.grad * self.W_dec).sum(1, keepdim=True)  # (n_features, 1)
             self.W_dec.grad -= along * self.W_dec
 
     @torch.no_grad()
@@ -345,7 +345,7 @@ class SparseAutoencoder(nn.Module):
         """The starting point from a sample x (N, d_in) of raw activations: the scale, and b_dec."""
         x = x.float()
         if self.config.input_norm != "none":
-            mean_square = x.square().sum(1).mean().clamp_min(1e-30).item()    # E||x||^2
+            mean_square = x.square().sum(1).mean().clamp_min(1e-30).item()  # E||x||^2
             self.scale.fill_(math.sqrt(self.config.d_in / mean_square))
         if self.recipe.median_start:
             self.b_dec.copy_(geometric_median(x * self.input_scale(x)))
@@ -371,7 +371,7 @@ class SparseAutoencoder(nn.Module):
         trains this. -> how many features were resampled
         """
         n_dead = int(dead.sum())
-        x = x[x.abs().amax(1) > 0]    # zeros have no direction
+        x = x[x.abs().amax(1) > 0]  # zeros have no direction
         if n_dead == 0 or len(x) == 0:
             return 0
 
@@ -379,11 +379,11 @@ class SparseAutoencoder(nn.Module):
         # squared
         losses = self.losses(x, l1_coeff).cpu().double()
         odds = (losses / losses.max().clamp_min(1e-300)).square()
-        odds += 1e-12    # so that a perfect autoencoder can draw, too
+        odds += 1e-12  # so that a perfect autoencoder can draw, too
         too_few = n_dead > len(odds)
         drawn = torch.multinomial(odds, n_dead, replacement=too_few, generator=generator)
         inputs = x[drawn.to(x.device)].to(self.W_dec)
-        rows = F.normalize(inputs * self.input_scale(inputs), dim=1)    # (n_dead, d_in)
+        rows = F.normalize(inputs * self.input_scale(inputs), dim=1)  # (n_dead, d_in)
 
         # the unit vector is the decoder row; at 0.2 of the alive features' mean encoder norm
         # it is the encoder column, so that the newcomer disturbs little; the bias is 0
@@ -428,7 +428,7 @@ class SparseAutoencoder(nn.Module):
             folded.scale.copy_(self.scale)
         bias = self.b_enc
         if self.config.pre_bias:
-            bias = bias - self.b_dec @ self.W_enc    # as (x - b) W = x W - b W
+            bias = bias - self.b_dec @ self.W_enc  # as (x - b) W = x W - b W
         folded.W_enc.copy_(self.W_enc * norms)
         folded.b_enc.copy_(bias * norms / scale)
         folded.W_dec.copy_(self.W_dec / norms.clamp_min(1e-12)[:, None])
@@ -453,11 +453,12 @@ class SparseAutoencoder(nn.Module):
 
 def geometric_median(x, n_iters=100, tolerance=1e-6):
     """
-    x (N, n) -> the point (n,) with the smallest sum of distances to all rows, by Weiszfeld's iteration.
+    x (N, n) -> the point (n,) with the smallest sum of distances to all rows, by Weiszfeld's
+    iteration.
     """
     median = x.mean(0)
     for _ in range(n_iters):
-        weights = 1 / (x - median).norm(dim=1).clamp_min(1e-8)    # near rows pull more
+        weights = 1 / (x - median).norm(dim=1).clamp_min(1e-8)  # near rows pull more
         previous = median
         median = (weights @ x) / weights.sum()
         if (median - previous).norm() <= tolerance * median.norm():
@@ -477,7 +478,7 @@ def l1_at(step, max_iters, l1_coeff, recipe):
 
 
 def lr_at(step, max_iters, learning_rate, recipe):
-    """Adam's rate at a step: it falls linearly over the last lr_decay of the steps, to 0 at the end."""
+    """Adam's rate at a step: it falls linearly to 0 over the last lr_decay of the steps."""
     if not recipe.lr_decay:
         return learning_rate
     return learning_rate * min(1.0, (max_iters - step) / (recipe.lr_decay * max_iters))
@@ -519,7 +520,7 @@ def load_sae(path, device="cpu"):
 # -----------------------------------------------------------------------------
 # activations: rows on disk, or made as they are needed
 
-SHARD_ROWS = 2**17    # rows of activations that are made, shuffled and written at a time
+SHARD_ROWS = 2**17  # rows of activations that are made, shuffled and written at a time
 
 
 class ActivationStore:
@@ -537,8 +538,8 @@ class ActivationStore:
     for NaN or infinity in the rows.
     """
     SLICE_BYTES = 128 * 2**20
-    loaded_slice = None    # (epoch, which slice) of the one that is in memory
-    loaded_rows = None     # its rows, shuffled
+    loaded_slice = None  # (epoch, which slice) of the one that is in memory
+    loaded_rows = None   # its rows, shuffled
 
     def __init__(self, paths, seed=0, part=(0.0, 1.0)):
         self.seed = seed
@@ -547,8 +548,8 @@ class ActivationStore:
         total = sum(len(rows) for rows in arrays)
         first = int(part[0] * total)
         last = int(part[1] * total)
-        before = 0    # rows of the files before this one
-        self.slices = []    # (path, first row, last row + 1)
+        before = 0  # rows of the files before this one
+        self.slices = []  # (path, first row, last row + 1)
         for path, rows in zip(paths, arrays):
             if rows.shape[1] != self.width:
                 raise UserError(
@@ -593,15 +594,15 @@ class ActivationStore:
         return torch.cat(parts).float()
 
     def rows_from(self, position):
-        """The rest of the slice that row `position` of the stream is in; kept for the next batch."""
+        """The rest of the slice that row `position` of the stream is in; it stays in memory."""
         epoch, offset = divmod(position, self.rows)
         order = np.random.default_rng((self.seed, epoch)).permutation(len(self.slices))
         ends = np.cumsum(self.sizes[order])
-        k = int(np.searchsorted(ends, offset, side="right"))    # the k-th slice of this epoch
+        k = int(np.searchsorted(ends, offset, side="right"))  # the k-th slice of this epoch
         i = int(order[k])
-        offset -= int(ends[k] - self.sizes[i])                  # rows of the slices before it
+        offset -= int(ends[k] - self.sizes[i])  # rows of the slices before it
         if self.loaded_slice != (epoch, i):
-            self.loaded_rows = None    # frees the last slice before the next comes
+            self.loaded_rows = None  # frees the last slice before the next comes
             shuffled = np.random.default_rng((self.seed, epoch, i)).permutation(self.sizes[i])
             self.loaded_rows = torch.from_numpy(self.read(i, shuffled))
             self.loaded_slice = (epoch, i)
@@ -640,7 +641,7 @@ class ActivationStream(ActivationStore):
     def rows_from(self, position):
         number, offset = divmod(position, SHARD_ROWS)
         if self.loaded_slice != number:
-            self.loaded_rows = None    # frees the last shard before the next is made
+            self.loaded_rows = None  # frees the last shard before the next is made
             self.loaded_rows = self.make(SHARD_ROWS, (self.seed, number))
             self.loaded_slice = number
         return self.loaded_rows[offset:]
@@ -673,7 +674,7 @@ def open_npy(path):
 
 warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
 
-PIECE = 512    # vectors whose pre-activations are in the processor's cache at a time
+PIECE = 512  # vectors whose pre-activations are in the processor's cache at a time
 
 
 class SparseStep(torch.autograd.Function):
@@ -697,7 +698,7 @@ class SparseStep(torch.autograd.Function):
         entries.
         """
         rows, columns, values = active_entries(x, W_enc, b_enc)
-        f = csr(rows, columns, values, x, W_dec)    # (B, m)
+        f = csr(rows, columns, values, x, W_dec)  # (B, m)
         ctx.save_for_backward(x, W_enc, W_dec, rows, columns, values)
         f_sum = values.new_zeros(len(b_enc)).index_add_(0, columns, values)
         return f @ W_dec + b_dec, f_sum, rows[-1]
@@ -705,13 +706,13 @@ class SparseStep(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_x_hat, grad_f_sum, _):
         x, W_enc, W_dec, rows, columns, values = ctx.saved_tensors
-        f = csr(rows, columns, values, x, W_dec)                             # (B, m)
-        through_f_sum = csr(rows, columns, grad_f_sum[columns], x, W_dec)    # (B, m)
+        f = csr(rows, columns, values, x, W_dec)                           # (B, m)
+        through_f_sum = csr(rows, columns, grad_f_sum[columns], x, W_dec)  # (B, m)
         g = torch.sparse.sampled_addmm(through_f_sum, grad_x_hat, W_dec.t())
         grad_x = g @ W_enc.t() if ctx.needs_input_grad[0] else None
-        grad_W_enc = (g.t() @ x).t()                                         # (n, m)
+        grad_W_enc = (g.t() @ x).t()  # (n, m)
         grad_b_enc = torch.zeros_like(W_dec[:, 0]).index_add_(0, columns, g.values())
-        grad_W_dec = f.t() @ grad_x_hat                                      # (m, n)
+        grad_W_dec = f.t() @ grad_x_hat  # (m, n)
         return grad_x, grad_W_enc, grad_b_enc, grad_W_dec, grad_x_hat.sum(0)
 
 
@@ -727,13 +728,13 @@ def active_entries(x, W_enc, b_enc):
     -> rows (B + 1,), where each row's entries begin; columns and values (entries,), row by row
     """
     B, m = len(x), len(b_enc)
-    z = x.new_empty(PIECE, m)    # used again for each piece, so that it stays in the cache
-    places = []                  # row * m + column of each active entry
+    z = x.new_empty(PIECE, m)  # used again for each piece, so that it stays in the cache
+    places = []                # row * m + column of each active entry
     values = []
     for i in range(0, B, PIECE):
         piece = x[i:i + PIECE]
         product = torch.mm(piece, W_enc, out=z[:len(piece)])
-        positive = np.flatnonzero((product > -b_enc).numpy())    # faster than torch's search
+        positive = np.flatnonzero((product > -b_enc).numpy())  # faster than torch's search
         positive = torch.from_numpy(positive)
         places.append(positive + i * m)
         values.append(product.view(-1)[positive])

@@ -97,7 +97,7 @@ def download(url, folder):
     """
     name = url.rstrip("/").split("/")[-1].split("?")[0]
     name = re.sub(r"[^\w.-]", "_", name)
-    prefix = hashlib.sha256(url.encode()).hexdigest()[:8]   # many a URL ends in input.txt
+    prefix = hashlib.sha256(url.encode()).hexdigest()[:8]  # many a URL ends in input.txt
     path = os.path.join(folder, f"{prefix}-{name}")
     if os.path.exists(path):
         return path
@@ -106,17 +106,17 @@ def download(url, folder):
 
     def show(blocks, block_size, total):
         done = blocks * block_size
-        progress.total = max(total, done)   # total is -1 where the server does not say
+        progress.total = max(total, done)  # total is -1 where the server does not say
         progress.show(done)
 
-    socket.setdefaulttimeout(60)   # seconds of silence, after which a server counts as dead
+    socket.setdefaulttimeout(60)  # seconds of silence, after which a server counts as dead
     try:
         # raises an error when fewer bytes came than were announced
         urllib.request.urlretrieve(url, path + ".part", show)
-    except (OSError, ValueError, HTTPException) as error:   # no network, no URL, no HTTP
+    except (OSError, ValueError, HTTPException) as error:  # no network, no URL, no HTTP
         raise UserError(f"{url} cannot be downloaded ({error}): "
                         "run again, or give a file as --dataset")
-    os.replace(path + ".part", path)   # what has its final name is whole
+    os.replace(path + ".part", path)  # what has its final name is whole
     return path
 
 
@@ -126,9 +126,9 @@ def python_files():
     for package in ("numpy", "matplotlib"):
         folders.append(Path(find_spec(package).origin).parent)
     skipped = {
-        "site-packages", "dist-packages",   # they differ from machine to machine
-        "test", "tests",                    # they repeat themselves
-        "encodings",                        # tables, no code
+        "site-packages", "dist-packages",  # they differ from machine to machine
+        "test", "tests",                   # they repeat themselves
+        "encodings",                       # tables, no code
     }
     paths = []
     for folder in folders:
@@ -145,9 +145,9 @@ def folder_files(folder, out_dir):
     for path in sorted(Path(folder).rglob("*")):
         if not path.is_file():
             continue
-        parts = path.relative_to(folder).parts   # hidden folders above `folder` do not count
+        parts = path.relative_to(folder).parts  # hidden folders above `folder` do not count
         hidden = any(part.startswith(".") for part in parts)
-        written_here = out_dir in path.resolve().parents   # what the scripts write is no data
+        written_here = out_dir in path.resolve().parents  # what the scripts write is no data
         if not hidden and not written_here:
             paths.append(path)
     return paths
@@ -176,7 +176,7 @@ def source_files(dataset, out_dir):
         else:
             raise UserError(f"data set {source} not found: "
                             f"--dataset takes python, {', '.join(URLS)}, files, folders")
-    random.Random(0).shuffle(paths)   # not by --seed: all seeds share one data set
+    random.Random(0).shuffle(paths)  # not by --seed: all seeds share one data set
     return paths
 
 
@@ -186,9 +186,9 @@ def read_documents(path):
     that have been read, compressed ones if it is compressed. A document ends at a line
     END_OF_TEXT, or where it has grown to 4 MB: a large file is never in memory as a whole.
     """
-    opener = OPENERS.get(path.suffix, nullcontext)   # nullcontext gives the file itself
+    opener = OPENERS.get(path.suffix, nullcontext)  # nullcontext gives the file itself
     lines = []
-    size = 0   # bytes in lines
+    size = 0  # bytes in lines
     with open(path, "rb") as file, opener(file) as text:
         for line in text:
             # a file from Windows ends its lines with both
@@ -200,7 +200,7 @@ def read_documents(path):
             if not is_separator:
                 lines.append(line)
                 size += len(line)
-        yield b"".join(lines), file.tell()   # what follows the last separator
+        yield b"".join(lines), file.tell()  # what follows the last separator
 
 
 def decoded(document):
@@ -209,7 +209,7 @@ def decoded(document):
         text = document.decode()
     except UnicodeDecodeError:
         return None
-    if "\0" in text:   # valid UTF-8, but in binary files alone
+    if "\0" in text:  # valid UTF-8, but in binary files alone
         return None
     return text
 
@@ -221,7 +221,7 @@ def documents(paths, label, skipped):
     """
     n_bytes = sum(path.stat().st_size for path in paths)
     progress = Progress(label, n_bytes, "bytes")
-    before = 0   # bytes of the files before this one
+    before = 0  # bytes of the files before this one
     for path in paths:
         with reading(path, "mend it or leave it out of --dataset"):
             for number, (document, position) in enumerate(read_documents(path)):
@@ -229,7 +229,7 @@ def documents(paths, label, skipped):
                 text = decoded(document)
                 if text is None:
                     skipped.add((path, number))
-                elif text.strip():   # a blank one teaches nothing
+                elif text.strip():  # a blank one teaches nothing
                     yield text
         before += path.stat().st_size
 
@@ -258,7 +258,7 @@ def count_words(texts):
     frequencies = Counter()
     for text in texts:
         frequencies.update(re.findall(PATTERN, text))
-    words = [list(word.encode()) for word in frequencies]   # a byte's rank is its value
+    words = [list(word.encode()) for word in frequencies]  # a byte's rank is its value
     return words, list(frequencies.values())
 
 
@@ -285,9 +285,9 @@ def most_frequent(heap, pair_counts):
         negative_count, pair = heapq.heappop(heap)
         count = pair_counts[pair]
         if count != -negative_count:
-            continue      # out of date: the pair was pushed again when its count changed
+            continue  # out of date: the pair was pushed again when its count changed
         if count < 2:
-            return None   # what occurs once is not worth a token
+            return None  # what occurs once is not worth a token
         return pair
     return None
 
@@ -296,7 +296,7 @@ def merge_in_word(word, pair, merged):
     """The word, a list of ranks, with `merged` in place of every such pair."""
     left, right = pair
     new_word = []
-    for token in word:   # from the left: of "aaa", the first two are a pair
+    for token in word:  # from the left: of "aaa", the first two are a pair
         if token == right and new_word and new_word[-1] == left:
             new_word[-1] = merged
         else:
@@ -316,7 +316,7 @@ def learn_bpe(texts, vocab_size):
     heap = [(-count, pair) for pair, count in pair_counts.items()]
     heapq.heapify(heap)
 
-    tokens = [bytes([byte]) for byte in range(256)]   # a token's bytes, by its rank
+    tokens = [bytes([byte]) for byte in range(256)]  # a token's bytes, by its rank
     ranks = {token: rank for rank, token in enumerate(tokens)}
     progress = Progress("merging", vocab_size, "tokens", 256)
     while len(tokens) < vocab_size - 1:
@@ -368,15 +368,15 @@ def write_tokens(texts, tokenizer, train_path, val_path):
         for text in texts:
             n_bytes += len(text.encode())
             ids = tokenizer.encode_ordinary(text)
-            ids.append(tokenizer.eot_token)   # the model learns where documents end
-            ids = np.array(ids, dtype=np.uint16)   # no vocabulary here is larger than 65,536
+            ids.append(tokenizer.eot_token)  # the model learns where documents end
+            ids = np.array(ids, dtype=np.uint16)  # no vocabulary here is larger than 65,536
             # in pieces, or a long document would be held out as a whole, or not at all
             for start in range(0, len(ids), 4096):
                 held_out = n_pieces % 20 == 19
                 file = val_file if held_out else train_file
                 file.write(ids[start:start + 4096].tobytes())
                 n_pieces += 1
-    if n_pieces < 20:   # none was held out
+    if n_pieces < 20:  # none was held out
         ids = np.fromfile(train_path, dtype=np.uint16)
         cut = len(ids) - len(ids) // 10
         ids[cut:].tofile(val_path)
@@ -392,12 +392,12 @@ def make_token_files(paths, tokenizer, skipped, args):
     """
     splits = ("train", "val")
     final = {split: os.path.join(args.out_dir, f"{split}.bin") for split in splits}
-    part = {split: final[split] + ".part" for split in splits}   # until they are whole
+    part = {split: final[split] + ".part" for split in splits}  # until they are whole
     try:
         texts = documents(paths, "tokenizing", skipped)
         n_bytes = write_tokens(texts, tokenizer, part["train"], part["val"])
         sizes = {split: os.path.getsize(part[split]) for split in splits}
-        counts = {split: sizes[split] // 2 for split in splits}   # a uint16 has two bytes
+        counts = {split: sizes[split] // 2 for split in splits}  # a uint16 has two bytes
         if skipped:
             print(f"data: skipped {len(skipped):,} documents that are not UTF-8 text")
         if min(counts.values()) <= args.block_size:
@@ -413,7 +413,7 @@ def make_token_files(paths, tokenizer, skipped, args):
             os.replace(part[split], final[split])
     finally:
         for path in part.values():
-            if os.path.exists(path):   # after an error or Ctrl-C
+            if os.path.exists(path):  # after an error or Ctrl-C
                 os.remove(path)
     return counts, n_bytes
 
@@ -422,7 +422,7 @@ def make_tokenizer(paths, skipped, args):
     """The tokenizer that --tokenizer asks for: tiktoken's gpt2, or learned from the files."""
     if args.tokenizer == "gpt2":
         return gpt2_tokenizer()
-    if not 257 <= args.vocab_size <= 65536:   # from no merge at all to all that uint16 holds
+    if not 257 <= args.vocab_size <= 65536:  # from no merge at all to all that uint16 holds
         raise UserError("--vocab_size must be 257 to 65,536 "
                         f"(bytes, {END_OF_TEXT}, merges), not {args.vocab_size}")
     texts = documents(paths, "counting words", skipped)
@@ -477,7 +477,7 @@ def prepare(args, checkpoint=None):
 
     megabytes = sum(path.stat().st_size for path in paths) / 1e6
     print(f"data: {len(paths):,} files, {megabytes:.1f} MB")
-    skipped = set()   # a set, since the documents are read twice
+    skipped = set()  # a set, since the documents are read twice
     tokenizer = make_tokenizer(paths, skipped, args)
     counts, n_bytes = make_token_files(paths, tokenizer, skipped, args)
     save_tokenizer(tokenizer_path, tokenizer)
@@ -500,9 +500,9 @@ def get_batch(tokens, args, seed, rank=0, ranks=1):
     rng = np.random.default_rng(seed)
     # every rank draws those of all and takes its own: the same batch on any number of ranks
     starts = rng.integers(0, len(tokens) - T, (ranks, share))
-    starts = starts[rank]                                                    # (share,)
-    contexts = np.stack([tokens[start:start + T + 1] for start in starts])   # (share, T + 1)
-    contexts = torch.from_numpy(contexts.astype(np.int64))   # embeddings take no uint16
+    starts = starts[rank]                                                   # (share,)
+    contexts = np.stack([tokens[start:start + T + 1] for start in starts])  # (share, T + 1)
+    contexts = torch.from_numpy(contexts.astype(np.int64))  # embeddings take no uint16
     return contexts[:, :-1], contexts[:, 1:]
 
 
@@ -512,18 +512,18 @@ def get_batch(tokens, args, seed, rank=0, ranks=1):
 @dataclass
 class Training:
     """A run, and what its checkpoint keeps beside the flags: enough to go on from there."""
-    path: str         # of the checkpoint
-    made_from: dict   # what the data was made from: see `prepare`
+    path: str        # of the checkpoint
+    made_from: dict  # what the data was made from: see `prepare`
     gpt: GPT
     optimizer: torch.optim.Optimizer
-    step: int         # how many are done
-    log: list         # a dict for each measurement: step, tokens, train, val
+    step: int  # how many are done
+    log: list  # a dict for each measurement: step, tokens, train, val
 
 
 def learning_rate(step, max_iters, peak):
     """Linear warm-up over the first 2% of steps, then linear decay to 0 at max_iters."""
     warmup = max(1, round(0.02 * max_iters))
-    rising = (step + 1) / warmup   # + 1: a first step of rate 0 would be none
+    rising = (step + 1) / warmup  # + 1: a first step of rate 0 would be none
     falling = (max_iters - step) / max(1, max_iters - warmup)
     return peak * min(rising, falling)
 
@@ -542,8 +542,8 @@ def make_optimizer(gpt, peak):
         {"params": decayed, "weight_decay": 0.1},
         {"params": not_decayed, "weight_decay": 0.0},
     ]
-    fused = p.device.type != "mps"   # one kernel for all parameters; mps has none
-    betas = (0.9, 0.95)              # GPT-3's; the default 0.999 remembers a whole short run
+    fused = p.device.type != "mps"  # one kernel for all parameters; mps has none
+    betas = (0.9, 0.95)             # GPT-3's; the default 0.999 remembers a whole short run
     return torch.optim.AdamW(groups, lr=peak, betas=betas, fused=fused)
 
 
@@ -600,7 +600,7 @@ def save(training, loss, args, rank):
 
 def plot_losses(path, log):
     """Draws the losses of the log, in nats a token, against the step, as a .png."""
-    figure = Figure(figsize=(6.0, 3.6), layout="constrained")   # no pyplot: no screen needed
+    figure = Figure(figsize=(6.0, 3.6), layout="constrained")  # no pyplot: no screen needed
     ax = figure.subplots()
     steps_measured = [row["step"] for row in log]
     for split, colour in (("train", "#2a6f97"), ("val", "#d1495b")):
@@ -618,8 +618,8 @@ def plot_losses(path, log):
 def print_sample(gpt, tokenizer, tokens, device):
     """Prints how the model goes on, for 200 tokens, from the start of the held-out ones."""
     n_start = max(1, gpt.config.block_size // 4)
-    start = torch.from_numpy(tokens[None, :n_start].astype(np.int64))   # (1, n_start)
-    continued = gpt.eval().generate(start.to(device), 200)              # (1, n_start + 200)
+    start = torch.from_numpy(tokens[None, :n_start].astype(np.int64))  # (1, n_start)
+    continued = gpt.eval().generate(start.to(device), 200)             # (1, n_start + 200)
     text = tokenizer.decode(continued[0].tolist())
     line = "-" * 80
     print(f"\nsample, continued from {n_start} held-out tokens:\n{line}\n{text}\n{line}")
@@ -646,7 +646,7 @@ def train(training, data, args, machine):
     """
     gpt = training.gpt
     optimizer = training.optimizer
-    model = torch.compile(gpt) if machine.compiled else gpt   # the parameters are gpt's
+    model = torch.compile(gpt) if machine.compiled else gpt  # the parameters are gpt's
     batch_tokens = args.batch_size * args.block_size
     first_token = training.step * batch_tokens
     progress = Progress("training", args.max_iters * batch_tokens, "tokens", first_token)
@@ -672,7 +672,7 @@ def train(training, data, args, machine):
         optimizer.zero_grad()
         loss.backward()
         average_gradients(gpt)
-        torch.nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)   # no batch moves them too far
+        torch.nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)  # no batch moves them too far
         optimizer.step()
 
         training.step = step + 1
@@ -682,7 +682,7 @@ def train(training, data, args, machine):
         if training.step % args.save_interval == 0 and training.step < args.max_iters:
             save(training, loss, args, machine.rank)
 
-    if training.step == args.max_iters:   # else a signal ended the loop
+    if training.step == args.max_iters:  # else a signal ended the loop
         measure_and_show()
     if machine.rank == 0:
         plot_losses(os.path.join(args.out_dir, "gpt_loss.png"), training.log)
@@ -692,20 +692,20 @@ def train(training, data, args, machine):
 def main():
     args = parse_args()
     machine = setup(args)
-    args.batch_size *= machine.ranks   # of all ranks together, here and in the checkpoint
+    args.batch_size *= machine.ranks  # of all ranks together, here and in the checkpoint
     checkpoint = resumable(os.path.join(args.out_dir, "gpt.pt"), args, machine.device)
 
     # bad sizes are refused now, not after tokenizing; 257 stands in for a number not known yet
     config = GPTConfig(args.block_size, 257, args.n_layer, args.n_head, args.n_embd)
     with rank_0_first():
         tokenizer, made_from = prepare(args, checkpoint)
-    config.vocab_size = tokenizer.n_vocab   # gpt2's, or fewer than asked for if merges ran out
+    config.vocab_size = tokenizer.n_vocab  # gpt2's, or fewer than asked for if merges ran out
     data = {split: load_tokens(args.out_dir, split, config) for split in ("train", "val")}
 
     training = begin_training(args, config, machine, made_from, checkpoint)
     train(training, data, args, machine)
     if training.step < args.max_iters:
-        raise KeyboardInterrupt(f"step {training.step:,}")   # `run` says how to go on
+        raise KeyboardInterrupt(f"step {training.step:,}")  # `run` says how to go on
 
     print_sample(training.gpt, tokenizer, data["val"], machine.device)
     final_loss = training.log[-1]["val"]

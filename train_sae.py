@@ -1,10 +1,10 @@
 """
 GPT -> activations in .npy -> a sparse autoencoder.
 
-    python train_sae.py                                          # MLP activations
+    python train_sae.py                                          # of MLP activations
     python train_sae.py --recipe=towards --name=t4096 --n_features=4096
     python train_sae.py --site=resid --l1_coeff=2 --name=resid
-    python train_sae.py --acts='my/*.npy' --name=mine            # your own activations: no GPT needed
+    python train_sae.py --acts='my/*.npy' --name=mine            # your own, without a GPT
     python train_sae.py --acts=toy --n_features=512 --name=toy   # does it find known directions?
     python train_sae.py --stream --max_iters=100000 --name=long  # no activations on disk
     python train_sae.py --resume                                 # go on after a kill or Ctrl-C
@@ -53,14 +53,16 @@ def parse_args():
         help="mlp: MLP activations after the ReLU; resid: residual stream after the block; "
         "attn: attention output")
     add("--layer", type=int, default=0, help="which block, counted from 0")
-    add("--n_acts", type=at_least(1), default=2_000_000, help="training vectors to keep on disk")
+    add("--n_acts", type=at_least(1), default=2_000_000,
+        help="training vectors to keep on disk")
     add("--acts", default="gpt",
-        help="gpt: dump them from out_dir/gpt.pt; toy: made from known directions; or a pattern "
-        "of your own .npy files, quoted (their last twentieth is held out)")
+        help="gpt: dump them from out_dir/gpt.pt; toy: made from known directions; or a "
+        "pattern of your own .npy files, quoted (their last twentieth is held out)")
     add("--stream", action="store_true",
         help="make them when they are needed, write none to disk")
     add("--input_norm", default="dataset", choices=["dataset", "token", "none"],
-        help="what brings ||x||^2 to the width: one scalar for all, each vector's own norm, nothing")
+        help="what brings ||x||^2 to the width: one scalar for all, each vector's own norm, "
+        "nothing")
 
     add = parser.add_argument_group("autoencoder").add_argument
     add("--recipe", default=SAEConfig.recipe, choices=RECIPES, help=papers)
@@ -69,9 +71,10 @@ def parse_args():
     add("--decoder_norm", type=at_least(1e-6, float), default=0.3,
         help="norm of the decoder rows at the start, where the recipe leaves it free")
     add("--pre_bias", default="auto", choices=["auto", "yes", "no"],
-        help="subtract b_dec from the activations before they are encoded; auto: as the recipe "
-        "has it; with tied weights there is no b_dec")
-    add("--l1_coeff", type=at_least(0, float), default=5.0, help="lambda, weight of the sparsity")
+        help="subtract b_dec from the activations before they are encoded; auto: as the "
+        "recipe has it; with tied weights there is no b_dec")
+    add("--l1_coeff", type=at_least(0, float), default=5.0,
+        help="lambda, weight of the sparsity")
 
     add = parser.add_argument_group("training").add_argument
     add("--batch_size", type=at_least(1), default=2048,
@@ -84,9 +87,11 @@ def parse_args():
     add("--dead_steps", type=at_least(1),
         help="a feature is dead when it was silent for so many steps; None: 12,500, fewer in "
         "runs of fewer than 200,000 steps")
-    add("--log_interval", type=at_least(1), default=50, help="steps between lines of log.jsonl")
+    add("--log_interval", type=at_least(1), default=50,
+        help="steps between lines of log.jsonl")
     add("--save_interval", type=at_least(1), default=500, help="steps between checkpoints")
-    add("--resume", action="store_true", help="go on from the last checkpoint, if there is one")
+    add("--resume", action="store_true",
+        help="go on from the last checkpoint, if there is one")
     return parser.parse_args()
 
 
@@ -105,23 +110,23 @@ def gpt_rows(gpt, tokens, site, n, key):
     T = gpt.config.block_size
     device = gpt.wte.weight.device
     rng = np.random.default_rng(key)
-    tokens_at_once = 8192 if device.type == "cpu" else 34_000    # a GPU wants more at once
-    B = max(1, tokens_at_once // T)
-    n_kept = math.ceil(T * 250 / 256)    # of each context
+    tokens_at_once = 8192 if device.type == "cpu" else 34_000  # a GPU wants more at once
+    B = max(1, tokens_at_once // T)    # contexts at once
+    n_kept = math.ceil(T * 250 / 256)  # of each context
 
     rows = torch.empty(n, gpt.site_width(site), dtype=torch.float16, device=device)
-    places = torch.from_numpy(rng.permutation(n)).to(device)    # where the i-th made goes
+    places = torch.from_numpy(rng.permutation(n)).to(device)  # where the i-th made goes
     for start in range(0, n, B * n_kept):
         # B contexts from anywhere in the text; they may overlap
         starts = rng.integers(0, len(tokens) - T + 1, (B, 1))
-        contexts = torch.from_numpy(tokens[starts + np.arange(T)].astype(np.int64))    # (B, T)
+        contexts = torch.from_numpy(tokens[starts + np.arange(T)].astype(np.int64))  # (B, T)
 
         # which of their tokens are kept, as indices into all B * T; the last round needs fewer
         shuffled = rng.permuted(np.arange(B * T).reshape(B, T), axis=1)
         kept = shuffled[:, :n_kept].ravel()[:n - start]
-        x = gpt.activations(contexts.to(device), site).flatten(0, 1)    # (B * T, width)
+        x = gpt.activations(contexts.to(device), site).flatten(0, 1)  # (B * T, width)
         x = x[torch.from_numpy(kept).to(device)]
-        rows[places[start:start + len(x)]] = x.half()    # so rows of one context lie far apart
+        rows[places[start:start + len(x)]] = x.half()  # so rows of one context lie far apart
     if not rows.isfinite().all():
         raise UserError(
             f"activations of {site} are NaN or beyond float16 (65,504): train another model"
@@ -138,9 +143,9 @@ def toy_rows(directions, n, key, n_active=3.0):
     rng = np.random.default_rng(key)
     k = len(directions)
     odds = np.exp(-2 * np.arange(k) / (k - 1))
-    on = rng.random((n, k), dtype=np.float32) < odds * n_active / odds.sum()    # (n, k)
-    strengths = on * rng.random((n, k), dtype=np.float32)                       # (n, k)
-    return torch.from_numpy(strengths @ directions).half()                      # (n, width)
+    on = rng.random((n, k), dtype=np.float32) < odds * n_active / odds.sum()  # (n, k)
+    strengths = on * rng.random((n, k), dtype=np.float32)                     # (n, k)
+    return torch.from_numpy(strengths @ directions).half()                    # (n, width)
 
 
 def from_gpt(args, device):
@@ -152,7 +157,7 @@ def from_gpt(args, device):
     for split in ("train", "val"):
         tokens[split] = load_tokens(args.out_dir, split, gpt.config)
 
-    def make(split, n, key):    # the split is part of the key, or both would draw alike
+    def make(split, n, key):  # the split is part of the key, or both would draw alike
         return gpt_rows(gpt, tokens[split], site, n, (split == "val", *key))
 
     return {"site": site, "gpt": gpt.fingerprint()}, width, make
@@ -160,7 +165,7 @@ def from_gpt(args, device):
 
 def from_toy(args, n_directions=256, width=64):
     """The same for rows made of known directions, more of them than the width has dimensions."""
-    rng = np.random.default_rng((args.seed, 4))    # 4: no other draws have that key
+    rng = np.random.default_rng((args.seed, 4))  # 4: no other draws have that key
     truth = rng.standard_normal((n_directions, width), dtype=np.float32)
     truth /= np.linalg.norm(truth, axis=1, keepdims=True)
 
@@ -179,21 +184,26 @@ def own_stores(args):
             "it takes gpt, toy or a quoted pattern of .npy files"
         )
     source = {"site": "own", "acts": [os.path.abspath(path) for path in paths]}
+    # files may have an order, so what is held out is one piece at the end, not a random part
     train = ActivationStore(paths, args.seed, (0, 0.95))
     val = ActivationStore(paths, args.seed, (0.95, 1))
     return train, val, source
 
 
 def prepare(args, device):
-    """--acts -> store of training rows, of held-out rows, dict that says where they come from."""
+    """
+    --acts -> store of training rows, store of held-out rows, and source, a dict that says
+    where they come from: it is kept with the autoencoder, for --resume and for analyze.py.
+    """
     if args.acts not in ("gpt", "toy"):
         return own_stores(args)
     source, width, make = from_gpt(args, device) if args.acts == "gpt" else from_toy(args)
-    if args.stream:    # rows as they are needed, the same as the shards on disk would hold
+    if args.stream:  # rows as they are needed, the same as the shards on disk would hold
         train = ActivationStream(partial(make, "train"), width, args.seed)
         val = ActivationStream(partial(make, "val"), width, args.seed)
         return train, val, source
-    meta = {    # all that the rows on disk depend on: they are made anew when one of these changes
+    # all that the rows on disk depend on: they are made anew when one of these changes
+    meta = {
         "site": args.site,
         "layer": args.layer,
         "gpt": source.get("gpt"),
@@ -215,9 +225,9 @@ def prepare(args, device):
 class Shard:
     """One .npy file of a dump."""
     path: str
-    split: str     # "train" or "val"
-    number: int    # within the split: with the seed it decides the rows
-    rows: int
+    split: str   # "train" or "val"
+    number: int  # within the split; with the seed it decides the rows
+    rows: int    # how many
 
 
 def plan_shards(folder, split, n_rows):
@@ -238,7 +248,7 @@ def dump(folder, meta, make, n_acts):
     meta: what the rows depend on, with "width" and "seed"; it is kept in meta.json.
     -> paths of the training shards, of the held-out shards
     """
-    n_val = max(1024, min(SHARD_ROWS, n_acts // 20))    # enough to judge by, one file at most
+    n_val = max(1024, min(SHARD_ROWS, n_acts // 20))  # enough to judge by, one file at most
     meta = meta | {"rows": n_acts, "val_rows": n_val}
     train = plan_shards(folder, "train", n_acts)
     val = plan_shards(folder, "val", n_val)
@@ -253,19 +263,25 @@ def dump(folder, meta, make, n_acts):
     missing = [shard for shard in train + val if shard.path not in good]
     check_room(folder, meta, missing, len(train + val), outdated)
 
-    if found != meta:    # in this order, so that a shard always goes with the meta.json beside it
+    # in this order, so that after a kill, too, a shard goes with the meta.json beside it
+    if found != meta:
         for path in outdated:
             os.remove(path)
         save_json(meta_path, meta)
     for shard in tracked("writing activations", missing, "rows", lambda shard: shard.rows):
         rows = make(shard.split, shard.rows, (meta["seed"], shard.number)).cpu().numpy()
         write_atomic(shard.path, lambda file: np.save(file, rows))
-    return [[shard.path for shard in shards] for shards in (train, val)]
+    train_paths = [shard.path for shard in train]
+    val_paths = [shard.path for shard in val]
+    return [train_paths, val_paths]
 
 
 def check_room(folder, meta, missing, n_shards, outdated):
-    """Says what is to be written; UserError, before anything is touched, where the disk is too full."""
-    needed = sum(shard.rows for shard in missing) * meta["width"] * 2    # bytes of float16
+    """
+    Says which of n_shards files are missing. UserError, before anything is touched, when they
+    do not fit on the disk, even when the outdated ones are gone.
+    """
+    needed = sum(shard.rows for shard in missing) * meta["width"] * 2  # bytes of float16
     free = shutil.disk_usage(folder).free + sum(map(os.path.getsize, outdated))
     n_rows = meta["rows"] + meta["val_rows"]
     print(
@@ -287,13 +303,13 @@ def check_room(folder, meta, missing, n_shards, outdated):
 @dataclass
 class Training:
     """A run, and what its checkpoint keeps beside the flags: enough to go on from there."""
-    path: str                   # of the checkpoint
-    source: dict                # where the rows come from: see `prepare`
+    path: str     # of the checkpoint
+    source: dict  # where the rows come from: see `prepare`
     sae: SparseAutoencoder
     optimizer: torch.optim.Adam
-    last_fired: torch.Tensor    # (n_features,) step in which each was last active or resampled
-    step: int                   # how many are done
-    log: list                   # the lines of log.jsonl, dicts
+    last_fired: torch.Tensor  # (n_features,) step in which each was last active or resampled
+    step: int                 # how many are done
+    log: list                 # the lines of log.jsonl, dicts
 
 
 def begin_training(path, source, store, args, device):
@@ -302,8 +318,8 @@ def begin_training(path, source, store, args, device):
         raise UserError(
             f"--batch_size={args.batch_size} is more than the {store.rows:,} rows there are"
         )
-    sample = store.sample(32768, (args.seed, 5)).to(device)    # 5: see from_toy
-    if not 0 < sample.float().var(0).sum() < math.inf:    # NaN is refused, too
+    sample = store.sample(32768, (args.seed, 5)).to(device)  # 5: see from_toy
+    if not 0 < sample.float().var(0).sum() < math.inf:  # NaN is refused, too
         reason = "are all the same, or too large or too small for float32"
         raise UserError(f"the activations {reason}")
 
@@ -318,7 +334,7 @@ def begin_training(path, source, store, args, device):
     )
     sae = SparseAutoencoder(config).to(device)
     sae.fit_to(sample)
-    fused = device.type != "mps"    # one kernel for all weights, where torch has it
+    fused = device.type != "mps"  # one kernel for all weights; mps has none
     optimizer = torch.optim.Adam(sae.parameters(), betas=(0.9, 0.999), fused=fused)
     last_fired = torch.zeros(args.n_features, dtype=torch.long, device=device)
     return Training(path, source, sae, optimizer, last_fired, step=0, log=[])
@@ -328,7 +344,7 @@ def restore(training, checkpoint):
     """Takes a Training to where its checkpoint is. UserError if that was trained on other rows."""
     source = training.source
     source_then = checkpoint["source"]
-    keys = source.keys() - {"truth"}    # a tensor, which the seed decides
+    keys = source.keys() - {"truth"}  # a tensor, which the seed decides
     if any(source_then.get(key) != source[key] for key in keys):
         raise UserError(
             f"{training.path} was trained on other activations than there are now: "
@@ -350,8 +366,8 @@ def check(training, loss):
 
 def save(training, loss, args, rank):
     """
-    Writes log.jsonl, and the checkpoint last: where it says that the run is finished, all is there.
-    UserError, on all ranks, when the loss or a weight is not finite.
+    Writes log.jsonl, and the checkpoint last: where it says that the run is finished, all is
+    there. UserError, on all ranks, when the loss or a weight is not finite.
     """
     check(training, loss)
     if rank > 0:
@@ -375,28 +391,28 @@ def fired_on_any_rank(fired):
     """bool (n_features,) of this rank's rows -> of the rows of all ranks."""
     if not dist.is_initialized():
         return fired
-    counts = fired.byte()
-    dist.all_reduce(counts, dist.ReduceOp.MAX)
-    return counts.bool()
+    fired = fired.byte()  # bool cannot be sent
+    dist.all_reduce(fired, dist.ReduceOp.MAX)
+    return fired.bool()
 
 
 def resample(training, dead, store, l1_coeff, args):
     """Gives dead features a new start, from a fresh sample of 100 batches, the paper's 819,200."""
-    seed = (args.seed, 6, training.step - 1)    # 6: see from_toy
+    seed = (args.seed, 6, training.step - 1)  # 6: see from_toy
     inputs = store.sample(100 * args.batch_size, seed).to(dead.device)
     generator = torch.Generator().manual_seed(args.seed + training.step)
     n_resampled = training.sae.resample(dead, inputs, training.optimizer, l1_coeff, generator)
 
     # ranks may differ in the last bit of a loss, and so in what they drew
     same_on_all_ranks(training.sae)
-    training.last_fired[dead] = training.step    # time to show what they can do
+    training.last_fired[dead] = training.step  # time to show what they can do
     print(f"step {training.step:,}: resampled {n_resampled:,} dead features")
 
 
 def log_line(training, x, loss, stats, dead, l1_coeff, args):
     """-> a line of log.jsonl as a dict. x: the batch (N, d_in) of which loss and stats are."""
-    scaled = x * training.sae.input_scale(x)    # the units of stats["mse"]
-    variance = scaled.var(0, correction=0).sum().clamp_min(1e-9)
+    scaled = x * training.sae.input_scale(x)  # the units of stats["mse"]
+    variance = scaled.var(0, correction=0).sum().clamp_min(1e-9)  # about the batch's mean
     return {
         "step": training.step,
         "rows": training.step * args.batch_size,
@@ -426,12 +442,13 @@ def train(training, store, args, machine):
     """
     sae, optimizer, recipe = training.sae, training.optimizer, training.sae.recipe
     loss_of = torch.compile(sae.loss) if machine.compiled else sae.loss
+    # the recipe's schedule, unless a flag says otherwise
     resample_steps, dead_steps = resample_schedule(args.max_iters, recipe)
     if args.resample != "auto":
         resample_steps = args.resample
     if args.dead_steps:
         dead_steps = args.dead_steps
-    share = args.batch_size // machine.ranks    # this rank's part of a batch
+    share = args.batch_size // machine.ranks  # this rank's part of a batch
     progress = Progress("training", args.max_iters, "steps", training.step)
 
     for step in steps(training.step, args.max_iters):
@@ -443,11 +460,11 @@ def train(training, store, args, machine):
             group["lr"] = lr_at(step, args.max_iters, args.learning_rate, recipe)
 
         # a step of Adam
-        with machine.autocast:    # torch.full, because a GPU would have to wait for torch.tensor
+        with machine.autocast:  # torch.full: a GPU would have to wait for torch.tensor
             loss, stats = loss_of(x, torch.full((), l1_coeff, device=machine.device))
         optimizer.zero_grad()
         loss.backward()
-        average_gradients(sae)    # over the ranks
+        average_gradients(sae)  # over the ranks
         sae.remove_parallel_gradient()
         if recipe.clip:
             torch.nn.utils.clip_grad_norm_(sae.parameters(), recipe.clip)
@@ -467,7 +484,7 @@ def train(training, store, args, machine):
         if training.step % args.log_interval == 0 or finished:
             check(training, loss)
             training.log.append(log_line(training, x, loss, stats, dead, l1_coeff, args))
-        if training.log:
+        if training.log:  # else there is nothing to show yet
             progress.show(training.step, lambda: log_note(training.log[-1]), finished)
         if training.step % args.save_interval == 0 and not finished:
             save(training, loss, args, machine.rank)
@@ -477,9 +494,11 @@ def train(training, store, args, machine):
 @torch.no_grad()
 def judge(sae, val_store, device):
     """Prints how well some held-out rows are explained."""
-    x = val_store.batch(0, min(2048, val_store.rows)).to(device)
+    x = val_store.batch(0, min(2048, val_store.rows)).to(device)  # (N, d_in), raw
     l0 = (sae.encode(x) > 0).sum() / len(x)
-    unexplained = (sae(x) - x).square().sum() / (x - x.mean(0)).square().sum()
+    error = (sae(x) - x).square().sum()
+    variance = (x - x.mean(0)).square().sum()
+    unexplained = error / variance
     print(f"{len(x):,} held-out rows: variance explained {1 - unexplained:.3f} at L0 {l0:.1f}")
 
 
@@ -491,10 +510,10 @@ def main():
         rule = "use letters, digits, '.', '_' and '-'"
         raise UserError(f"--name={args.name} is no name for a folder: {rule}")
     machine = setup(args)
-    args.batch_size *= machine.ranks    # from here on it is that of all ranks together
+    args.batch_size *= machine.ranks  # of all ranks together, here and in the checkpoint
     path = os.path.join(args.out_dir, "sae", args.name, "sae.pt")
     checkpoint = resumable(path, args, machine.device)
-    with rank_0_first():
+    with rank_0_first():  # one writes the rows, the others read them
         store, val_store, source = prepare(args, machine.device)
     source["rows"] = store.rows
 
@@ -505,12 +524,13 @@ def main():
     scale = training.sae.scale.item()
     total = f" of {store.rows:,}" if math.isfinite(store.rows) else ", made as they are needed"
     print(
-        f"sae: {args.recipe}, {store.width} -> {args.n_features:,} features, scale {scale:.4g}, "
-        f"{args.max_iters * args.batch_size:,} rows{total}, on {machine.device}"
+        f"sae: {args.recipe}, {store.width} -> {args.n_features:,} features, "
+        f"scale {scale:.4g}, {args.max_iters * args.batch_size:,} rows{total}, "
+        f"on {machine.device}"
     )
     train(training, store, args, machine)
     if training.step < args.max_iters:
-        raise KeyboardInterrupt(f"step {training.step:,}")
+        raise KeyboardInterrupt(f"step {training.step:,}")  # `run` says how to go on
 
     judge(training.sae, val_store, machine.device)
     command = "analyze.py toy" if args.acts == "toy" else "analyze.py"

@@ -393,7 +393,7 @@ def test_the_frontier_has_the_lowest_loss_among_the_runs_that_were_at_a_budget()
     """Straight in log compute: the first two cross at 1,000; the third is best, but ends at 10; the last is never."""
     def curve(start, stop, loss_of):
         compute = np.geomspace(start, stop, 5)
-        return analyze.Curve("", 0, 0.0, compute, loss_of(np.log10(compute)), ())
+        return analyze.Curve("", 1, 1, 0.0, compute, loss_of(np.log10(compute)), ())
     runs = [curve(1, 1e5, lambda c: 10 - c), curve(10, 1e6, lambda c: 13 - 2 * c), curve(1, 10, lambda c: 1 + 0 * c),
             curve(1, 1e6, lambda c: 50 - c)]
     budgets, best, losses = analyze.frontier(runs)
