@@ -145,6 +145,7 @@ class SAEConfig:
 
 
 def check_known(value, known):
+    """UserError unless value is one of the known ones."""
     if value not in known:
         raise UserError(f"{value} is unknown: it must be one of {', '.join(known)}")
 
@@ -226,9 +227,19 @@ class SparseAutoencoder(nn.Module):
             return F.linear(x, rows, b_enc)
         return x @ rows.transpose(1, 2) + b_enc[:, None]  # (B, T, k)
 
-    def activate(self, x, features=None):
-        """Scaled x -> f. The activation function is called here and nowhere else."""
-        return self.recipe.activation(self.pre_activations(x, features))
+    def activation(self, z):
+        """z (..., n_features) -> f. encode and the training step call it, and nothing else does."""
+        return self.recipe.activation(z)
+
+    @property
+    def is_relu(self):
+        """
+        Whether the activation function is ReLU, which allows some short cuts. It is tried out
+        rather than declared, so that nobody who changes it has to think of them.
+        """
+        z = torch.linspace(-1, 1, self.config.n_features).to(self.W_dec)
+        z = torch.stack([z, z.abs(), z / 10_000])  # also where all are positive, and near 0
+        return torch.equal(self.activation(z), F.relu(z))
 
     def encode(self, x, features=None):
         """
@@ -240,11 +251,11 @@ class SparseAutoencoder(nn.Module):
         """
         x = self.scaled(x)
         if features is None:
-            return self.activate(x)
+            return self.activation(self.pre_activations(x))
         features = torch.as_tensor(features, dtype=torch.long, device=x.device)
-        if self.recipe.activation is F.relu:  # f_i depends on z_i alone: no need of the others
-            return self.activate(x, features)
-        f = self.activate(x)
+        if self.is_relu:  # f_i depends on z_i alone: the others need not be computed
+            return self.activation(self.pre_activations(x, features))
+        f = self.activation(self.pre_activations(x))
         if features.dim() == 1:
             return f[..., features]
         return f.take_along_dim(features[:, None], dim=-1)
@@ -294,33 +305,41 @@ class SparseAutoencoder(nn.Module):
         What the loss needs to know of scaled x (N, d_in).
 
         sparse: True and False force the exact sparse and the dense step; None takes the
-        sparse one where it can run and pays. Both give the same numbers.
+        sparse one where it can run and pays. Both give the same numbers. ValueError where the
+        sparse one would not.
         -> x_hat (N, d_in); penalty(f) summed over the batch (n_features,); fired, bool
         (n_features,); how many entries of f are not 0
         """
-        if self.sparse_pays(x) if sparse is None else sparse:
-            x_hat, f_sum, n_active = SparseStep.apply(
-                self.encoder_input(x), self.W_enc, self.b_enc, self.W_dec, self.b_dec
-            )
+        if sparse is None:
+            sparse = self.sparse_pays(x)
+        if sparse:
+            if not self.sparse_is_exact:
+                raise ValueError("the sparse step is for ReLU and the L1 penalty alone")
+            weights = (self.W_enc, self.b_enc, self.W_dec, self.b_dec)
+            x_hat, f_sum, n_active = SparseStep.apply(self.encoder_input(x), *weights)
             return x_hat, f_sum, f_sum.detach() > 0, n_active
-        f = self.activate(x)                                               # (N, n_features)
+        f = self.activation(self.pre_activations(x))                       # (N, n_features)
         x_hat = f @ self.W_dec + self.b_dec                                # (N, d_in)
         penalties = self.recipe.penalty(f).sum(0, dtype=self.W_dec.dtype)  # no bfloat16 sums
         active = f.detach() > 0
         return x_hat, penalties, active.any(0), active.sum()
 
+    @property
+    def sparse_is_exact(self):
+        """Whether SparseStep computes what this recipe says."""
+        return self.recipe.penalty is l1_penalty and self.is_relu
+
     @torch.no_grad()
     def sparse_pays(self, x):
         """
-        Whether the sparse step computes this recipe, runs here, and pays: fewer than one
-        entry in ten is active in the first 64 vectors of scaled x (N, d_in).
+        Whether the sparse step runs here, is exact, and pays: fewer than one entry in ten is
+        active in the first 64 vectors of scaled x (N, d_in).
         """
-        exact = self.recipe.activation is F.relu and self.recipe.penalty is l1_penalty
         on_cpu = x.device.type == "cpu" and torch.backends.mkl.is_available()
         single = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-        if not (exact and on_cpu and single):
+        if not (on_cpu and single and self.sparse_is_exact):
             return False
-        f = self.activate(x[:64])
+        f = self.activation(self.pre_activations(x[:64]))
         return (f > 0).float().mean().item() < 0.1
 
     # ---- what some recipes do around a step of Adam
@@ -433,7 +452,7 @@ class SparseAutoencoder(nn.Module):
         folded.b_enc.copy_(bias * norms / scale)
         folded.W_dec.copy_(self.W_dec / norms.clamp_min(1e-12)[:, None])
         folded.b_dec.copy_(self.b_dec / scale)
-        if self.recipe.activation is not F.relu:
+        if not self.is_relu:
             self.check_folded(folded)
         return folded
 

@@ -5,6 +5,7 @@ hand. The reference itself is held against central differences and a case worked
     python -m pytest -q tests/test_sae.py
 """
 import copy
+import dataclasses
 import os
 import re
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from model import UserError
-from sae import (RECIPES, ActivationStore, SAEConfig, SparseAutoencoder, SparseStep, geometric_median, l1_at, load_sae,
+from sae import (RECIPES, ActivationStore, Recipe, SAEConfig, SparseAutoencoder, SparseStep, geometric_median, l1_at, load_sae,
                  lr_at, resample_schedule, save_sae)
 
 needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="the sparse step needs MKL")
@@ -227,6 +228,126 @@ def test_without_mkl_the_dense_step_takes_over(monkeypatch):
     loss, stats = sae.loss(x, 0.8)
     assert 0 < stats["l0"] < 1.1  # few enough for the sparse step
     assert loss.item() == pytest.approx(reference(parameters(sae), 0.7, x, 0.8, "scaling").loss, rel=1e-5)
+
+
+# -----------------------------------------------------------------------------
+# some features only, and recipes of one's own
+
+def test_every_recipe_says_whose_it_is_and_none_can_be_changed():
+    assert all(re.search(r"et al\. 20\d\d", recipe.paper) for recipe in RECIPES.values())
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        RECIPES["scaling"].tied = True
+
+
+@pytest.mark.parametrize("input_norm", ["dataset", "token"])
+@every_recipe
+def test_some_features_are_encoded_as_all_are(recipe, input_norm):
+    """The same ones everywhere, others for each context, or one for all contexts; on any number of vectors."""
+    sae, x = make(recipe, input_norm=input_norm), inputs(12).view(3, 4, 5)
+    f = sae.encode(x).detach()
+    assert sae.encode(x, []).shape == (3, 4, 0)
+    for features in ([7], [3, 0, 3], np.array([10, 2])):
+        assert_close(sae.encode(x, features), f[..., list(features)].numpy(), 1e-12)
+        assert_close(sae.encode(x[0], features), f[0][..., list(features)].numpy(), 1e-12)
+    each = torch.tensor([[7, 1], [0, 0], [10, 3]])
+    expected = np.stack([f[context][:, each[context]] for context in range(3)])
+    assert_close(sae.encode(x, each), expected, 1e-12)
+    assert_close(sae.encode(x, [[4]]), f[..., [4]].numpy(), 1e-12)
+
+
+def top2(z):
+    return torch.relu(z) * (z >= z.topk(2, dim=-1).values[..., -1:])
+
+
+def jump(z):
+    return z * (z > 0.3)
+
+
+def almost_relu(z):
+    return z * (z > 1e-5)
+
+
+ACTIVATIONS = {"top 2": top2, "a threshold": jump, "a threshold near 0": almost_relu, "leaky": torch.nn.functional.leaky_relu,
+               "GELU": torch.nn.functional.gelu}
+every_activation = pytest.mark.parametrize("activation", ACTIVATIONS.values(), ids=ACTIVATIONS)
+
+
+@pytest.fixture
+def make_other(monkeypatch):
+    """-> make_other(**fields of a Recipe): an autoencoder in general position, of a recipe that is a new row."""
+    def make_other(input_norm="none", scale=1.0, **fields):
+        monkeypatch.setitem(RECIPES, "other", Recipe("nobody", **fields))
+        sae = make("other", input_norm=input_norm, scale=scale)
+        sae.normalize_decoder()
+        return sae
+    return make_other
+
+
+@pytest.mark.parametrize("where", ["in the recipe", "in the class"])
+@every_activation
+def test_another_activation_is_that_of_training_and_of_every_analysis(make_other, monkeypatch, activation, where):
+    """Said once, it is in encode (all features, some, one a context), the loss, its gradients, resampling, fold."""
+    if where == "in the recipe":
+        sae = make_other(activation=activation, unit_rows=True)
+    else:
+        sae = make_other(unit_rows=True)
+        monkeypatch.setattr(SparseAutoencoder, "activation", lambda self, z: activation(z))
+    x = inputs(12).view(3, 4, 5)
+    f = activation(x @ sae.W_enc + sae.b_enc)                                      # (3, 4, 11)
+    assert_close(sae.encode(x), f.detach().numpy(), 1e-12)
+    assert_close(sae.encode(x, [4, 9]), f[..., [4, 9]].detach().numpy(), 1e-12)
+    each = torch.tensor([[1], [8], [2]])
+    assert_close(sae.encode(x, each), np.stack([f[k][:, each[k]].detach() for k in range(3)]), 1e-12)
+    assert_close(sae.encode(x, [[6]]), f[..., [6]].detach().numpy(), 1e-12)
+    assert_close(sae.fold().encode(x), f.detach().numpy(), 1e-12)
+    assert_close(sae.fold()(x), sae(x).detach().numpy(), 1e-12)
+
+    x, f = x.view(12, 5), f.view(12, 11)
+    each_loss = (f @ sae.W_dec + sae.b_dec - x).square().sum(1) + 0.8 * f.sum(1)   # (12,)
+    loss, stats = sae.loss(x, 0.8)
+    assert loss.item() == pytest.approx(each_loss.mean().item(), rel=1e-11)
+    assert stats["l0"].item() == pytest.approx((f > 0).sum(1).double().mean().item(), rel=1e-6)
+    assert stats["fired"].tolist() == (f > 0).any(0).tolist()
+    assert_close(sae.losses(x, 0.8), each_loss.detach().numpy(), 1e-11)
+    expected = torch.autograd.grad(each_loss.mean(), list(sae.parameters()))
+    for got, gradient in zip(torch.autograd.grad(loss, list(sae.parameters())), expected):
+        assert_close(got, gradient.numpy(), 1e-11)
+
+
+@needs_mkl
+@pytest.mark.parametrize("change", [*ACTIVATIONS.values(), "penalty"], ids=[*ACTIVATIONS, "another penalty"])
+def test_the_sparse_step_is_never_taken_for_what_it_does_not_compute(make_other, monkeypatch, change):
+    monkeypatch.setattr(SparseStep, "apply", lambda *args: pytest.fail("it computes ReLU and L1"))
+    fields = {"penalty": torch.sqrt} if change == "penalty" else {"activation": change}
+    sae = make_other(**fields).float()
+    with torch.no_grad():
+        sae.b_enc.fill_(-4)                         # so few are active that the sparse step would pay
+    sae.loss(inputs(64).float(), 0.8)
+    with pytest.raises(ValueError, match="ReLU"):
+        sae.loss(inputs(64).float(), 0.8, sparse=True)
+
+
+def test_another_penalty_is_that_of_the_loss_and_of_resampling(make_other):
+    sae, x = make_other(penalty=torch.tanh, norms_in_penalty=True), inputs(9)
+    f = torch.relu(x @ sae.W_enc + sae.b_enc)
+    each_loss = (f @ sae.W_dec + sae.b_dec - x).square().sum(1) + 0.8 * (torch.tanh(f) * sae.W_dec.norm(dim=1)).sum(1)
+    assert sae.loss(x, 0.8)[0].item() == pytest.approx(each_loss.mean().item(), rel=1e-11)
+    assert_close(sae.losses(x, 0.8), each_loss.detach().numpy(), 1e-11)
+
+
+@pytest.mark.parametrize("activation, unit_rows, input_norm", [
+    (top2, False, "none"), (jump, False, "none"), (jump, True, "dataset"), (torch.nn.functional.gelu, True, "dataset")])
+def test_what_cannot_be_folded_is_refused(make_other, activation, unit_rows, input_norm):
+    """Norms change which entries are largest; norms and scale move a threshold."""
+    sae = make_other(input_norm, 2.5, activation=activation, unit_rows=unit_rows)
+    with pytest.raises(UserError, match="other.*unit_rows"):
+        sae.fold()
+
+
+def test_the_largest_of_scaled_entries_are_the_largest(make_other):
+    sae, x = make_other("dataset", 2.5, activation=top2, unit_rows=True), inputs(20)
+    assert_close(sae.fold()(x), sae(x).detach().numpy(), 1e-12)
+    assert ((sae.encode(x) > 0).sum(1) == 2).all()
 
 
 # -----------------------------------------------------------------------------
