@@ -593,10 +593,10 @@ def draw_density(run, density, n_tokens):
     alive = density[density > 0]
     lowest = min(math.log10(ULTRA_LOW) - 0.5, np.log10(alive.min(initial=1)) - 0.1)
     bins = np.linspace(lowest, 0, 60)
-    main = alive[alive >= ULTRA_LOW]
+    ordinary = alive[alive >= ULTRA_LOW]
     ultra_low = alive[alive < ULTRA_LOW]
     with figure(os.path.join(run.folder, "density.png")) as ax:
-        ax.hist(np.log10(main), bins=bins, color=BLUE, label=f"alive: {len(main):,}")
+        ax.hist(np.log10(ordinary), bins=bins, color=BLUE, label=f"alive: {len(ordinary):,}")
         label = f"ultra-low: {len(ultra_low):,}"
         ax.hist(np.log10(ultra_low), bins=bins, color=RED, label=label)
         ax.axvline(math.log10(ULTRA_LOW), color=RED, lw=1, ls=":")
@@ -666,6 +666,7 @@ def show_report(run, args):
 
 
 def print_features(run, heading, numbers):
+    """Several features below a heading. numbers: (k,) numpy."""
     print("\n" + f" features {heading} ".center(100, "─"))
     for i, acts in zip(numbers.tolist(), run.activations(numbers)):
         print_feature(run, i, acts)
@@ -1372,6 +1373,7 @@ def show_compare(run, args):
 
 
 def same_text(a, b):
+    """Whether two Runs read the same tokens at the same positions."""
     return a.tokens.shape == b.tokens.shape and (a.tokens == b.tokens).all()
 
 
@@ -1460,6 +1462,7 @@ def short(number):
 
 
 def short_pairs(pairs):
+    """[(number, value)] with short values."""
     return [[number, short(value)] for number, value in pairs]
 
 
@@ -1598,6 +1601,7 @@ def write_page(run, headline, rows, n_texts=8):
 
 @dataclass(frozen=True)
 class Command:
+    """What a command is and what it needs."""
     show: Callable             # (run, args): computes, prints, draws and saves
     kinds: tuple = ("model",)  # which activations it can do with: see Run.kind
     words: str = ""            # the words after the command: "arguments", "names", or none

@@ -47,6 +47,7 @@ warnings.filterwarnings("ignore", "Detected pickle protocol")
 
 @dataclass
 class GPTConfig:
+    """What one model is made from. It is saved and restored as a whole."""
     block_size: int = 128  # longest context, in tokens
     vocab_size: int = 2048
     n_layer: int = 1

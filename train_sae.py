@@ -185,9 +185,9 @@ def own_stores(args):
         )
     source = {"site": "own", "acts": [os.path.abspath(path) for path in paths]}
     # files may have an order, so what is held out is one piece at the end, not a random part
-    train = ActivationStore(paths, args.seed, (0, 0.95))
-    val = ActivationStore(paths, args.seed, (0.95, 1))
-    return train, val, source
+    store = ActivationStore(paths, args.seed, (0, 0.95))
+    val_store = ActivationStore(paths, args.seed, (0.95, 1))
+    return store, val_store, source
 
 
 def prepare(args, device):
@@ -199,9 +199,9 @@ def prepare(args, device):
         return own_stores(args)
     source, width, make = from_gpt(args, device) if args.acts == "gpt" else from_toy(args)
     if args.stream:  # rows as they are needed, the same as the shards on disk would hold
-        train = ActivationStream(partial(make, "train"), width, args.seed)
-        val = ActivationStream(partial(make, "val"), width, args.seed)
-        return train, val, source
+        store = ActivationStream(partial(make, "train"), width, args.seed)
+        val_store = ActivationStream(partial(make, "val"), width, args.seed)
+        return store, val_store, source
     # all that the rows on disk depend on: they are made anew when one of these changes
     meta = {
         "site": args.site,
@@ -212,9 +212,9 @@ def prepare(args, device):
     }
     folder = os.path.join(args.out_dir, "acts", source["site"])
     train_paths, val_paths = dump(folder, meta, make, args.n_acts)
-    train = ActivationStore(train_paths, args.seed)
-    val = ActivationStore(val_paths, args.seed)
-    return train, val, source
+    store = ActivationStore(train_paths, args.seed)
+    val_store = ActivationStore(val_paths, args.seed)
+    return store, val_store, source
 
 
 # -----------------------------------------------------------------------------
@@ -250,8 +250,9 @@ def dump(folder, meta, make, n_acts):
     """
     n_val = max(1024, min(SHARD_ROWS, n_acts // 20))  # enough to judge by, one file at most
     meta = meta | {"rows": n_acts, "val_rows": n_val}
-    train = plan_shards(folder, "train", n_acts)
-    val = plan_shards(folder, "val", n_val)
+    train_shards = plan_shards(folder, "train", n_acts)
+    val_shards = plan_shards(folder, "val", n_val)
+    shards = train_shards + val_shards
 
     meta_path = os.path.join(folder, "meta.json")
     # what is there already: all of it is good, or all of it was made from something else
@@ -260,8 +261,8 @@ def dump(folder, meta, make, n_acts):
     present = glob.glob(os.path.join(glob.escape(folder), "*.npy"))
     outdated = present if found != meta else []
     good = [path for path in present if path not in outdated]
-    missing = [shard for shard in train + val if shard.path not in good]
-    check_room(folder, meta, missing, len(train + val), outdated)
+    missing = [shard for shard in shards if shard.path not in good]
+    check_room(folder, meta, missing, len(shards), outdated)
 
     # in this order, so that after a kill, too, a shard goes with the meta.json beside it
     if found != meta:
@@ -271,8 +272,8 @@ def dump(folder, meta, make, n_acts):
     for shard in tracked("writing activations", missing, "rows", lambda shard: shard.rows):
         rows = make(shard.split, shard.rows, (meta["seed"], shard.number)).cpu().numpy()
         write_atomic(shard.path, lambda file: np.save(file, rows))
-    train_paths = [shard.path for shard in train]
-    val_paths = [shard.path for shard in val]
+    train_paths = [shard.path for shard in train_shards]
+    val_paths = [shard.path for shard in val_shards]
     return [train_paths, val_paths]
 
 

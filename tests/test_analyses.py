@@ -685,6 +685,19 @@ def test_a_mistake_is_one_line_and_harms_nothing(out, tmp_path, monkeypatch, arg
     assert hashes(out) == before
 
 
+def test_a_command_that_is_added_changes_no_other(out):
+    own = ("--name=own", f"--out_dir={out}", "--device=cpu")
+    before = script("analyze.py", "neurons", *own).stderr
+    assert before.endswith("choose from report, scaling\n")
+    given = []
+    count = analyze.Command(lambda run, args: given.append((run.n_features, args.arguments)), words="arguments")
+    with mock.patch.dict(analyze.COMMANDS, count=count):
+        assert script("analyze.py", "neurons", *own).stderr == before
+        assert "choose from" in script("analyze.py", "count", *own).stderr
+        assert script("analyze.py", "count", "these", "words", f"--out_dir={out}", "--device=cpu").returncode == 0
+    assert given == [(96, ["these", "words"])]
+
+
 @pytest.mark.parametrize("arguments", [("cause",), ("cause", "--prompt=foo"), ("steer", "--feature=0"), ("neurons",),
                                        ("search", "foo"), ("complete",), ("feature", "0")], ids=" ".join)
 def test_an_autoencoder_whose_features_are_all_dead_is_said_to_be_so(tmp_path, arguments):

@@ -410,7 +410,8 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(trained, tmp_path):
-    out, ranks = tmp_path / "out", 'import os, sys; print(os.environ["RANK"], os.getpid(), file=sys.stderr)\n'
+    # one write, so that the ranks' lines do not run into one another
+    out, ranks = tmp_path / "out", 'import os, sys; sys.stderr.write(f"{os.environ[\'RANK\']} {os.getpid()}\\n")\n'
     shutil.copytree(trained, out)
     (tmp_path / "start.py").write_text(
         f"{ranks}import sys; sys.path.insert(0, {ROOT!r})\nimport train_sae\nfrom model import run\nrun(train_sae.main)"
