@@ -234,11 +234,14 @@ class FeatureStatistics:
 
 def measure(run):
     """
-    -> metrics (a dict of plain numbers) and FeatureStatistics, from run.held_out.
+    Returns metrics (a dict of plain numbers) and FeatureStatistics, from run.held_out.
 
-    variance explained = 1 - sum ||x - x_hat||^2 / sum ||x - mean||^2 loss recovered = (zero -
-    spliced) / (zero - plain), of the model's loss as it is, with x_hat in the place of x, and
-    with 0 there (Bricken et al., "How much of the model does our interpretation explain?")
+    variance explained = 1 - sum ||x - x_hat||^2 / sum ||x - mean||^2
+
+    loss recovered = (zero - spliced) / (zero - plain)
+
+    The losses are those of the model as it is (plain), with x_hat in the place of x (spliced), and
+    with 0 there (Bricken et al., "How much of the model does our interpretation explain?").
     """
     sae = run.sae
     mean = run.x().mean(0).to(sae.W_dec) if run.gpt else None  # (n,), for mean-ablation
@@ -350,8 +353,8 @@ def unit_rows(a):
 
 def highest_correlations(run, others):
     """
-    -> the numbers of the alive features, the highest correlation of each with any of others
-    (k, N T), which are unit_rows, and their densities; UserError when no feature is alive
+    Returns the numbers of the alive features, the highest correlation of each with any of others
+    (k, N T), which are unit_rows, and their densities. UserError when no feature is alive.
     """
     best = np.zeros(run.n_features)
     density = np.zeros(run.n_features)
@@ -521,8 +524,8 @@ def ranked_pairs(values, by, n):
 
 def related(run, i, largest, n):
     """
-    -> n tokens each that feature i at its largest activation raises, that it lowers, and its
-    nearest neurons, as [(number, logit or cosine)]
+    Returns the n tokens that feature i at its largest activation raises most, the n that it lowers
+    most, and its n nearest neurons: three lists of (number, logit or cosine).
     """
     kind, layer = run.site.split(".")
     direction = run.sae.W_dec[i]
@@ -744,9 +747,10 @@ def effects(run, contexts, places, targets):
     the logit of targets[k], measured against the mean logit -> Effects (Templeton et al.,
     "Features as Computational Intermediates").
 
-    ablation: that logit minus the logit without the feature, its f_i W_dec_i subtracted from
-    x. attribution: the first-order estimate of that, f_i W_dec_i . gradient; one backward
-    pass serves all features.
+    ablation: that logit minus the logit without the feature, its f_i W_dec_i subtracted from x.
+
+    attribution: the first-order estimate of that, f_i W_dec_i . gradient. One backward pass serves
+    all features.
     """
     everything = torch.arange(len(contexts), device=contexts.device)
     x = run.gpt.activations(contexts, run.site)  # (b, T, n)
@@ -934,7 +938,7 @@ def read_marked(run, text):
 
 def search_scores(run, texts, without=()):
     """
-    -> scores (m,): a feature's activation on each text's marked token (else its last), plus
+    Returns scores (m,): a feature's activation on each text's marked token (else its last), plus
     its mean over the text, averaged over the texts; minus twice the highest it reaches on any
     text without the concept (Templeton et al., "Searching for Specific Features").
     """
@@ -1127,9 +1131,8 @@ def fit_sigmoid(x, y, n_iters=50, ridge=1e-6):
 
 def completeness(run, places, frequency, threshold):
     """
-    Which words have a feature of their own, one whose F1 is over the threshold. frequency:
-    (words,)
-    -> a dict of plain numbers, found, bool (words,)
+    Finds which words have a feature of their own, one whose F1 is over the threshold. frequency:
+    (words,). Returns the numbers to be saved, a dict, and found, bool (words,).
     """
     f1, best, n_alive = best_detectors(run, places)
     if n_alive == 0:
@@ -1227,9 +1230,12 @@ class Curve:
 
 def read_curve(args, name):
     """
-    compute = 12 d_in n_features rows: encoder and decoder, two operations per weight and row,
-    and twice that for their gradients. loss = mse + lambda l1, with the full lambda from the
-    first step on.
+    The log of an autoencoder, by name or folder, as a Curve.
+
+    compute = 12 d_in n_features rows: encoder and decoder, two operations per weight and row, and
+    twice that for their gradients.
+
+    loss = mse + lambda l1, with the full lambda from the first step on.
     """
     folder = folder_of(args, name)
     sae = load_sae(os.path.join(folder, "sae.pt"))
@@ -1254,8 +1260,8 @@ def power_law(x, y):
 
 def frontier(curves, n_budgets=24):
     """
-    The best of many curves for each budget of compute that any of them was at
-    -> budgets, index of the curve with the lowest loss there, that loss
+    The best of many curves for each budget of compute that any of them was at. Returns the budgets,
+    the index of the curve with the lowest loss at each, and that loss.
     """
     lowest = min(curve.compute[0] for curve in curves)
     highest = max(curve.compute[-1] for curve in curves)
@@ -1265,15 +1271,15 @@ def frontier(curves, n_budgets=24):
         logs = np.log(budgets), np.log(curve.compute)
         losses.append(np.interp(*logs, curve.loss, left=np.inf, right=np.inf))
     losses = np.array(losses)           # (curves, budgets)
-    known = np.isfinite(losses).any(0)  # between two runs there may be budgets at which none was
+    known = np.isfinite(losses).any(0)  # between two runs there may be budgets of none
     winners = losses.argmin(0)
     return budgets[known], winners[known], losses.min(0)[known]
 
 
 def best_rates(curves):
     """
-    Of the curves that end at one budget the one with the lowest loss has the best learning rate
-    -> {budget: rate}, of budgets at which several rates were tried
+    Of the curves that end at one budget the one with the lowest loss has the best learning rate.
+    Returns {budget: rate}, of the budgets at which several rates were tried.
     """
     ends = defaultdict(list)
     for curve in curves:
@@ -1394,7 +1400,8 @@ def show_splitting(run, small, large, n_shown):
     n_near = (cosines > 0.5).sum(1)  # features of the large one in the direction of each
     for i in np.argsort(-n_near, kind="stable")[:n_shown].tolist():
         print(f"\n{title(small, i, small.activations([i])[0])}")
-        nearest = np.argsort(-cosines[i])[:min(6, max(1, n_near[i]))]  # one at least, six at most
+        n_listed = min(6, max(1, n_near[i]))
+        nearest = np.argsort(-cosines[i])[:n_listed]
         for j, acts in zip(nearest.tolist(), large.activations(nearest)):
             print(f"   {cosines[i, j]:.2f}  {title(large, j, acts)}")
     median = float(np.median(best))

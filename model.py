@@ -332,6 +332,8 @@ def reading(path, hint):
         yield
     except FileNotFoundError:
         raise UserError(f"{path} not found: {hint}")
+    except UserError as error:  # a better reason than the one below
+        raise UserError(f"{path}: {error}")
     except Exception:  # torch's, numpy's and json's readers refuse wrong bytes in a dozen ways
         raise UserError(f"{path} is damaged or of another kind: {hint}")
 

@@ -42,17 +42,13 @@ from model import UserError, load_checkpoint, reading, save_checkpoint
 # what the papers differ in
 
 
-def l1_penalty(f):
-    """The penalty of all three papers: each activation itself. It is never negative."""
-    return f
-
-
 @dataclass(frozen=True)
 class Recipe:
     """One way to build and train a sparse autoencoder; the comments say who states what, where."""
     paper: str
 
-    # f = activation(z), from z (..., n_features) to f of the same shape. All three papers: ReLU.
+    # f = activation(z), from z (..., n_features) to f of the same shape, 0 or more. All three
+    # papers: ReLU.
     activation: Callable = F.relu
 
     # One matrix: W_enc is W_dec^T, and there is no b_dec (Cunningham et al., section 2).
@@ -66,13 +62,14 @@ class Recipe:
     # autoencoder's training). All other biases start at 0 everywhere.
     median_start: bool = False
 
-    # What of each activation the penalty adds up.
-    penalty: Callable = l1_penalty
-
     # Activation i counts w_i = ||W_dec_i|| times in the penalty, otherwise once. Small
     # activations of long rows then gain nothing, and the rows may have any norm (Templeton et
     # al., "Sparse Autoencoders").
     norms_in_penalty: bool = False
+
+    # The penalty is the sum of penalty(f_i w_i); None: of f_i w_i itself, the L1 norm of all
+    # three papers. Where f is 0 its slope must be finite: torch.sqrt will not do.
+    penalty: Callable | None = None
 
     # Each row of W_dec is brought back to unit norm after every step (Cunningham et al.,
     # section 2; Bricken et al., "Sparse Autoencoder Setup").
@@ -89,15 +86,21 @@ class Recipe:
     resample_steps: tuple[int, ...] = ()
     dead_steps: int = 12_500
 
-    # lambda rises linearly from 0 over this share of the steps, the first ones (Templeton et al.,
-    # "Sparse Autoencoders"; Circuits Updates, April 2024: the same for the next two).
+    # lambda rises linearly from 0 over this share of the steps, the first ones (Circuits Updates,
+    # April 2024; Templeton et al., "Sparse Autoencoders").
     l1_warmup: float = 0.0
 
-    # Adam's rate falls linearly to 0 over this share of the steps, the last ones.
+    # Adam's rate falls linearly to 0 over this share of the steps, the last ones (the same).
     lr_decay: float = 0.0
 
-    # The gradient's norm is at most this; 0: it may have any.
+    # The norm of the gradient is at most this; 0: it may have any (the same).
     clip: float = 0.0
+
+    def __post_init__(self):
+        if self.tied and (self.pre_bias or self.median_start):
+            raise ValueError("a recipe with tied weights has no b_dec to subtract or to start")
+        if self.project_gradient and not self.unit_rows:
+            raise ValueError("the projection is for rows of unit norm: set unit_rows as well")
 
 
 RECIPES = {
@@ -132,8 +135,8 @@ class SAEConfig:
     recipe: str = "scaling"       # a row of RECIPES
     input_norm: str = "dataset"   # what brings ||x||^2 to d_in: dataset, token or none
     decoder_norm: float = 0.3     # norm of W_dec's rows at the start, unless unit_rows says 1
-    pre_bias: bool | None = None  # None: as the recipe has it
-    tied: bool | None = None      # None: as the recipe has it
+    pre_bias: bool | None = None  # None: as the recipe has it; False after fold()
+    tied: bool | None = None      # the same
 
     def __post_init__(self):
         check_known(self.recipe, RECIPES)
@@ -179,9 +182,9 @@ class SparseAutoencoder(nn.Module):
         if config.tied:
             self.register_buffer("b_dec", torch.zeros(config.d_in), persistent=False)
         else:
-            # W_enc is kept as a transposed matrix, each feature's weights side by side, the
-            # layout in which SparseStep makes its gradient. nn.Module refuses to register a
-            # parameter whose name is a property of the class, hence the way around it.
+            # Ugly: self.W_enc = ... is what one would write, but nn.Module refuses a parameter
+            # whose name is a property of the class, as W_enc is below. It is kept transposed,
+            # each feature's weights side by side: in that layout SparseStep makes its gradient.
             self._parameters["W_enc"] = nn.Parameter(self.W_dec.detach().clone().t())
             self.b_dec = nn.Parameter(torch.zeros(config.d_in))
 
@@ -234,11 +237,13 @@ class SparseAutoencoder(nn.Module):
     @property
     def is_relu(self):
         """
-        Whether the activation function is ReLU, which allows some short cuts. It is tried out
+        Whether the activation function is ReLU, which allows two short cuts. It is tried out
         rather than declared, so that nobody who changes it has to think of them.
         """
         z = torch.linspace(-1, 1, self.config.n_features).to(self.W_dec)
-        z = torch.stack([z, z.abs(), z / 10_000])  # also where all are positive, and near 0
+        z = torch.stack([z, z.abs()])  # also where all are positive: topk would drop some
+        sizes = 10.0 ** torch.arange(-4, 5, device=z.device)
+        z = sizes[:, None, None] * z  # small enough for a threshold, large enough for a cap
         return torch.equal(self.activation(z), F.relu(z))
 
     def encode(self, x, features=None):
@@ -280,23 +285,27 @@ class SparseAutoencoder(nn.Module):
 
     def loss(self, x, l1_coeff, sparse=None):
         """
-        The mean over the batch of ||x - x_hat||^2 + lambda sum_i penalty(f_i) w_i, in scaled
-        units.
+        The mean over the batch of ||x - x_hat||^2 + lambda sum_i f_i w_i, in scaled units.
 
         x: (N, d_in) raw activations. l1_coeff: lambda. sparse: see reconstruct.
-        -> loss (scalar), stats: mse and l1, the two terms without lambda; l0, active features
-        a vector; fired, bool (n_features,), which features were active on any of them
+        Returns the loss (scalar) and stats, a dict: mse and l1, the two terms without lambda; l0,
+        the number of active features a vector; fired, bool (n_features,), those active on any.
         """
         x = self.scaled(x)
-        x_hat, penalties, fired, n_active = self.reconstruct(x, sparse)
+        w = self.penalty_weights()
+        x_hat, f, f_sum, n_active = self.reconstruct(x, sparse)
+
         # sums over the width and over the features, means over the batch
         mse = (x_hat - x).square().sum() / len(x)
-        l1 = (penalties * self.penalty_weights()).sum() / len(x)
+        if self.recipe.penalty is None:
+            l1 = (f_sum * w).sum() / len(x)
+        else:
+            l1 = self.recipe.penalty(f * w).sum(dtype=self.W_dec.dtype) / len(x)
         stats = {
             "mse": mse.detach(),
             "l1": l1.detach(),
             "l0": n_active / len(x),
-            "fired": fired,
+            "fired": f_sum.detach() > 0,
         }
         return mse + l1_coeff * l1, stats
 
@@ -304,30 +313,28 @@ class SparseAutoencoder(nn.Module):
         """
         What the loss needs to know of scaled x (N, d_in).
 
-        sparse: True and False force the exact sparse and the dense step; None takes the
-        sparse one where it can run and pays. Both give the same numbers. ValueError where the
-        sparse one would not.
-        -> x_hat (N, d_in); penalty(f) summed over the batch (n_features,); fired, bool
-        (n_features,); how many entries of f are not 0
+        sparse: True and False force the exact sparse and the dense step, which give the same
+        numbers; None takes the sparse one where that is exact, and faster.
+        Returns x_hat (N, d_in); f (N, n_features), but None from the sparse step, which never has
+        it as a whole; f summed over the batch (n_features,); how many entries of f are over 0.
         """
         if sparse is None:
             sparse = self.sparse_pays(x)
+        if sparse and not self.sparse_is_exact:
+            raise ValueError("the sparse step is for ReLU and the L1 penalty alone")
         if sparse:
-            if not self.sparse_is_exact:
-                raise ValueError("the sparse step is for ReLU and the L1 penalty alone")
             weights = (self.W_enc, self.b_enc, self.W_dec, self.b_dec)
             x_hat, f_sum, n_active = SparseStep.apply(self.encoder_input(x), *weights)
-            return x_hat, f_sum, f_sum.detach() > 0, n_active
-        f = self.activation(self.pre_activations(x))                       # (N, n_features)
-        x_hat = f @ self.W_dec + self.b_dec                                # (N, d_in)
-        penalties = self.recipe.penalty(f).sum(0, dtype=self.W_dec.dtype)  # no bfloat16 sums
-        active = f.detach() > 0
-        return x_hat, penalties, active.any(0), active.sum()
+            return x_hat, None, f_sum, n_active
+        f = self.activation(self.pre_activations(x))  # (N, n_features)
+        x_hat = f @ self.W_dec + self.b_dec           # (N, d_in)
+        f_sum = f.sum(0, dtype=self.W_dec.dtype)      # of bfloat16, a sum would lose too much
+        return x_hat, f, f_sum, (f > 0).sum()
 
     @property
     def sparse_is_exact(self):
         """Whether SparseStep computes what this recipe says."""
-        return self.recipe.penalty is l1_penalty and self.is_relu
+        return self.recipe.penalty is None and self.is_relu
 
     @torch.no_grad()
     def sparse_pays(self, x):
@@ -376,8 +383,10 @@ class SparseAutoencoder(nn.Module):
         for chunk in x.split(4096):
             f = self.encode(chunk)
             errors = (f @ self.W_dec + self.b_dec - self.scaled(chunk)).square().sum(1)
-            penalties = (self.recipe.penalty(f) * self.penalty_weights()).sum(1)
-            losses.append(errors + l1_coeff * penalties)
+            penalties = f * self.penalty_weights()  # (N, n_features)
+            if self.recipe.penalty is not None:
+                penalties = self.recipe.penalty(penalties)
+            losses.append(errors + l1_coeff * penalties.sum(1))
         return torch.cat(losses)
 
     @torch.no_grad()
@@ -429,13 +438,11 @@ class SparseAutoencoder(nn.Module):
     @torch.no_grad()
     def fold(self):
         """
-        An autoencoder with the same reconstructions and the form activation(x W_enc + b_enc)
-        W_dec + b_dec: unit decoder rows, scale 1, no tied weights, no pre-encoder bias. Its
-        f_i is the activation f_i ||W_dec_i|| of Templeton et al. ("Sparse Autoencoders") in
-        raw units, its W_dec_i the direction. With input_norm="token" each vector's own scale
-        stays.
-
-        -> SparseAutoencoder. UserError where the activation function does not allow it.
+        Returns an autoencoder with the same reconstructions and the form activation(x W_enc +
+        b_enc) W_dec + b_dec: unit decoder rows, scale 1, no tied weights, no pre-encoder
+        bias. Its f_i is the activation f_i ||W_dec_i|| of Templeton et al. ("Sparse
+        Autoencoders") in raw units, its W_dec_i the direction. With input_norm="token" each
+        vector's own scale stays.
         """
         config = replace(self.config, tied=False, pre_bias=False)
         folded = SparseAutoencoder(config).to(self.W_dec)
@@ -452,22 +459,13 @@ class SparseAutoencoder(nn.Module):
         folded.b_enc.copy_(bias * norms / scale)
         folded.W_dec.copy_(self.W_dec / norms.clamp_min(1e-12)[:, None])
         folded.b_dec.copy_(self.b_dec / scale)
-        if not self.is_relu:
-            self.check_folded(folded)
-        return folded
 
-    def check_folded(self, folded):
-        """
-        UserError unless folded reconstructs as this does. Norms and scale go through ReLU because
-        ReLU(c z) = c ReLU(z) for c > 0; another function may not let them.
-        """
-        noise = torch.randn(64, self.config.d_in, generator=torch.Generator().manual_seed(0))
-        x = noise.to(self.W_dec) / self.scale
-        if not torch.allclose(folded(x), self(x), rtol=1e-3, atol=1e-3 / self.scale.item()):
-            raise UserError(
-                f"the activation function of {self.config.recipe} lets no norms or scale through: "
-                "give the recipe unit_rows, and train with --input_norm=none"
-            )
+        # z is now `gain` times what it was, and so is ReLU(z); another function has to be asked
+        # at the old z
+        if not self.is_relu:
+            gain = norms.clamp_min(1e-12) / scale
+            folded.activation = lambda z: gain * self.activation(z / gain)
+        return folded
 
 
 def geometric_median(x, n_iters=100, tolerance=1e-6):
@@ -505,7 +503,7 @@ def lr_at(step, max_iters, learning_rate, recipe):
 
 def resample_schedule(max_iters, recipe):
     """
-    -> the steps after which the recipe resamples (a list), and for how many steps before a
+    Returns the steps after which the recipe resamples (a list), and for how many steps before a
     feature must have been silent to count as dead. Both are the paper's in runs of 200,000
     steps or more; a shorter run scales them with its length.
     """
@@ -519,14 +517,20 @@ def resample_schedule(max_iters, recipe):
 
 
 def save_sae(path, sae, **extra):
-    """Writes sae and any extra tensors and plain values, moved into place when complete."""
+    """
+    Writes sae and any extra tensors and plain values, moved into place when complete.
+    ValueError for a folded autoencoder whose activation function, not ReLU, could not be
+    restored.
+    """
+    if "activation" in vars(sae):
+        raise ValueError("save the autoencoder itself: fold() has changed its activation")
     weights = sae.state_dict()
     config = asdict(sae.config)
     save_checkpoint(path, weights=weights, scale=sae.scale.item(), config=config, **extra)
 
 
 def load_sae(path, device="cpu"):
-    """-> SparseAutoencoder as save_sae wrote it; its attribute `extra` holds the extra values."""
+    """Loads what save_sae wrote; the attribute `extra` of the SparseAutoencoder holds the extra."""
     with reading(path, "run python train_sae.py first"):
         checkpoint = load_checkpoint(path, device)
         sae = SparseAutoencoder(SAEConfig(**checkpoint.pop("config"))).to(device)
@@ -670,7 +674,7 @@ class ActivationStream(ActivationStore):
 
 
 def open_npy(path):
-    """-> memory-mapped floats (rows, width); UserError for anything else. Never unpickles."""
+    """Maps a file of floats (rows, width); UserError for anything else. Never unpickles."""
     try:
         rows = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
@@ -743,8 +747,8 @@ def csr(rows, columns, values, x, W_dec):
 
 def active_entries(x, W_enc, b_enc):
     """
-    Where x W_enc + b_enc > 0, and how much. x (B, n), W_enc (n, m), b_enc (m,)
-    -> rows (B + 1,), where each row's entries begin; columns and values (entries,), row by row
+    Finds where x W_enc + b_enc > 0, for x (B, n), W_enc (n, m) and b_enc (m,). Returns rows
+    (B + 1,), where each row's entries begin, and columns and values (entries,), row by row.
     """
     B, m = len(x), len(b_enc)
     z = x.new_empty(PIECE, m)  # used again for each piece, so that it stays in the cache

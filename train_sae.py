@@ -31,6 +31,11 @@ from model import (ANEW, Progress, UserError, at_least, average_gradients, check
 from sae import (RECIPES, SHARD_ROWS, ActivationStore, ActivationStream, SAEConfig,
                  SparseAutoencoder, l1_at, lr_at, resample_schedule, save_sae)
 
+# What draws with one seed are for: the second number of their keys, so that no two draw alike.
+TOY_DIRECTIONS = 4
+FIRST_SAMPLE = 5
+RESAMPLING = 6
+
 # -----------------------------------------------------------------------------
 # settings
 
@@ -149,7 +154,7 @@ def toy_rows(directions, n, key, n_active=3.0):
 
 
 def from_gpt(args, device):
-    """-> where the rows come from (for analyze.py), their width, make(split, n, key) -> rows."""
+    """Returns where rows of the model come from, their width, and make(split, n, key) -> rows."""
     site = f"{args.site}.{args.layer}"
     gpt, _ = load_gpt(args.out_dir, device)
     width = gpt.site_width(site)
@@ -165,7 +170,7 @@ def from_gpt(args, device):
 
 def from_toy(args, n_directions=256, width=64):
     """The same for rows made of known directions, more of them than the width has dimensions."""
-    rng = np.random.default_rng((args.seed, 4))  # 4: no other draws have that key
+    rng = np.random.default_rng((args.seed, TOY_DIRECTIONS))
     truth = rng.standard_normal((n_directions, width), dtype=np.float32)
     truth /= np.linalg.norm(truth, axis=1, keepdims=True)
 
@@ -231,7 +236,7 @@ class Shard:
 
 
 def plan_shards(folder, split, n_rows):
-    """-> the Shards of at most SHARD_ROWS rows into which n_rows of a split are cut."""
+    """Returns the Shards of at most SHARD_ROWS rows into which n_rows of a split are cut."""
     shards = []
     for start in range(0, n_rows, SHARD_ROWS):
         number = start // SHARD_ROWS
@@ -246,7 +251,7 @@ def dump(folder, meta, make, n_acts):
     that are there already and go with meta stay as they are.
 
     meta: what the rows depend on, with "width" and "seed"; it is kept in meta.json.
-    -> paths of the training shards, of the held-out shards
+    Returns the paths of the training shards and those of the held-out ones.
     """
     n_val = max(1024, min(SHARD_ROWS, n_acts // 20))  # enough to judge by, one file at most
     meta = meta | {"rows": n_acts, "val_rows": n_val}
@@ -314,12 +319,12 @@ class Training:
 
 
 def begin_training(path, source, store, args, device):
-    """-> Training at its first step: the autoencoder, fitted to a sample of the rows, and Adam."""
+    """Returns a Training at its first step, with the autoencoder fitted to a sample of the rows."""
     if store.rows < args.batch_size:
         raise UserError(
             f"--batch_size={args.batch_size} is more than the {store.rows:,} rows there are"
         )
-    sample = store.sample(32768, (args.seed, 5)).to(device)  # 5: see from_toy
+    sample = store.sample(32768, (args.seed, FIRST_SAMPLE)).to(device)
     if not 0 < sample.float().var(0).sum() < math.inf:  # NaN is refused, too
         reason = "are all the same, or too large or too small for float32"
         raise UserError(f"the activations {reason}")
@@ -399,8 +404,8 @@ def fired_on_any_rank(fired):
 
 def resample(training, dead, store, l1_coeff, args):
     """Gives dead features a new start, from a fresh sample of 100 batches, the paper's 819,200."""
-    seed = (args.seed, 6, training.step - 1)  # 6: see from_toy
-    inputs = store.sample(100 * args.batch_size, seed).to(dead.device)
+    key = (args.seed, RESAMPLING, training.step - 1)
+    inputs = store.sample(100 * args.batch_size, key).to(dead.device)
     generator = torch.Generator().manual_seed(args.seed + training.step)
     n_resampled = training.sae.resample(dead, inputs, training.optimizer, l1_coeff, generator)
 
@@ -411,16 +416,15 @@ def resample(training, dead, store, l1_coeff, args):
 
 
 def log_line(training, x, loss, stats, dead, l1_coeff, args):
-    """-> a line of log.jsonl as a dict. x: the batch (N, d_in) of which loss and stats are."""
+    """Returns a line of log.jsonl as a dict. x: the batch (N, d_in) of which loss and stats are."""
     scaled = x * training.sae.input_scale(x)  # the units of stats["mse"]
     variance = scaled.var(0, correction=0).sum().clamp_min(1e-9)  # about the batch's mean
     return {
         "step": training.step,
         "rows": training.step * args.batch_size,
         "loss": loss.item(),
-        "mse": stats["mse"].item(),
-        "l1": stats["l1"].item(),
-        "l0": stats["l0"].item(),
+        # mse, l1, l0, and whatever else the loss adds to its stats
+        **{name: value.item() for name, value in stats.items() if value.dim() == 0},
         "dead": dead.float().mean().item(),
         "variance_explained": 1 - (stats["mse"] / variance).item(),
         "l1_coeff": l1_coeff,

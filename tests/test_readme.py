@@ -68,6 +68,9 @@ def patched(text, hunks):
     return text
 
 
+not_yet = pytest.mark.skipif("topk" in sae.RECIPES, reason="the diff has been applied")
+
+
 @pytest.fixture(scope="module")
 def fork(trained, tmp_path_factory):
     """A copy of the scripts with the diff applied, and in its `out` a TopK autoencoder trained by them."""
@@ -138,6 +141,7 @@ print(json.dumps({
 """
 
 
+@not_yet
 def test_training_and_all_analyses_see_the_activations_of_the_diff(fork):
     (fork / "probe.py").write_text(PROBE, encoding="utf-8")
     found = json.loads(run(fork, "probe.py").splitlines()[-1])
@@ -147,6 +151,7 @@ def test_training_and_all_analyses_see_the_activations_of_the_diff(fork):
         assert difference < 1e-4, name
 
 
+@not_yet
 def test_report_and_steer_of_the_diff(fork):
     printed = run(fork, "analyze.py", "--name=topk", "--show=2")
     metrics = json.loads((fork / "out/sae/topk/metrics.json").read_text())

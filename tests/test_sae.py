@@ -20,7 +20,8 @@ from sae import (RECIPES, ActivationStore, Recipe, SAEConfig, SparseAutoencoder,
 
 needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="the sparse step needs MKL")
 both_steps = pytest.mark.parametrize("sparse", [False, pytest.param(True, marks=needs_mkl)], ids=["dense", "sparse"])
-every_recipe = pytest.mark.parametrize("recipe", RECIPES)
+PAPERS = ("scaling", "towards", "tied")             # a row that is added to RECIPES is another matter
+every_recipe = pytest.mark.parametrize("recipe", PAPERS)
 
 
 @pytest.fixture(autouse=True)
@@ -234,7 +235,7 @@ def test_without_mkl_the_dense_step_takes_over(monkeypatch):
 # some features only, and recipes of one's own
 
 def test_every_recipe_says_whose_it_is_and_none_can_be_changed():
-    assert all(re.search(r"et al\. 20\d\d", recipe.paper) for recipe in RECIPES.values())
+    assert all(re.search(r"et al\. 20\d\d", RECIPES[name].paper) for name in PAPERS)
     with pytest.raises(dataclasses.FrozenInstanceError):
         RECIPES["scaling"].tied = True
 
@@ -267,8 +268,12 @@ def almost_relu(z):
     return z * (z > 1e-5)
 
 
-ACTIVATIONS = {"top 2": top2, "a threshold": jump, "a threshold near 0": almost_relu, "leaky": torch.nn.functional.leaky_relu,
-               "GELU": torch.nn.functional.gelu}
+def capped(z):
+    return z.clamp(0, 300)
+
+
+ACTIVATIONS = {"top 2": top2, "a threshold": jump, "a threshold near 0": almost_relu, "a cap": capped,
+               "softplus": torch.nn.functional.softplus, "a square": lambda z: torch.relu(z) ** 2}
 every_activation = pytest.mark.parametrize("activation", ACTIVATIONS.values(), ids=ACTIVATIONS)
 
 
@@ -305,6 +310,7 @@ def test_another_activation_is_that_of_training_and_of_every_analysis(make_other
     x, f = x.view(12, 5), f.view(12, 11)
     each_loss = (f @ sae.W_dec + sae.b_dec - x).square().sum(1) + 0.8 * f.sum(1)   # (12,)
     loss, stats = sae.loss(x, 0.8)
+    assert not sae.is_relu
     assert loss.item() == pytest.approx(each_loss.mean().item(), rel=1e-11)
     assert stats["l0"].item() == pytest.approx((f > 0).sum(1).double().mean().item(), rel=1e-6)
     assert stats["fired"].tolist() == (f > 0).any(0).tolist()
@@ -318,7 +324,7 @@ def test_another_activation_is_that_of_training_and_of_every_analysis(make_other
 @pytest.mark.parametrize("change", [*ACTIVATIONS.values(), "penalty"], ids=[*ACTIVATIONS, "another penalty"])
 def test_the_sparse_step_is_never_taken_for_what_it_does_not_compute(make_other, monkeypatch, change):
     monkeypatch.setattr(SparseStep, "apply", lambda *args: pytest.fail("it computes ReLU and L1"))
-    fields = {"penalty": torch.sqrt} if change == "penalty" else {"activation": change}
+    fields = {"penalty": torch.tanh} if change == "penalty" else {"activation": change}
     sae = make_other(**fields).float()
     with torch.no_grad():
         sae.b_enc.fill_(-4)                         # so few are active that the sparse step would pay
@@ -327,27 +333,37 @@ def test_the_sparse_step_is_never_taken_for_what_it_does_not_compute(make_other,
         sae.loss(inputs(64).float(), 0.8, sparse=True)
 
 
-def test_another_penalty_is_that_of_the_loss_and_of_resampling(make_other):
-    sae, x = make_other(penalty=torch.tanh, norms_in_penalty=True), inputs(9)
+@pytest.mark.parametrize("norms", [False, True])
+def test_another_penalty_is_that_of_the_loss_and_of_resampling(make_other, norms):
+    """Of the activations in units of what they write: a longer row and a shorter column are the same feature."""
+    sae, x = make_other(penalty=torch.tanh, norms_in_penalty=norms), inputs(9)
     f = torch.relu(x @ sae.W_enc + sae.b_enc)
-    each_loss = (f @ sae.W_dec + sae.b_dec - x).square().sum(1) + 0.8 * (torch.tanh(f) * sae.W_dec.norm(dim=1)).sum(1)
+    written = f * sae.W_dec.norm(dim=1) if norms else f
+    each_loss = (f @ sae.W_dec + sae.b_dec - x).square().sum(1) + 0.8 * torch.tanh(written).sum(1)
     assert sae.loss(x, 0.8)[0].item() == pytest.approx(each_loss.mean().item(), rel=1e-11)
     assert_close(sae.losses(x, 0.8), each_loss.detach().numpy(), 1e-11)
 
 
-@pytest.mark.parametrize("activation, unit_rows, input_norm", [
-    (top2, False, "none"), (jump, False, "none"), (jump, True, "dataset"), (torch.nn.functional.gelu, True, "dataset")])
-def test_what_cannot_be_folded_is_refused(make_other, activation, unit_rows, input_norm):
-    """Norms change which entries are largest; norms and scale move a threshold."""
-    sae = make_other(input_norm, 2.5, activation=activation, unit_rows=unit_rows)
-    with pytest.raises(UserError, match="other.*unit_rows"):
-        sae.fold()
+@pytest.mark.parametrize("input_norm", ["dataset", "token"])
+@every_activation
+def test_norms_and_scale_are_folded_whatever_the_activation(make_other, tmp_path, activation, input_norm):
+    """Norms would change which entries are largest, norms and scale would move a threshold; here they do not."""
+    sae, x = make_other(input_norm, 2.5, activation=activation, pre_bias=True), 3 * inputs(20)
+    norms = sae.W_dec.norm(dim=1).detach().numpy()
+    folded = sae.fold()
+    scale = 2.5 if input_norm == "dataset" else 1.0
+    assert_close(folded.encode(x), sae.encode(x).detach().numpy() * norms / scale, 1e-10)
+    assert_close(folded(x), sae(x).detach().numpy(), 1e-10)
+    assert_close(folded.encode(x, [3, 1]), folded.encode(x)[:, [3, 1]].detach().numpy(), 1e-12)
+    with pytest.raises(ValueError, match="fold"):    # a file would not hold what fold has done
+        save_sae(tmp_path / "sae.pt", folded)
 
 
-def test_the_largest_of_scaled_entries_are_the_largest(make_other):
-    sae, x = make_other("dataset", 2.5, activation=top2, unit_rows=True), inputs(20)
-    assert_close(sae.fold()(x), sae(x).detach().numpy(), 1e-12)
-    assert ((sae.encode(x) > 0).sum(1) == 2).all()
+@pytest.mark.parametrize("fields", [dict(tied=True, pre_bias=True), dict(tied=True, median_start=True),
+                                    dict(project_gradient=True)], ids=str)
+def test_rows_that_contradict_themselves_are_refused(fields):
+    with pytest.raises(ValueError, match="recipe|rows"):
+        Recipe("nobody", **fields)
 
 
 # -----------------------------------------------------------------------------
