@@ -15,8 +15,9 @@ features.
 
 Everything is measured on held-out tokens (val.bin). Numbers and plots go to out_dir/sae/<name>/.
 
-Each command is a function that computes and returns, for those who import it, and one that
-prints, draws and saves. To add one, write such a pair and append a line to COMMANDS.
+What a command computes comes from functions that return it, for those who import them; a
+function show_... prints, draws and saves it. To add a command, write these and append a line to
+COMMANDS.
 """
 import json
 import math
@@ -160,6 +161,10 @@ class Run:
         layer = self.site.split(".")[1]
         return self.x(f"mlp.{layer}").t().contiguous().numpy()
 
+    def put(self, x):
+        """A hook that puts x (b, T, n) in the place of the activations at the site."""
+        return lambda site, _: x if site == self.site else None
+
     def feature_number(self, text):
         """A user's text -> the number of a feature, or a UserError when there is none."""
         if text.isdecimal() and int(text) < self.n_features:
@@ -240,8 +245,9 @@ def measure(run):
 
     loss recovered = (zero - spliced) / (zero - plain)
 
-    The losses are those of the model as it is (plain), with x_hat in the place of x (spliced), and
-    with 0 there (Bricken et al., "How much of the model does our interpretation explain?").
+    The losses are those of the model as it is (plain), with x_hat in the place of x
+    (spliced), and with 0 there (Bricken et al., "How much of the model does our
+    interpretation explain?").
     """
     sae = run.sae
     mean = run.x().mean(0).to(sae.W_dec) if run.gpt else None  # (n,), for mean-ablation
@@ -302,10 +308,7 @@ def activations_and_loss(run, contexts):
 
 def loss_with(run, contexts, replacement):
     """The model's loss on contexts (b, T + 1) with something else (b, T, n) at the site."""
-    def hook(site, x):
-        return replacement if site == run.site else None
-
-    _, loss = run.gpt(contexts[:, :-1], contexts[:, 1:], hook)
+    _, loss = run.gpt(contexts[:, :-1], contexts[:, 1:], run.put(replacement))
     return loss.item()
 
 
@@ -524,8 +527,8 @@ def ranked_pairs(values, by, n):
 
 def related(run, i, largest, n):
     """
-    Returns the n tokens that feature i at its largest activation raises most, the n that it lowers
-    most, and its n nearest neurons: three lists of (number, logit or cosine).
+    Returns the n tokens that feature i at its largest activation raises most, the n that it
+    lowers most, and its n nearest neurons: three lists of (number, logit or cosine).
     """
     kind, layer = run.site.split(".")
     direction = run.sae.W_dec[i]
@@ -726,7 +729,7 @@ def logits_at(run, contexts, places, x=None):
     Logits (b, vocab_size) at token places[k] of each of contexts (b, T), with x (b, T, n), if
     given, in the place of the activations at the site.
     """
-    stream = run.gpt.trunk(contexts, lambda site, _: x if site == run.site else None)
+    stream = run.gpt.trunk(contexts, run.put(x))
     rows = torch.arange(len(contexts), device=contexts.device)
     return run.gpt.lm_head(stream[rows, places])  # the unembedding at these tokens alone
 
@@ -749,8 +752,8 @@ def effects(run, contexts, places, targets):
 
     ablation: that logit minus the logit without the feature, its f_i W_dec_i subtracted from x.
 
-    attribution: the first-order estimate of that, f_i W_dec_i . gradient. One backward pass serves
-    all features.
+    attribution: the first-order estimate of that, f_i W_dec_i . gradient. One backward pass
+    serves all features.
     """
     everything = torch.arange(len(contexts), device=contexts.device)
     x = run.gpt.activations(contexts, run.site)  # (b, T, n)
@@ -982,12 +985,11 @@ def cut_to_density(acts, density):
     return np.maximum(acts - thresholds, 0)
 
 
-def explainability(run, alive, mlp, density, seed, n_sample):
+def explainability(run, alive, mlp, density, rng, n_sample):
     """
     explained_by_tokens for n_sample alive features, neurons (of mlp (n_neurons, N T)) and random
     directions; the last two cut by a threshold to a density -> {kind: R^2 (n_sample, 2)}
     """
-    rng = np.random.default_rng(seed)
     directions = rng.standard_normal((run.sae.config.d_in, n_sample)).astype(np.float32)
     drawn = rng.permutation(alive)[:n_sample]
     acts = {
@@ -1025,7 +1027,8 @@ def show_neurons(run, args, n_sample=256):
         f"above 0.3; median of the highest correlations {np.median(best):.2f}"
     )
     median_density = np.median(density)
-    scores = explainability(run, alive, mlp, median_density, args.seed, n_sample)
+    rng = np.random.default_rng(args.seed)
+    scores = explainability(run, alive, mlp, median_density, rng, n_sample)
     medians = {kind: np.nanmedian(score, axis=0).tolist() for kind, score in scores.items()}
     print(
         "\nvariance of the activation that tokens explain (R^2 on other contexts), at density "
@@ -1260,8 +1263,8 @@ def power_law(x, y):
 
 def frontier(curves, n_budgets=24):
     """
-    The best of many curves for each budget of compute that any of them was at. Returns the budgets,
-    the index of the curve with the lowest loss at each, and that loss.
+    The best of many curves for each budget of compute that any of them was at. Returns the
+    budgets, the index of the curve with the lowest loss at each, and that loss.
     """
     lowest = min(curve.compute[0] for curve in curves)
     highest = max(curve.compute[-1] for curve in curves)
@@ -1457,7 +1460,10 @@ def fill_page(data):
     """
     opening = '<script type="application/json" id="data">'
     with open(PAGE, encoding="utf-8") as file:
-        before, rest = file.read().split(opening)  # it stands there once
+        parts = file.read().split(opening)
+    if len(parts) != 2:
+        raise UserError(f"{PAGE} must have {opening} once: the data go there")
+    before, rest = parts
     _, closing, after = rest.partition("</script>")
     filled = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     return before + opening + filled.replace("<", "\\u003c") + closing + after
@@ -1588,6 +1594,7 @@ def write_page(run, headline, rows, n_texts=8):
     features.html, one file: every feature with its examples, and some held-out texts with every
     token's features.
     """
+    fill_page({})  # a page that somebody has edited is refused now rather than after a minute
     features, windows = describe_features(run)
     add_effects(run, windows)
     data = {
@@ -1611,34 +1618,35 @@ class Command:
     """What a command is and what it needs."""
     show: Callable             # (run, args): computes, prints, draws and saves
     kinds: tuple = ("model",)  # which activations it can do with: see Run.kind
-    words: str = ""            # the words after the command: "arguments", "names", or none
+    takes: str = ""            # what may stand after it: "number", "texts", "names" or nothing
 
 
 # To add a command, append a line: no other line depends on how many there are, or on their order.
 COMMANDS = {
     "report": Command(show_report, kinds=("model", "own")),
-    "feature": Command(show_feature, words="arguments"),
+    "feature": Command(show_feature, takes="number"),
     "toy": Command(show_toy, kinds=("toy",)),
     "cause": Command(show_cause),
     "steer": Command(show_steer),
-    "search": Command(show_search, words="arguments"),
+    "search": Command(show_search, takes="texts"),
     "neurons": Command(show_neurons),
     "complete": Command(show_complete),
     "scaling": Command(show_scaling, kinds=("model", "own", "toy")),
-    "compare": Command(show_compare, words="names"),
+    "compare": Command(show_compare, takes="names"),
 }
 
 
 def main():
     args = parse_args()
     command = COMMANDS[args.command]
-    if args.arguments and not command.words:
+    if args.arguments and not command.takes:
         raise UserError(f"{args.command} takes flags only, not {args.arguments[0]!r}")
     # the first name is the run that is analyzed; its folder takes what is written
-    names = args.arguments if command.words == "names" else args.names.split(",")
+    names = args.arguments if command.takes == "names" else args.names.split(",")
     args.names = [name for name in names if name] or [args.name]
 
     machine = setup(args)
+    torch.set_float32_matmul_precision("highest")  # TF32 is for training: effects can be small
     loaded = load_run(args, machine.device, args.names[0])
     if loaded.kind not in command.kinds:
         able = [name for name, other in COMMANDS.items() if loaded.kind in other.kinds]

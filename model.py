@@ -500,13 +500,13 @@ def rank_0_first():
 
 @torch.no_grad()
 def same_on_all_ranks(module):
-    """Every rank takes the parameters of rank 0. With one rank nothing happens."""
+    """Every rank takes rank 0's parameters and buffers. With one rank nothing happens."""
     if not dist.is_initialized():
         return
-    for p in module.parameters():
-        values = p.contiguous()  # a copy of a transposed matrix, which cannot be sent as it is
+    for tensor in [*module.parameters(), *module.buffers()]:
+        values = tensor.contiguous()  # a copy of a transposed matrix: it cannot be sent as it is
         dist.broadcast(values, 0)
-        p.copy_(values)
+        tensor.copy_(values)
 
 
 def average_gradients(module):

@@ -231,7 +231,7 @@ class SparseAutoencoder(nn.Module):
         return x @ rows.transpose(1, 2) + b_enc[:, None]  # (B, T, k)
 
     def activation(self, z):
-        """z (..., n_features) -> f. encode and the training step call it, and nothing else does."""
+        """z (..., n_features) -> f, in training and, by way of encode, in every analysis."""
         return self.recipe.activation(z)
 
     @property
@@ -342,9 +342,10 @@ class SparseAutoencoder(nn.Module):
         Whether the sparse step runs here, is exact, and pays: fewer than one entry in ten is
         active in the first 64 vectors of scaled x (N, d_in).
         """
-        on_cpu = x.device.type == "cpu" and torch.backends.mkl.is_available()
-        single = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-        if not (on_cpu and single and self.sparse_is_exact):
+        # in this order: torch.compile cannot look into the last two
+        if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+            return False
+        if not (torch.backends.mkl.is_available() and self.sparse_is_exact):
             return False
         f = self.activation(self.pre_activations(x[:64]))
         return (f > 0).float().mean().item() < 0.1

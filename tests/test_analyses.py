@@ -690,7 +690,7 @@ def test_a_command_that_is_added_changes_no_other(out):
     before = script("analyze.py", "neurons", *own).stderr
     assert before.endswith("choose from report, scaling\n")
     given = []
-    count = analyze.Command(lambda run, args: given.append((run.n_features, args.arguments)), words="arguments")
+    count = analyze.Command(lambda run, args: given.append((run.n_features, args.arguments)), takes="texts")
     with mock.patch.dict(analyze.COMMANDS, count=count):
         assert script("analyze.py", "neurons", *own).stderr == before
         assert "choose from" in script("analyze.py", "count", *own).stderr
