@@ -40,7 +40,7 @@ from matplotlib.figure import Figure
 from model import GPT, UserError, at_least, load_gpt, load_tokens, make_parser, reading
 from model import run as run_script  # below, a run is an autoencoder with what belongs to it
 from model import save_json, setup, tracked, write_atomic
-from sae import ActivationStore, SAEConfig, SparseAutoencoder, load_sae
+from sae import ActivationStore, SAEConfig, SparseAutoencoder, explained_share, load_sae
 
 ULTRA_LOW = 1e-5  # density that sets apart the "ultra-low density cluster" of Bricken et al.
 
@@ -244,12 +244,13 @@ def measure(run):
 
     loss recovered = (zero - spliced) / (zero - plain)
 
-    The losses are those of the model as it is (plain), with x_hat in the place of x
-    (spliced), and with 0 there (Bricken et al., "How much of the model does our
-    interpretation explain?").
+    The losses are those of the model as it is (plain), with x_hat in the place of x (spliced), and
+    with 0 there (Bricken et al., "How much of the model does our interpretation explain?").
+    Each is None where it would be divided by nothing.
     """
     sae = run.sae
     mean = run.x().mean(0).to(sae.W_dec) if run.gpt else None  # (n,), for mean-ablation
+    origin = (run.x() if run.gpt else run.held_out)[0].double()  # (n,): see variance_of
     losses = Counter()
     sums = []  # of each batch, over its tokens: nothing of size (tokens x features) is kept
     for batch in run.batches("measuring", run.held_out):
@@ -259,7 +260,9 @@ def measure(run):
             x = batch.float()
         f = sae.encode(x)                          # (b, T, m), of own rows (b, m)
         x_hat = sae.decode(f, sae.input_scale(x))  # as x
-        parts = (f > 0, f.square(), x, x.square(), (x_hat - x).square())
+        away = x.cpu().double() - origin
+        error = (x_hat - x).cpu().double()
+        parts = (f > 0, f.square(), away, away.square(), error.square())
         sums.append([part.flatten(0, -2).sum(0).cpu().double() for part in parts])
         if run.gpt:
             replacements = {
@@ -277,21 +280,27 @@ def measure(run):
     means = [torch.stack(parts).sum(0).numpy() / n_tokens for parts in zip(*sums)]
     density, energy, center, square, error = means
     ultra_low = (density > 0) & (density < ULTRA_LOW)
-    variance = (square - center**2).sum()  # about the mean, not about 0
+    variance = (square - center**2).sum()  # about the mean, not about the origin
     metrics = {
         "tokens": n_tokens,
         "l0": density.sum(),
-        "variance_explained": 1 - error.sum() / variance,
+        "variance_explained": explained_share(error.sum(), variance),
         "n_features": run.n_features,
         "dead": (density == 0).mean(),
         "ultra_low": ultra_low.mean(),
         **losses,
     }
     if run.gpt:
-        zero = losses["loss_zero_ablated"]
-        recovered = (zero - losses["loss_spliced"]) / (zero - losses["loss_plain"])
-        metrics["loss_recovered"] = recovered
+        metrics["loss_recovered"] = loss_recovered(losses)
     return metrics, FeatureStatistics(density, energy)
+
+
+def loss_recovered(losses):
+    """See `measure`. None where zero-ablation costs the model nothing, or less than rounding."""
+    plain, zero = losses["loss_plain"], losses["loss_zero_ablated"]
+    if zero - plain <= 1e-6 * plain:
+        return None
+    return (zero - losses["loss_spliced"]) / (zero - plain)
 
 
 def activations_and_loss(run, contexts):
@@ -572,11 +581,15 @@ def print_feature(run, i, acts, n_top=5, n_intervals=4, each=1, n_tokens=8, note
 
 def summary(run, metrics):
     """Metrics as rows (name, value, note) of text, for the terminal and for the page."""
+    def row(name, key, note, reason):  # of a share, or why there is none
+        share = metrics[key]
+        return (name, "undefined", reason) if share is None else (name, f"{share:.3f}", note)
+
     m = metrics["n_features"]
     n_dead = round(metrics["dead"] * m)
     rows = [
         ("L0", f"{metrics['l0']:.1f}", "active features a token"),
-        ("variance explained", f"{metrics['variance_explained']:.3f}", "about the mean"),
+        row("variance explained", "variance_explained", "about the mean", "no two rows differ"),
         ("dead", f"{metrics['dead']:.2%}", f"{n_dead:,} of {m:,} never active here"),
         ("ultra-low density", f"{metrics['ultra_low']:.2%}",
          f"on at fewer than 1 in {1 / ULTRA_LOW:,.0f} tokens"),
@@ -587,9 +600,9 @@ def summary(run, metrics):
             f"mean-ablated {metrics['loss_mean_ablated']:.3f}, "
             f"zero-ablated {metrics['loss_zero_ablated']:.3f} nats a token"
         )
-        recovered = f"{metrics['loss_recovered']:.3f}"
         rows.append(("loss", f"{metrics['loss_plain']:.3f}", others))
-        rows.append(("loss recovered", recovered, "of what zero-ablation costs"))
+        note, reason = "of what zero-ablation costs", "zero-ablation costs the model nothing"
+        rows.append(row("loss recovered", "loss_recovered", note, reason))
     return rows
 
 

@@ -594,9 +594,20 @@ def write_atomic(path, write):
                         "what was there before is unharmed")
 
 
+def without_nan(obj):
+    """obj with None, JSON's null, in the place of NaN and infinity, for which JSON has no word."""
+    if isinstance(obj, dict):
+        return {key: without_nan(value) for key, value in obj.items()}
+    if isinstance(obj, (list, tuple)):
+        return [without_nan(value) for value in obj]
+    if isinstance(obj, float) and not math.isfinite(obj):
+        return None
+    return obj
+
+
 def save_json(path, obj):
     """Writes obj as JSON that is meant to be read: UTF-8, one value a line."""
-    text = json.dumps(obj, ensure_ascii=False, indent=1)
+    text = json.dumps(without_nan(obj), ensure_ascii=False, indent=1, allow_nan=False)
     encoded = text.encode(errors="backslashreplace")  # \udc80 as JSON itself escapes it
     write_atomic(path, lambda f: f.write(encoded))
 
@@ -612,7 +623,9 @@ def load_json(path, hint):
 
 def save_jsonl(path, rows):
     """Writes one JSON object a line."""
-    lines = [json.dumps(row).encode() + b"\n" for row in rows]
+    lines = []
+    for row in rows:
+        lines.append(json.dumps(without_nan(row), allow_nan=False).encode() + b"\n")
     write_atomic(path, lambda f: f.writelines(lines))
 
 

@@ -208,7 +208,7 @@ class SparseAutoencoder(nn.Module):
         """
         if self.config.input_norm == "token":
             norms = x.float().norm(dim=-1, keepdim=True)
-            return math.sqrt(self.config.d_in) / norms.clamp_min(1e-8)
+            return math.sqrt(self.config.d_in) / norms.clamp_min(1e-30)  # zeros stay zeros
         return self.scale.expand(*x.shape[:-1], 1)
 
     def scaled(self, x):
@@ -372,8 +372,11 @@ class SparseAutoencoder(nn.Module):
         """The starting point from a sample x (N, d_in) of raw activations: the scale, and b_dec."""
         x = x.float()
         if self.config.input_norm != "none":
-            mean_square = x.square().sum(1).mean().clamp_min(1e-30).item()  # E||x||^2
-            self.scale.fill_(math.sqrt(self.config.d_in / mean_square))
+            # squares of 1e20 would overflow, those of 1e-20 vanish: x is taken in units of its
+            # largest entry, or rather of a power of two near it, as dividing by that is exact
+            unit = 2.0 ** (math.frexp(x.abs().max().item())[1] - 1)
+            mean_square = (x / unit).square().sum(1).mean().clamp_min(1e-30).item()  # E||x||^2
+            self.scale.fill_(math.sqrt(self.config.d_in / mean_square) / unit)
         if self.recipe.median_start:
             self.b_dec.copy_(geometric_median(x * self.input_scale(x)))
 
@@ -482,6 +485,30 @@ def geometric_median(x, n_iters=100, tolerance=1e-6):
         if (median - previous).norm() <= tolerance * median.norm():
             break
     return median
+
+
+# -----------------------------------------------------------------------------
+# variance explained
+
+
+def variance_of(x):
+    """
+    The sum of ||x - mean||^2 over the rows of x (N, n). In float64, on the CPU, as some GPUs
+    have none, and about a row: where the mean is large, squares about 0 would leave nothing.
+    """
+    x = x.cpu().double()
+    x = x - x[0]  # so that what is constant is 0 to the last bit
+    return (x - x.mean(0)).square().sum().item()
+
+
+def explained_share(error, variance):
+    """The share of a variance that is explained when an error is left. None: there is none."""
+    return 1 - error / variance if variance > 0 else None
+
+
+def show_explained(share):
+    """What explained_share returned, as text."""
+    return "undefined (no two rows differ)" if share is None else f"{share:.3f}"
 
 
 # -----------------------------------------------------------------------------

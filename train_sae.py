@@ -29,7 +29,8 @@ from model import (ANEW, Progress, UserError, at_least, average_gradients, check
                    load_json, load_tokens, make_parser, rank_0_first, reading, resumable, run,
                    same_on_all_ranks, save_json, save_jsonl, setup, steps, tracked, write_atomic)
 from sae import (RECIPES, SHARD_ROWS, ActivationStore, ActivationStream, SAEConfig,
-                 SparseAutoencoder, l1_at, lr_at, resample_schedule, save_sae)
+                 SparseAutoencoder, explained_share, l1_at, lr_at, resample_schedule,
+                 save_sae, show_explained, variance_of)
 
 # What draws with one seed are for: the second number of their keys, so that no two draw alike.
 TOY_DIRECTIONS = 4
@@ -417,8 +418,7 @@ def resample(training, dead, store, l1_coeff, args):
 
 def log_line(training, x, loss, stats, dead, l1_coeff, args):
     """Returns a line of log.jsonl as a dict. x: the batch (N, d_in) of which loss and stats are."""
-    scaled = x * training.sae.input_scale(x)  # the units of stats["mse"]
-    variance = scaled.var(0, correction=0).sum().clamp_min(1e-9)  # about the batch's mean
+    variance = variance_of(training.sae.scaled(x)) / len(x)  # in the units of stats["mse"]
     return {
         "step": training.step,
         "rows": training.step * args.batch_size,
@@ -426,7 +426,7 @@ def log_line(training, x, loss, stats, dead, l1_coeff, args):
         # mse, l1, l0, and whatever else the loss adds to its stats
         **{name: value.item() for name, value in stats.items() if value.dim() == 0},
         "dead": dead.float().mean().item(),
-        "variance_explained": 1 - (stats["mse"] / variance).item(),
+        "variance_explained": explained_share(stats["mse"].item(), variance),
         "l1_coeff": l1_coeff,
         "learning_rate": training.optimizer.param_groups[0]["lr"],
     }
@@ -436,7 +436,8 @@ def log_note(line):
     """A line of the log as the progress shows it."""
     return (
         f"loss {line['loss']:.2f}  L0 {line['l0']:.1f}  "
-        f"variance explained {line['variance_explained']:.3f}  dead {line['dead']:.1%}"
+        f"variance explained {show_explained(line['variance_explained'])}  "
+        f"dead {line['dead']:.1%}"
     )
 
 
@@ -501,10 +502,10 @@ def judge(sae, val_store, device):
     """Prints how well some held-out rows are explained."""
     x = val_store.batch(0, min(2048, val_store.rows)).to(device)  # (N, d_in), raw
     l0 = (sae.encode(x) > 0).sum() / len(x)
-    error = (sae(x) - x).square().sum()
-    variance = (x - x.mean(0)).square().sum()
-    unexplained = error / variance
-    print(f"{len(x):,} held-out rows: variance explained {1 - unexplained:.3f} at L0 {l0:.1f}")
+    error = (sae(x) - x).cpu().double().square().sum().item()
+    share = show_explained(explained_share(error, variance_of(x)))
+    rows = "row" if len(x) == 1 else "rows"
+    print(f"{len(x):,} held-out {rows}: variance explained {share} at L0 {l0:.1f}")
 
 
 def main():

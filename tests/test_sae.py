@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from model import UserError
-from sae import (RECIPES, ActivationStore, Recipe, SAEConfig, SparseAutoencoder, SparseStep, geometric_median, l1_at, load_sae,
-                 lr_at, resample_schedule, save_sae)
+from sae import (RECIPES, ActivationStore, Recipe, SAEConfig, SparseAutoencoder, SparseStep, explained_share,
+                 geometric_median, l1_at, load_sae, lr_at, resample_schedule, save_sae, show_explained, variance_of)
 
 needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="the sparse step needs MKL")
 both_steps = pytest.mark.parametrize("sparse", [False, pytest.param(True, marks=needs_mkl)], ids=["dense", "sparse"])
@@ -668,6 +668,39 @@ def test_the_scale_makes_the_mean_squared_norm_the_width():
     half = SparseAutoencoder(SAEConfig(5, 11))
     half.fit_to(x.half())
     assert half.scale.item() == pytest.approx(sae.scale.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("size", [1e18, 1e-18])
+@pytest.mark.parametrize("input_norm", ["dataset", "token"])
+def test_the_scale_is_right_where_squares_leave_float32(input_norm, size):
+    """And a power of two changes no bit of it: what is divided by one is not rounded."""
+    x = (inputs(200) * size).float()
+    sae = SparseAutoencoder(SAEConfig(5, 11, input_norm=input_norm))
+    sae.fit_to(x)
+    exact = x.double().numpy()
+    squares = (exact ** 2).sum(axis=1)
+    assert sae.scale.item() == pytest.approx(np.sqrt(5 / squares.mean()), rel=1e-6)
+    own = sae.scale.item() if input_norm == "dataset" else np.sqrt(5 / squares)[:, None]
+    assert_close(sae.scaled(x), exact * own, 1e-6)
+    other = SparseAutoencoder(SAEConfig(5, 11, input_norm=input_norm))
+    other.fit_to(x * 2.0 ** 7)
+    assert other.scale.item() == sae.scale.item() / 2 ** 7
+
+
+def test_variance_is_about_the_mean_however_large_that_is():
+    x = inputs(300).numpy()
+    for far in (x, x.astype(np.float32) + np.float32(60_000), 1e18 * x):
+        far = far.astype(np.float32)
+        expected = ((far.astype(np.float64) - far.mean(axis=0, dtype=np.float64)) ** 2).sum()
+        assert variance_of(torch.from_numpy(far)) == pytest.approx(expected, rel=1e-12)
+    for same in (torch.full((30, 3), 0.1), torch.full((7, 2), 6e4).half(), torch.ones(1, 4)):
+        assert variance_of(same) == 0
+
+
+def test_without_variance_nothing_is_explained():
+    assert (explained_share(3.0, 12.0), show_explained(0.75)) == (0.75, "0.750")
+    assert explained_share(3.0, 0.0) is None
+    assert show_explained(None) == "undefined (no two rows differ)"
 
 
 def test_input_norm_none_stays_in_raw_units():

@@ -25,7 +25,7 @@ import sae as sae_module
 import train_gpt
 import train_sae
 from conftest import SMALL_GPT, SMALL_SAE, TEXT, script
-from model import END_OF_TEXT, GPT, GPTConfig, UserError, load_gpt
+from model import END_OF_TEXT, GPT, GPTConfig, UserError, load_gpt, save_json, save_jsonl
 from sae import ActivationStream, SAEConfig, SparseAutoencoder, load_sae
 
 
@@ -327,7 +327,10 @@ def run_on(gpt, sae, site, contexts):
 
 @pytest.mark.parametrize("site", ["attn.0", "mlp.0", "mlp.1", "resid.0"])
 def test_a_perfect_autoencoder_changes_no_loss_and_an_empty_one_is_zero_ablation(site):
-    gpt, contexts = tiny_gpt(), torch.randint(50, (40, 17), generator=torch.Generator().manual_seed(0))
+    gpt, generator = tiny_gpt(), torch.Generator().manual_seed(0)
+    gpt.lm_head.weight *= 10  # with an opinion, and on a text of its own, so that zeros cost something
+    start = torch.randint(50, (40, 1), generator=generator)
+    contexts = gpt.generate(start, 16, temperature=1.0, generator=generator)
     width = gpt.site_width(site)
     metrics, _ = analyze.measure(run_on(gpt, perfect_sae(width), site, contexts))
     assert metrics["loss_spliced"] == pytest.approx(metrics["loss_plain"], rel=1e-6)
@@ -536,6 +539,104 @@ def test_anybodys_own_activations_train_without_a_model(tmp_path, dtype):
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "out/sae/scaling/metrics.json").read_text())["tokens"] == 30
     assert script("analyze.py", "feature", "1", f"--out_dir={tmp_path / 'out'}").returncode == 2
+
+
+def judged_by_numpy(out, rows):
+    """Variance explained of rows (N, n) by the autoencoder in an out_dir, its x_hat taken, all else in float64."""
+    x = torch.from_numpy(rows.astype(np.float32))
+    x_hat = load_sae(out / "sae/scaling/sae.pt")(x).detach().double().numpy()
+    x = x.double().numpy()
+    return 1 - ((x - x_hat) ** 2).sum() / ((x - x.mean(0)) ** 2).sum()
+
+
+def no_json(name):
+    raise AssertionError(f"{name} is no JSON")
+
+
+DRAWN = np.random.default_rng(0).exponential(1.0, (600, 24))
+FAR = {
+    "a constant column": np.where(np.arange(24) == 3, 60_000, DRAWN).astype(np.float16),
+    "an offset": (DRAWN / 10 + 1000).astype(np.float32),
+    "large": (DRAWN * 1e18).astype(np.float32),
+    "small": (DRAWN * 1e-18).astype(np.float32),
+}
+
+
+@pytest.mark.parametrize("kind", FAR)
+def test_variance_explained_is_numpys_however_far_the_activations_are_from_0(tmp_path, kind):
+    np.save(tmp_path / "a.npy", FAR[kind])
+    done = script("train_sae.py", f"--acts={tmp_path}/a.npy", f"--out_dir={tmp_path}", *SMALL_SAE)
+    assert done.returncode == 0, done.stderr
+    expected = judged_by_numpy(tmp_path, FAR[kind][570:])
+    printed = float(re.search(r"held-out rows: variance explained (\S+) at", done.stdout).group(1))
+    assert printed == pytest.approx(expected, rel=1e-4, abs=5e-4)
+    assert script("analyze.py", f"--out_dir={tmp_path}").returncode == 0
+    metrics = json.loads((tmp_path / "sae/scaling/metrics.json").read_text(), parse_constant=no_json)
+    assert metrics["variance_explained"] == pytest.approx(expected, rel=1e-4)
+    if kind in ("large", "small"):  # the same rows but for their units: the same autoencoder
+        np.save(tmp_path / "a.npy", DRAWN.astype(np.float32))
+        done = script("train_sae.py", f"--acts={tmp_path}/a.npy", f"--out_dir={tmp_path}", *SMALL_SAE)
+        ordinary = judged_by_numpy(tmp_path, DRAWN[570:])
+        assert ordinary == pytest.approx(expected, rel=1e-3) and metrics["dead"] < 0.6
+
+
+@pytest.mark.parametrize("rows", [20, 600])
+def test_one_held_out_row_or_equal_ones_have_no_variance_and_the_json_says_null(tmp_path, rows):
+    x = DRAWN[:rows].astype(np.float32)
+    x[rows * 95 // 100:] = x[0]
+    np.save(tmp_path / "a.npy", x)
+    batch = ("--batch_size=16", "--max_iters=20", "--device=cpu")
+    done = script("train_sae.py", f"--acts={tmp_path}/a.npy", f"--out_dir={tmp_path}", *batch)
+    assert done.returncode == 0 and "variance explained undefined (no two rows differ)" in done.stdout, done.stderr
+    done = script("analyze.py", f"--out_dir={tmp_path}")
+    assert done.returncode == 0 and re.search("variance explained +undefined +no two rows differ", done.stdout)
+    metrics = json.loads((tmp_path / "sae/scaling/metrics.json").read_text(), parse_constant=no_json)
+    assert metrics["variance_explained"] is None and metrics["tokens"] == rows // 20
+
+
+def test_a_batch_without_variance_is_null_in_the_log_and_the_log_can_be_read(tmp_path):
+    sae = SparseAutoencoder(SAEConfig(3, 4))
+    x = torch.ones(5, 3)
+    training = SimpleNamespace(sae=sae, step=7, optimizer=torch.optim.Adam(sae.parameters()))
+    loss, stats = sae.loss(x, 1.0)
+    line = train_sae.log_line(training, x, loss, stats, torch.zeros(4), 1.0, SimpleNamespace(batch_size=5))
+    assert line["variance_explained"] is None and "variance explained undefined" in train_sae.log_note(line)
+    save_jsonl(tmp_path / "log.jsonl", [line, line | {"variance_explained": 0.5}])
+    assert np.isnan(analyze.read_log(tmp_path)["variance_explained"]).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("plain, zero, expected", [
+    (4.0, 5.0, 0.75), (4.0, 4.0, None), (4.0, 3.0, None), (4.0, 4.000001, None), (4.0, 4.0001, -2499)])
+def test_where_zero_ablation_costs_nothing_no_loss_is_recovered(plain, zero, expected):
+    losses = {"loss_plain": plain, "loss_spliced": 4.25, "loss_zero_ablated": zero}
+    assert analyze.loss_recovered(losses) == (None if expected is None else pytest.approx(expected, rel=1e-6))
+
+
+def test_json_never_holds_what_json_has_no_word_for(tmp_path):
+    held = {"a": [1.5, math.nan, (np.float64(math.inf), {"b": -math.inf})], "c": 2, "d": None, "e": "NaN"}
+    expected = {"a": [1.5, None, [None, {"b": None}]], "c": 2, "d": None, "e": "NaN"}
+    save_json(tmp_path / "a.json", held)
+    save_jsonl(tmp_path / "a.jsonl", [held, held])
+    lines = (tmp_path / "a.jsonl").read_text().splitlines()
+    for text in [(tmp_path / "a.json").read_text(), *lines]:
+        assert json.loads(text, parse_constant=no_json) == expected
+
+
+def test_a_model_of_width_1_is_reported_on(trained, tmp_path):
+    """LayerNorm of a single number is constant: so are the activations, and zeros in their place cost nothing."""
+    sizes = ("--n_embd=1", "--n_head=1", "--max_iters=3")
+    flag = f"--out_dir={tmp_path}"
+    done = script("train_gpt.py", f"--dataset={trained.parent / 'text.txt'}", *SMALL_GPT, *sizes, flag)
+    assert done.returncode == 0, done.stderr
+    done = script("train_sae.py", *SMALL_SAE, "--site=resid", flag)
+    assert done.returncode == 0, done.stderr
+    done = script("analyze.py", "--show=1", flag)
+    assert done.returncode == 0, done.stderr
+    assert re.search("loss recovered +undefined +zero-ablation costs the model nothing", done.stdout)
+    metrics = json.loads((tmp_path / "sae/scaling/metrics.json").read_text(), parse_constant=no_json)
+    assert metrics["loss_recovered"] is None and metrics["variance_explained"] is not None
+    page = (tmp_path / "sae/scaling/features.html").read_text(encoding="utf-8")
+    assert "zero-ablation costs the model nothing" in page
 
 
 def test_toy_data_is_made_trained_on_and_judged(tmp_path):
