@@ -134,6 +134,7 @@ class SAEConfig:
     n_features: int               # size of the dictionary
     recipe: str = "scaling"       # a row of RECIPES
     input_norm: str = "dataset"   # what brings ||x||^2 to d_in: dataset, token or none
+    center: bool = False          # whether the data's mean is taken off first (no paper does)
     decoder_norm: float = 0.3     # norm of W_dec's rows at the start, unless unit_rows says 1
     pre_bias: bool | None = None  # None: as the recipe has it; False after fold()
     tied: bool | None = None      # the same
@@ -162,7 +163,8 @@ class SparseAutoencoder(nn.Module):
     W_enc (d_in, n_features), b_enc (n_features,), W_dec (n_features, d_in), b_dec (d_in,).
 
     `scale` (a scalar, 1 until fit_to) takes raw activations to the units in which the loss is
-    measured. `extra` holds what was saved beside the autoencoder, see load_sae.
+    measured; with center, `mean` (d_in,), 0 until fit_to, is taken off before. `extra` holds
+    what was saved beside the autoencoder, see load_sae.
 
     Initialisation: random directions of equal norm, W_enc = W_dec^T, biases 0 (Circuits
     Updates, April 2024, which suggests norms of 0.05 to 1; the other recipes take the same,
@@ -188,8 +190,9 @@ class SparseAutoencoder(nn.Module):
             self._parameters["W_enc"] = nn.Parameter(self.W_dec.detach().clone().t())
             self.b_dec = nn.Parameter(torch.zeros(config.d_in))
 
-        # not persistent: save_sae writes it beside the weights, which stay SAELens' four
+        # not persistent: save_sae writes them beside the weights, which stay SAELens' four
         self.register_buffer("scale", torch.tensor(1.0), persistent=False)
+        self.register_buffer("mean", torch.zeros(config.d_in), persistent=False)
 
     @property
     def W_enc(self):
@@ -198,22 +201,26 @@ class SparseAutoencoder(nn.Module):
 
     # ---- the equations
 
+    def centred(self, x):
+        """Raw x (..., d_in) less the mean, with center; without, x itself."""
+        return x.to(self.mean) - self.mean if self.config.center else x
+
     def input_scale(self, x):
         """
-        What raw x (..., d_in) is multiplied by -> (..., 1).
+        What raw x (..., d_in), or with center x less the mean, is multiplied by -> (..., 1).
 
         "dataset": one scalar for all vectors, so that E||x||^2 = d_in (Templeton et al.,
         "Sparse Autoencoders"). "token": each vector its own, so that ||x||^2 = d_in (another
         reading of the same). "none": 1.
         """
         if self.config.input_norm == "token":
-            norms = x.float().norm(dim=-1, keepdim=True)
+            norms = self.centred(x).float().norm(dim=-1, keepdim=True)
             return math.sqrt(self.config.d_in) / norms.clamp_min(1e-30)  # zeros stay zeros
         return self.scale.expand(*x.shape[:-1], 1)
 
     def scaled(self, x):
         """Raw x (..., d_in) in the units of the loss and in the precision of the weights."""
-        return x.to(self.W_dec.dtype) * self.input_scale(x)
+        return self.centred(x.to(self.W_dec.dtype)) * self.input_scale(x)
 
     def encoder_input(self, x):
         """Scaled x (..., d_in) -> what W_enc is applied to."""
@@ -273,7 +280,8 @@ class SparseAutoencoder(nn.Module):
         """
         if scale is None:
             scale = self.scale
-        return (f @ self.W_dec + self.b_dec) / scale
+        x_hat = (f @ self.W_dec + self.b_dec) / scale
+        return x_hat + self.mean if self.config.center else x_hat
 
     def forward(self, x):
         """x (..., d_in) raw activations -> their reconstruction x_hat (..., d_in), raw as well."""
@@ -369,16 +377,20 @@ class SparseAutoencoder(nn.Module):
 
     @torch.no_grad()
     def fit_to(self, x):
-        """The starting point from a sample x (N, d_in) of raw activations: the scale, and b_dec."""
+        """The starting point from a sample x (N, d_in), raw: the mean, the scale and b_dec."""
         x = x.float()
+        if self.config.center:
+            self.mean.copy_(x.cpu().mean(0, dtype=torch.float64))
         if self.config.input_norm != "none":
+            centred = self.centred(x)
             # squares of 1e20 would overflow, those of 1e-20 vanish: x is taken in units of its
             # largest entry, or rather of a power of two near it, as dividing by that is exact
-            unit = 2.0 ** (math.frexp(x.abs().max().item())[1] - 1)
-            mean_square = (x / unit).square().sum(1).mean().clamp_min(1e-30).item()  # E||x||^2
+            unit = 2.0 ** (math.frexp(centred.abs().max().item())[1] - 1)
+            squares = (centred / unit).square().sum(1)
+            mean_square = squares.mean().clamp_min(1e-30).item()  # E||x||^2
             self.scale.fill_(math.sqrt(self.config.d_in / mean_square) / unit)
         if self.recipe.median_start:
-            self.b_dec.copy_(geometric_median(x * self.input_scale(x)))
+            self.b_dec.copy_(geometric_median(self.scaled(x)))
 
     @torch.no_grad()
     def losses(self, x, l1_coeff):
@@ -403,7 +415,7 @@ class SparseAutoencoder(nn.Module):
         trains this. -> how many features were resampled
         """
         n_dead = int(dead.sum())
-        x = x[x.abs().amax(1) > 0]  # zeros have no direction
+        x = x[self.centred(x).abs().amax(1) > 0]  # zeros have no direction
         if n_dead == 0 or len(x) == 0:
             return 0
 
@@ -414,8 +426,8 @@ class SparseAutoencoder(nn.Module):
         odds += 1e-12  # so that a perfect autoencoder can draw, too
         too_few = n_dead > len(odds)
         drawn = torch.multinomial(odds, n_dead, replacement=too_few, generator=generator)
-        inputs = x[drawn.to(x.device)].to(self.W_dec)
-        rows = F.normalize(inputs * self.input_scale(inputs), dim=1)  # (n_dead, d_in)
+        inputs = self.scaled(x[drawn.to(x.device)])  # (n_dead, d_in)
+        rows = F.normalize(inputs, dim=1)            # (n_dead, d_in)
 
         # the unit vector is the decoder row; at 0.2 of the alive features' mean encoder norm
         # it is the encoder column, so that the newcomer disturbs little; the bias is 0
@@ -445,10 +457,12 @@ class SparseAutoencoder(nn.Module):
         Returns an autoencoder with the same reconstructions and the form activation(x W_enc +
         b_enc) W_dec + b_dec: unit decoder rows, scale 1, no tied weights, no pre-encoder
         bias. Its f_i is the activation f_i ||W_dec_i|| of Templeton et al. ("Sparse
-        Autoencoders") in raw units, its W_dec_i the direction. With input_norm="token" each
-        vector's own scale stays.
+        Autoencoders") in raw units, its W_dec_i the direction. The mean that was taken off goes
+        into both biases. With input_norm="token" each vector's own scale stays, and the mean.
         """
         config = replace(self.config, tied=False, pre_bias=False)
+        if self.config.input_norm != "token":
+            config.center = False
         folded = SparseAutoencoder(config).to(self.W_dec)
         folded.extra = self.extra
         norms = self.W_dec.norm(dim=1)
@@ -456,13 +470,18 @@ class SparseAutoencoder(nn.Module):
         if self.config.input_norm == "token":
             scale = 1.0
             folded.scale.copy_(self.scale)
+            folded.mean.copy_(self.mean)
         bias = self.b_enc
         if self.config.pre_bias:
             bias = bias - self.b_dec @ self.W_enc  # as (x - b) W = x W - b W
+        b_dec = self.b_dec / scale
+        if self.config.center and not config.center:
+            bias = bias - scale * self.mean @ self.W_enc  # the same once more
+            b_dec = b_dec + self.mean
         folded.W_enc.copy_(self.W_enc * norms)
         folded.b_enc.copy_(bias * norms / scale)
         folded.W_dec.copy_(self.W_dec / norms.clamp_min(1e-12)[:, None])
-        folded.b_dec.copy_(self.b_dec / scale)
+        folded.b_dec.copy_(b_dec)
 
         # z is now `gain` times what it was, and so is ReLU(z); another function has to be asked
         # at the old z
@@ -470,6 +489,13 @@ class SparseAutoencoder(nn.Module):
             gain = norms.clamp_min(1e-12) / scale
             folded.activation = lambda z: gain * self.activation(z / gain)
         return folded
+
+
+def mean_share(x):
+    """The share of E||x||^2 that the mean of rows x (N, n) holds: ||E x||^2 / E||x||^2."""
+    x = x.cpu()  # some GPUs have no float64
+    square = x.mean(0, dtype=torch.float64).square().sum()
+    return (square / x.norm(dim=1, dtype=torch.float64).square().mean()).item()
 
 
 def geometric_median(x, n_iters=100, tolerance=1e-6):
@@ -552,9 +578,14 @@ def save_sae(path, sae, **extra):
     """
     if "activation" in vars(sae):
         raise ValueError("save the autoencoder itself: fold() has changed its activation")
-    weights = sae.state_dict()
-    config = asdict(sae.config)
-    save_checkpoint(path, weights=weights, scale=sae.scale.item(), config=config, **extra)
+    save_checkpoint(
+        path,
+        weights=sae.state_dict(),
+        scale=sae.scale.item(),
+        mean=sae.mean,
+        config=asdict(sae.config),
+        **extra,
+    )
 
 
 def load_sae(path, device="cpu"):
@@ -564,6 +595,7 @@ def load_sae(path, device="cpu"):
         sae = SparseAutoencoder(SAEConfig(**checkpoint.pop("config"))).to(device)
         sae.load_state_dict(checkpoint.pop("weights"))
         sae.scale.fill_(checkpoint.pop("scale"))
+        sae.mean += checkpoint.pop("mean", 0.0)  # files from before there was one hold none
     sae.extra = checkpoint
     return sae
 

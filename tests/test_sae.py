@@ -16,7 +16,7 @@ import torch
 
 from model import UserError
 from sae import (RECIPES, ActivationStore, Recipe, SAEConfig, SparseAutoencoder, SparseStep, explained_share,
-                 geometric_median, l1_at, load_sae, lr_at, resample_schedule, save_sae, show_explained, variance_of)
+                 geometric_median, l1_at, load_sae, lr_at, mean_share, resample_schedule, save_sae, show_explained, variance_of)
 
 needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="the sparse step needs MKL")
 both_steps = pytest.mark.parametrize("sparse", [False, pytest.param(True, marks=needs_mkl)], ids=["dense", "sparse"])
@@ -685,6 +685,130 @@ def test_the_scale_is_right_where_squares_leave_float32(input_norm, size):
     other = SparseAutoencoder(SAEConfig(5, 11, input_norm=input_norm))
     other.fit_to(x * 2.0 ** 7)
     assert other.scale.item() == sae.scale.item() / 2 ** 7
+
+
+# -----------------------------------------------------------------------------
+# --center: the mean is taken off before the scale
+
+@pytest.fixture
+def make_centred():
+    """-> make_centred(recipe, input_norm): in general position, with a mean far from 0."""
+    def make_centred(recipe, input_norm="dataset", n_features=11):
+        sae = SparseAutoencoder(SAEConfig(5, n_features, recipe, input_norm, center=True)).double()
+        for p in sae.parameters():
+            torch.nn.init.normal_(p, std=0.8)
+        sae.scale.fill_(0.7)
+        sae.mean.copy_(torch.tensor([50.0, -30.0, 0.0, 7.0, 1.0]))
+        return sae
+    return make_centred
+
+
+def own_scale(x, input_norm):
+    """What centred x (N, 5), numpy, is multiplied by."""
+    return np.sqrt(5) / np.linalg.norm(x, axis=1, keepdims=True) if input_norm == "token" else 0.7
+
+
+both_norms = pytest.mark.parametrize("input_norm", ["dataset", "token"])
+
+
+@both_steps
+@both_norms
+@every_recipe
+def test_with_center_all_is_that_of_x_less_the_mean(make_centred, recipe, input_norm, sparse):
+    """encode, of all and of some; decode, forward, loss and its gradients; the losses of resampling."""
+    sae = make_centred(recipe, input_norm)
+    x = inputs(12) + sae.mean
+    away = x.numpy() - sae.mean.numpy()
+    own = own_scale(away, input_norm)
+    expected = reference(parameters(sae), 1.0, away * own, 0.8, recipe)
+    tolerance = 1e-11 if input_norm == "dataset" else 1e-6         # a vector's own norm is taken in float32
+    assert_close(sae.encode(x), expected.f, tolerance)
+    assert_close(sae.encode(x, [7, 2]), expected.f[:, [7, 2]], tolerance)
+    assert_close(sae.encode(x.view(3, 4, 5), [[1], [8], [2]])[1], expected.f[4:8, [8]], tolerance)
+    assert_close(sae(x) - sae.mean, expected.x_hat / own, tolerance)
+    assert_close(sae.decode(sae.encode(x), sae.input_scale(x)) - sae.mean, expected.x_hat / own, tolerance)
+    loss, stats = sae.loss(x, 0.8, sparse=sparse)
+    assert loss.item() == pytest.approx(expected.loss, rel=tolerance)
+    assert stats["mse"].item() == pytest.approx(expected.mse, rel=tolerance)
+    assert sae.losses(x, 0.8).mean().item() == pytest.approx(expected.loss, rel=tolerance)
+    loss.backward()
+    for name, p in sae.named_parameters():
+        assert_close(p.grad, expected.grads[name], 10 * tolerance)
+
+
+@both_norms
+@every_recipe
+def test_the_mean_is_folded_into_both_biases(make_centred, recipe, input_norm):
+    """With a scale for each vector it stays beside them, as that scale does: a scale of x less the mean."""
+    sae = make_centred(recipe, input_norm)
+    x = inputs(20) + sae.mean
+    folded = sae.fold()
+    scale = 0.7 if input_norm == "dataset" else 1.0
+    norms = np.linalg.norm(parameters(sae)["W_dec"], axis=1)
+    assert_close(folded(x) - sae.mean, (sae(x) - sae.mean).detach().numpy(), 1e-11)
+    assert_close(folded.encode(x), sae.encode(x).detach().numpy() * norms / scale, 1e-11)
+    assert folded.config.center == (input_norm == "token") and sae.config.center
+    if input_norm == "dataset":
+        state = {name: value.numpy() for name, value in folded.state_dict().items()}
+        f = np.maximum(x.numpy() @ state["W_enc"] + state["b_enc"], 0)
+        assert_close(f @ state["W_dec"] + state["b_dec"], sae(x).detach().numpy(), 1e-11)
+
+
+@both_norms
+@every_recipe
+def test_the_mean_is_saved_and_loaded_exactly(make_centred, tmp_path, recipe, input_norm):
+    sae, x = make_centred(recipe, input_norm).float(), inputs(6).float() + 9
+    save_sae(tmp_path / "sae.pt", sae, step=3)
+    loaded = load_sae(tmp_path / "sae.pt")
+    assert loaded.config == sae.config and torch.equal(loaded.mean, sae.mean)
+    assert torch.equal(loaded(x), sae(x)) and loaded.extra == {"step": 3}
+
+
+def test_a_file_from_before_there_was_a_mean_is_loaded(tmp_path):
+    sae, x = make("towards").float(), inputs(6).float()
+    save_sae(tmp_path / "sae.pt", sae)
+    checkpoint = torch.load(tmp_path / "sae.pt", weights_only=True)
+    del checkpoint["mean"], checkpoint["config"]["center"]
+    torch.save(checkpoint, tmp_path / "sae.pt")
+    assert torch.equal(load_sae(tmp_path / "sae.pt")(x), sae(x))
+
+
+@pytest.mark.parametrize("input_norm", ["dataset", "token", "none"])
+@every_recipe
+def test_the_start_with_center_is_that_of_rows_without_their_mean(recipe, input_norm):
+    """Scale, geometric median, and all but the mean, as if somebody had taken it off the rows by hand."""
+    x = 3 * inputs(400) ** 2
+    far = x + torch.tensor([500.0, -300.0, 0.0, 70.0, 10.0])
+    torch.manual_seed(0)
+    sae = SparseAutoencoder(SAEConfig(5, 11, recipe, input_norm, center=True)).double()
+    sae.fit_to(far)
+    torch.manual_seed(0)
+    by_hand = SparseAutoencoder(SAEConfig(5, 11, recipe, input_norm)).double()
+    by_hand.fit_to(far - far.mean(0))
+    assert_close(sae.mean, far.numpy().mean(axis=0), 1e-7)
+    assert sae.scale.item() == pytest.approx(by_hand.scale.item(), rel=1e-5)
+    assert_close(sae.b_dec, by_hand.b_dec.detach().numpy(), 1e-4)
+    f = by_hand.encode(far - far.mean(0)).detach().numpy()
+    assert_close(sae.encode(far), f, 1e-4)
+
+
+@both_norms
+@every_recipe
+def test_resampling_with_center_takes_directions_from_the_mean(make_centred, recipe, input_norm):
+    """And what equals the mean has none, as zeros have none without it."""
+    sae = make_centred(recipe, input_norm)
+    x = sae.mean.expand(50, 5).clone()
+    x[6] += torch.tensor([3.0, 0.0, -4.0, 0.0, 0.0])
+    assert sae.resample(mask(11, [2, 5]), x, adam(sae), 0.5) == 2
+    assert_close(sae.W_dec[[2, 5]], np.array([[0.6, 0.0, -0.8, 0.0, 0.0]] * 2), 1e-12)
+
+
+def test_the_share_of_the_mean_is_that_of_the_squared_norm():
+    x = inputs(500).numpy() + np.array([3.0, 0, 0, -2.0, 0])
+    expected = (x.mean(axis=0) ** 2).sum() / (x ** 2).sum(axis=1).mean()
+    for rows in (torch.from_numpy(x), 1e18 * torch.from_numpy(x).float(), 100 * torch.from_numpy(x).half()):
+        assert mean_share(rows) == pytest.approx(expected, rel=2e-3)
+    assert 0.6 < expected < 0.8 and mean_share(torch.full((30, 3), 0.1)) == pytest.approx(1)
 
 
 def test_variance_is_about_the_mean_however_large_that_is():

@@ -15,6 +15,7 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -27,6 +28,9 @@ import train_sae
 from conftest import SMALL_GPT, SMALL_SAE, TEXT, script
 from model import END_OF_TEXT, GPT, GPTConfig, UserError, load_gpt, save_json, save_jsonl
 from sae import ActivationStream, SAEConfig, SparseAutoencoder, load_sae
+
+
+train_save = train_sae.save  # a test puts another in its place
 
 
 # -----------------------------------------------------------------------------
@@ -539,6 +543,49 @@ def test_anybodys_own_activations_train_without_a_model(tmp_path, dtype):
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "out/sae/scaling/metrics.json").read_text())["tokens"] == 30
     assert script("analyze.py", "feature", "1", f"--out_dir={tmp_path / 'out'}").returncode == 2
+
+
+@pytest.mark.parametrize("recipe", ["scaling", "towards", "tied"])
+def test_with_center_an_offset_changes_nothing_and_without_it_is_said_to_do_harm(tmp_path, recipe):
+    """Activations 50 standard deviations away from 0, and the same ones about 0."""
+    rows = np.random.default_rng(0).exponential(1.0, (3000, 24)) - 1
+    np.save(tmp_path / "near.npy", rows.astype(np.float32))
+    np.save(tmp_path / "far.npy", (rows + 50).astype(np.float32))
+    flags = (f"--recipe={recipe}", f"--out_dir={tmp_path}", *SMALL_SAE, "--max_iters=200")
+    notes, explained = {}, {}
+    for name, own in (("near", ()), ("far", ()), ("far", ("--center",))):
+        done = script("train_sae.py", f"--acts={tmp_path}/{name}.npy", f"--name={name}", *flags, *own)
+        assert done.returncode == 0, done.stderr
+        notes[name, own], = re.findall("the mean holds .*", done.stdout)
+        explained[name, own] = float(re.search(r"rows: variance explained (\S+)", done.stdout).group(1))
+    near, far, centred = notes.values()
+    assert re.fullmatch(r"the mean holds 0\.\d% of the activations' squared norm", near)
+    assert far.startswith("the mean holds 100.0% of") and "--center" in far
+    assert centred.startswith("the mean holds 100.0% of") and centred.endswith("it is taken off")
+    near, far, centred = explained.values()
+    assert centred == pytest.approx(near, abs=0.02) and far < near - 0.2
+
+    assert script("analyze.py", f"--out_dir={tmp_path}", "--name=far").returncode == 0  # of the last one
+    metrics = json.loads((tmp_path / "sae/far/metrics.json").read_text())
+    assert metrics["variance_explained"] == pytest.approx(centred, abs=2e-3)
+    done = script("train_sae.py", f"--acts={tmp_path}/far.npy", "--name=far", *flags, "--resume")
+    assert done.returncode == 2 and "--center=False" in done.stderr
+
+
+@pytest.mark.parametrize("norm", ["dataset", "token"])
+def test_a_run_with_center_goes_on_as_if_it_had_not_stopped(tmp_path, norm):
+    np.save(tmp_path / "a.npy", (DRAWN + 30).astype(np.float32))
+    flags = (f"--acts={tmp_path}/a.npy", "--recipe=towards", "--center", f"--input_norm={norm}", f"--out_dir={tmp_path}")
+    flags = (*flags, *SMALL_SAE, "--resample=20,35", "--dead_steps=2")
+    assert script("train_sae.py", *flags, "--name=whole").returncode == 0
+    stop = mock.Mock(side_effect=[*[None] * 2, KeyboardInterrupt])
+    with mock.patch.object(train_sae, "save", lambda *args: (stop(), train_save(*args))):
+        script("train_sae.py", *flags, "--name=parts", "--save_interval=15")
+    assert script("train_sae.py", *flags, "--name=parts", "--save_interval=15", "--resume").returncode == 0
+    whole, parts = (load_sae(tmp_path / f"sae/{name}/sae.pt") for name in ("whole", "parts"))
+    assert torch.equal(whole.mean, parts.mean) and torch.equal(whole.scale, parts.scale)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(parts.state_dict()[name], value), name
 
 
 def judged_by_numpy(out, rows):
