@@ -449,13 +449,19 @@ def save(run, name, **numbers):
 
 def token_text(run, *tokens):
     """
-    Tokens as one printable line: ⏎ and ⇥ for white space, · for other control characters, �
-    for parts of a character.
+    Tokens as one printable line: ⏎ and ⇥ for white space, · for other control characters,
+    \\xe2 for a byte of a character that they hold in part.
     """
-    text = run.tokenizer.decode([int(token) for token in tokens])
+    raw = run.tokenizer.decode_bytes([int(token) for token in tokens])
+    text = raw.decode(errors="backslashreplace")
     text = text.replace("\n", "⏎").replace("\t", "⇥")
     # a terminal must not obey what a text holds: escape codes, marks that turn its direction
     return "".join(character if character.isprintable() else "·" for character in text)
+
+
+def quoted(run, *tokens):
+    """token_text in quotes."""
+    return repr(token_text(run, *tokens)).replace("\\\\", "\\")  # repr doubles backslashes
 
 
 def snippet(run, position, width):
@@ -569,7 +575,7 @@ def print_feature(run, i, acts, n_top=5, n_intervals=4, each=1, n_tokens=8, note
         previous = label
     raised, lowered, nearest = related(run, i, acts.max().item(), n_tokens)
     for label, pairs in (("raises", raised), ("lowers", lowered)):
-        texts = [f"{token_text(run, token)!r} {logit:+.1f}" for token, logit in pairs]
+        texts = [f"{quoted(run, token)} {logit:+.1f}" for token, logit in pairs]
         print(f"  {label:>8}  " + "  ".join(texts))
     texts = [f"{number} {cosine:+.2f}" for number, cosine in nearest]
     print(f"  {'neurons':>8}  " + "  ".join(texts))
@@ -645,7 +651,8 @@ def draw_training(run):
         for ax, name in zip(axes, ("variance_explained", "l0", "dead")):
             ax.plot(log["step"], log[name], color=BLUE)
             ax.set(xlabel="step", title=name.replace("_", " "))
-            ax.set_yscale("log" if name == "l0" else "linear")
+            logarithmic = name == "l0" and log[name].any()  # of zeros alone there is no log
+            ax.set_yscale("log" if logarithmic else "linear")
 
 
 def show_report(run, args):
@@ -848,7 +855,7 @@ def show_cause_of_prompt(run, args):
         target = probabilities.argmax(keepdim=True)
     found = effects(run, idx, last, target)
     print(
-        f"after {args.prompt!r}: {token_text(run, target)!r} "
+        f"after {args.prompt!r}: {quoted(run, target)} "
         f"with probability {probabilities[target].item():.3f}"
     )
     if len(found.row) == 0:
@@ -909,6 +916,9 @@ def show_steer(run, args):
     i = run.feature_number(args.feature)
     multiples = parse_multiples(args.value)
     acts = run.activations([i])[0]
+    # beyond that LayerNorm, which squares, leaves float32: it would make NaN, or 0 of everything
+    if max(map(abs, multiples)) * acts.max().item() > 1e15:
+        raise UserError(f"--value={args.value} is more than the model can hold: give less")
     print(title(run, i, acts))
     if not acts.any():
         return
@@ -928,7 +938,7 @@ def show_steer(run, args):
         ids = run.gpt.generate(start, 60, hook=hook, generator=generator)
         written = token_text(run, *ids[0, start.shape[1]:])
         name = "unsteered" if multiple is None else f"{multiple:+g} x max"
-        print(f"\n{name:>12}  {token_text(run, token)!r} has probability {probability:.4f}")
+        print(f"\n{name:>12}  {quoted(run, token)} has probability {probability:.4f}")
         print(f"{'':14}{written}")
     save(run, "steer", feature=i, token=token_text(run, token), clamped=clamped)
 
@@ -1031,6 +1041,11 @@ def show_neurons(run, args, n_sample=256):
     Do features differ from neurons (Templeton et al., "Features vs. Neurons": 82 % have a
     correlation of 0.3 or less with all of them), and are they more explainable?
     """
+    if len(run.contexts) < 2:
+        raise UserError(
+            f"neurons learns from one context of {run.T} tokens and judges on another: "
+            "raise --read_tokens, or hold out more text"
+        )
     mlp = run.neurons()
     alive, best, density = highest_correlations(run, unit_rows(mlp))
     share = float((best <= 0.3).mean())
@@ -1617,7 +1632,7 @@ def write_page(run, headline, rows, n_texts=8):
         "features": features,
         "texts": example_texts(run, n_texts),
     }
-    page = fill_page(data).encode()
+    page = fill_page(data).encode(errors="backslashreplace")  # a folder's name may be no UTF-8
     write_atomic(os.path.join(run.folder, "features.html"), lambda file: file.write(page))
 
 

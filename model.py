@@ -725,4 +725,5 @@ def check_finite(loss, module, step, optimizer, path):
         good = f"{path} is the last good checkpoint"
     rate = optimizer.param_groups[0]["lr"]
     raise UserError(f"the loss is {loss} or a weight infinite at step {step:,}, "
-                    f"learning rate {rate:.2g}: lower --learning_rate; {good}")
+                    f"learning rate {rate:.2g}: lower --learning_rate, or look at the data and "
+                    f"at what was changed in the loss; {good}")

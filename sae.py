@@ -68,7 +68,8 @@ class Recipe:
     norms_in_penalty: bool = False
 
     # The penalty is the sum of penalty(f_i w_i); None: of f_i w_i itself, the L1 norm of all
-    # three papers. Where f is 0 its slope must be finite: torch.sqrt will not do.
+    # three papers. Where f is 0 its slope must be finite: torch.sqrt will not do, and
+    # train_sae.py finds that out before the first step.
     penalty: Callable | None = None
 
     # Each row of W_dec is brought back to unit norm after every step (Cunningham et al.,
@@ -434,8 +435,12 @@ class SparseAutoencoder(nn.Module):
         some_alive = n_dead < self.config.n_features
         alive_norm = self.W_enc[:, ~dead].norm(dim=0).mean() if some_alive else 1.0
         self.W_dec[dead] = rows
-        self.b_enc[dead] = 0.0
-        if not self.config.tied:
+        if self.config.tied:
+            # the column is the row, which has no free length: the bias makes the newcomer just
+            # as quiet, at 0.2 ||x|| on its own input x and silent where little is like it
+            self.b_enc[dead] = -0.8 * inputs.norm(dim=1)
+        else:
+            self.b_enc[dead] = 0.0
             self.W_enc[:, dead] = 0.2 * alive_norm * rows.t()
         self.forget_moments(dead, optimizer)
         return n_dead
@@ -609,7 +614,7 @@ SHARD_ROWS = 2**17  # rows of activations that are made, shuffled and written at
 class ActivationStore:
     """
     Rows of one or more .npy files (float16, 32 or 64, all of one width) as an endless
-    shuffled stream.
+    shuffled stream. What has more than two dimensions is read as rows along the last.
 
     A row's place is a function of (seed, epoch): an epoch visits every row once, and
     batch(position, n) needs no state to go on from. Files are cut into slices of at most 128
@@ -656,9 +661,9 @@ class ActivationStore:
     def read(self, i, indices):
         """The rows `indices` of slice i, in memory."""
         path, start, stop = self.slices[i]
-        rows = np.load(path, mmap_mode="r", allow_pickle=False)[start:stop][indices]
-        if rows.dtype == np.float64:
-            rows = rows.astype(np.float32)
+        rows = open_npy(path)[start:stop][indices]
+        small = np.float32 if rows.itemsize == 8 else rows.dtype.newbyteorder("=")
+        rows = rows.astype(small, copy=False)  # of this machine's byte order, too
         if not np.isfinite(rows).all():
             raise UserError(
                 f"{path} holds NaN or infinity in rows {start:,} to {stop:,}: "
@@ -734,7 +739,10 @@ class ActivationStream(ActivationStore):
 
 
 def open_npy(path):
-    """Maps a file of floats (rows, width); UserError for anything else. Never unpickles."""
+    """
+    Maps a file of floats (..., width), of either byte order, as (rows, width); UserError for
+    anything else. Never unpickles.
+    """
     try:
         rows = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
@@ -744,10 +752,12 @@ def open_npy(path):
         raise UserError(f"{path} {reason} ({error})")
     found = "an archive"
     if isinstance(rows, np.ndarray):
-        floats = rows.dtype in (np.float16, np.float32, np.float64)
-        if floats and rows.ndim == 2 and rows.size > 0:
-            return rows
+        floats = rows.dtype.kind == "f" and rows.itemsize <= 8
+        if floats and rows.ndim >= 2 and rows.size > 0:
+            return rows.reshape(-1, rows.shape[-1])
         found = f"{rows.dtype} of shape {rows.shape}"
+        if rows.dtype == "V2":  # what numpy, which has no bfloat16, makes of it
+            found += " (bfloat16? save it as float32)"
     expected = "floats (float16, 32 or 64) of shape (rows, width)"
     raise UserError(f"{path} holds {found}: give {expected}")
 

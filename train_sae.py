@@ -87,7 +87,7 @@ def parse_args():
         help="norm of the decoder rows at the start, where the recipe leaves it free")
     add("--pre_bias", default="auto", choices=["auto", "yes", "no"],
         help="subtract b_dec from the activations before they are encoded; auto: as the "
-        "recipe has it; with tied weights there is no b_dec")
+        "recipe has it; not with tied weights, which have no b_dec")
     add("--l1_coeff", type=at_least(0, float), default=5.0,
         help="lambda, weight of the sparsity")
 
@@ -202,6 +202,9 @@ def own_stores(args):
     # files may have an order, so what is held out is one piece at the end, not a random part
     store = ActivationStore(paths, args.seed, (0, 0.95))
     val_store = ActivationStore(paths, args.seed, (0.95, 1))
+    shape = np.load(paths[0], mmap_mode="r").shape
+    if len(shape) > 2:
+        print(f"{paths[0]}: shape {shape} is read as rows of {store.width}, the last dimension")
     return store, val_store, source
 
 
@@ -352,10 +355,24 @@ def begin_training(path, source, store, args, device):
     )
     sae = SparseAutoencoder(config).to(device)
     sae.fit_to(sample)
+    try_out(sae, sample[:256].float(), args.l1_coeff)
     fused = device.type != "mps"  # one kernel for all weights; mps has none
     optimizer = torch.optim.Adam(sae.parameters(), betas=(0.9, 0.999), fused=fused)
     last_fired = torch.zeros(args.n_features, dtype=torch.long, device=device)
     return Training(path, source, sae, optimizer, last_fired, step=0, log=[])
+
+
+def try_out(sae, x, l1_coeff):
+    """UserError where the loss of x (N, d_in) or its slope is not finite before the first step."""
+    loss, _ = sae.loss(x, l1_coeff)
+    slopes = torch.autograd.grad(loss, list(sae.parameters()), allow_unused=True)
+    values = [loss, *(slope for slope in slopes if slope is not None)]
+    if not all(value.isfinite().all() for value in values):
+        raise UserError(
+            "the loss or its slope is not finite before the first step, so no learning rate will "
+            "do: look at the recipe's activation and penalty, whose slopes must be finite, at 0, "
+            "too, or at the size of the activations"
+        )
 
 
 def mean_note(share, center):
@@ -537,6 +554,9 @@ def main():
     if not re.fullmatch(r"\w[\w.-]*", args.name):
         rule = "use letters, digits, '.', '_' and '-'"
         raise UserError(f"--name={args.name} is no name for a folder: {rule}")
+    if args.pre_bias == "yes" and RECIPES[args.recipe].tied:
+        reason = "its weights are tied, so there is no b_dec to subtract"
+        raise UserError(f"--pre_bias=yes is not for --recipe={args.recipe}: {reason}")
     machine = setup(args)
     args.batch_size *= machine.ranks  # of all ranks together, here and in the checkpoint
     path = os.path.join(args.out_dir, "sae", args.name, "sae.pt")

@@ -421,7 +421,29 @@ def test_a_character_of_several_tokens_is_shown_whole(tmp_path):
     position = TOKENIZER.encode_ordinary("é 漢字 foo\n bar").index(TOKENIZER.encode_ordinary(" foo")[0])
     assert analyze.snippet(this, position, 40).strip().startswith("é 漢字« foo»⏎ baré 漢")
     assert analyze.token_text(this, *TOKENIZER.encode_ordinary("漢")) == "漢"
-    assert analyze.token_text(this, TOKENIZER.encode_ordinary("漢")[0]) == "�"
+    parts = TOKENIZER.encode_ordinary("漢")
+    assert [analyze.token_text(this, part) for part in parts] == ["\\xe6", "\\xbc", "\\xa2"]
+    assert analyze.snippet(this, 4, 40).strip().startswith("é \\xe6«\\xbc»\\xa2字 foo")
+
+
+def test_the_bytes_that_a_feature_raises_are_told_apart_in_the_terminal_and_on_the_page(tmp_path, capsys):
+    """A feature that raises the three tokens of a character and a backslash, each by another amount."""
+    this = lookup_run(tmp_path, "bar foo\n" * 60, fires({7: {" foo": 1.0}}))
+    raised = [*TOKENIZER.encode_ordinary("漢"), *TOKENIZER.encode_ordinary("\\")]
+    this.gpt.lm_head.weight.zero_()
+    space_foo, = TOKENIZER.encode_ordinary(" foo")
+    with torch.no_grad():
+        this.sae.W_dec[7] = torch.nn.functional.one_hot(torch.tensor(space_foo), V).float()
+        for place, token in enumerate(raised):
+            this.gpt.lm_head.weight[token, space_foo] = 9.0 - place
+    analyze.print_feature(this, 7, this.activations([7])[0], n_tokens=4)
+    line, = [line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("raises")]
+    assert re.findall(r"'(\S+)' \+", line) == ["\\xe6", "\\xbc", "\\xa2", "\\"]
+    analyze.write_page(this, "title", [])
+    page = (tmp_path / "sae/scaling/features.html").read_text(encoding="utf-8")
+    data = json.loads(page.split('id="data">')[1].split("</script>")[0])
+    shown = [data["vocabulary"][token] for token, _ in data["features"][7]["raised"][:4]]
+    assert shown == ["\\xe6", "\\xbc", "\\xa2", "\\"]
 
 
 # -----------------------------------------------------------------------------
@@ -654,6 +676,10 @@ def test_two_models_are_compared_by_activation_features_beside_neurons(out):
     (("steer", "--feature=ALIVE", "--value=much"), ["--value", "much"]),
     (("steer", "--feature=ALIVE", "--value=1,,2"), ["--value"]),
     (("steer", "--feature=ALIVE", "--value=nan"), ["--value", "nan"]),
+    (("steer", "--feature=ALIVE", "--value=0,1e30"), ["--value=0,1e30", "less"]),
+    (("steer", "--feature=ALIVE", "--value=-1e300"), ["--value=-1e300", "less"]),
+    (("steer", "--feature=ALIVE", "--value=1e20"), ["--value=1e20", "less"]),
+    (("neurons", "--read_tokens=1"), ["neurons", "--read_tokens"]),
     (("search",), ["search", "texts"]),
     (("search", ""), ["0 tokens"]),
     (("cause", "--prompt=" + "word " * 50), ["tokens", "1 to 32"]),

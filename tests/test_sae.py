@@ -455,8 +455,10 @@ def test_resampling_gives_dead_features_new_weights_and_leaves_the_others(recipe
     unit_inputs = x.numpy() / np.linalg.norm(x.numpy(), axis=1, keepdims=True)
     for i in dead:
         assert np.abs(unit_inputs - after["W_dec"][i]).max(axis=1).min() < 1e-14      # the row is some x / ||x||
-        assert after["b_enc"][i] == 0
-        if recipe != "tied":                        # tied has one matrix: its encoder column is the decoder row
+        if recipe == "tied":                        # one matrix: see the test of its newcomers below
+            assert after["b_enc"][i] < 0
+        else:
+            assert after["b_enc"][i] == 0
             alive_norm = np.linalg.norm(before["W_enc"][:, alive], axis=0).mean()
             np.testing.assert_allclose(after["W_enc"][:, i], 0.2 * alive_norm * after["W_dec"][i], rtol=1e-12)
 
@@ -539,7 +541,37 @@ def test_all_features_may_be_dead_and_outnumber_the_inputs(recipe, n_inputs):
     lengths = np.linalg.norm(encoder, axis=1, keepdims=True)
     assert (lengths > 0).all()
     np.testing.assert_allclose(encoder / lengths, sae.W_dec.detach().numpy(), rtol=1e-12)
-    assert not sae.b_enc.any()
+    assert (sae.b_enc < 0).all() if recipe == "tied" else not sae.b_enc.any()
+
+
+@pytest.mark.parametrize("input_norm", ["dataset", "token"])
+def test_with_tied_weights_the_bias_makes_a_newcomer_as_quiet_as_a_short_column_would(input_norm):
+    """On the input it was drawn at it starts at 0.2 ||x||, in scaled units, as an untied one of column norm 0.2 does."""
+    sae, x = make("tied", input_norm=input_norm), 3 * inputs(40)
+    dead = [0, 3, 4]
+    assert sae.resample(mask(11, dead), x, adam(sae), 0.5) == 3
+    own = np.sqrt(5) / np.linalg.norm(x.numpy(), axis=1, keepdims=True) if input_norm == "token" else 0.7
+    scaled = x.numpy() * own
+    norms = np.linalg.norm(scaled, axis=1)
+    f = sae.encode(x).detach().numpy()
+    for i in dead:
+        drawn = (scaled / norms[:, None] @ sae.W_dec[i].detach().numpy()).argmax()
+        assert f[drawn, i] == pytest.approx(0.2 * norms[drawn], rel=1e-5)
+
+
+def test_resampling_tied_weights_leaves_the_loss_about_where_it_was():
+    """With a bias of 0 each newcomer would fire on half of the inputs, at full strength: 50 times this loss."""
+    sae, x = SparseAutoencoder(SAEConfig(8, 200, "tied")), inputs(400, d_in=8).float()
+    sae.fit_to(x)
+    dead = torch.arange(200) >= 20
+    with torch.no_grad():
+        sae.b_enc[dead] = -100.0
+    before = sae.loss(x, 0.5)[0].item()
+    sae.resample(dead, x, torch.optim.Adam(sae.parameters()), 0.5)
+    assert sae.loss(x, 0.5)[0].item() < 2 * before
+    with torch.no_grad():
+        sae.b_enc[dead] = 0.0
+    assert sae.loss(x, 0.5)[0].item() > 50 * before
 
 
 @every_recipe
@@ -1103,9 +1135,10 @@ GOOD = np.ones((6, 3), dtype=np.float16)
 BAD_ARRAYS = {
     "integers": np.ones((6, 3), dtype=np.int64),
     "complex numbers": np.ones((6, 3), dtype=np.complex64),
-    "another byte order": np.ones((6, 3), dtype=np.dtype("f4").newbyteorder()),
+    "bfloat16": np.ones((6, 3), dtype="V2"),
     "one dimension": np.ones(6),
-    "three dimensions": np.ones((6, 3, 2)),
+    "three dimensions of another width": np.ones((6, 3, 2)),
+    "quadruple precision": np.ones((6, 3), dtype=np.longdouble),
     "no rows": np.ones((0, 3)),
     "another width": np.ones((6, 4)),
     "NaN": np.where(np.arange(18).reshape(6, 3) == 17, np.nan, 1.0),
@@ -1121,6 +1154,28 @@ def test_an_array_that_cannot_be_trained_on_is_refused_by_name(tmp_path, kind):
     for use in (lambda store: store.batch(0, 12), lambda store: store.sample(12, 0)):
         with pytest.raises(UserError, match=re.escape(str(bad))):
             use(ActivationStore([good, bad]))
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("kind", ["f2", "f4", "f8"])
+def test_either_byte_order_is_read(tmp_path, kind, order):
+    rows = np.arange(60).reshape(20, 3).astype(order + kind)
+    np.save(tmp_path / "a.npy", rows)
+    store = ActivationStore([tmp_path / "a.npy"])
+    for read_rows in (store.batch(0, 20), store.sample(20, 0)):
+        assert sorted(read_rows.tolist()) == rows.tolist()
+    assert store.sample(3, 0).dtype == {"f2": torch.float16, "f4": torch.float32, "f8": torch.float32}[kind]
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("shape", [(4, 5, 3), (2, 2, 5, 3), (20, 3)], ids=str)
+def test_what_has_more_dimensions_is_read_as_rows_along_the_last(tmp_path, monkeypatch, shape, order):
+    monkeypatch.setattr(ActivationStore, "SLICE_BYTES", 7 * 3 * 4 + 1)
+    rows = np.arange(60.0, dtype=np.float32).reshape(20, 3)
+    np.save(tmp_path / "a.npy", np.asarray(rows.reshape(shape), order=order))
+    store = ActivationStore([tmp_path / "a.npy"], part=(0.25, 1))
+    assert (store.rows, store.width) == (15, 3)
+    assert sorted(store.batch(0, 15).tolist()) == rows[5:].tolist()
 
 
 BAD_FILES = {

@@ -10,7 +10,10 @@ import os
 import pickle
 import re
 import shutil
+import subprocess
+import sys
 import threading
+import warnings
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -25,9 +28,9 @@ import analyze
 import sae as sae_module
 import train_gpt
 import train_sae
-from conftest import SMALL_GPT, SMALL_SAE, TEXT, script
+from conftest import ROOT, SMALL_GPT, SMALL_SAE, TEXT, script
 from model import END_OF_TEXT, GPT, GPTConfig, UserError, load_gpt, save_json, save_jsonl
-from sae import ActivationStream, SAEConfig, SparseAutoencoder, load_sae
+from sae import ActivationStream, SAEConfig, SparseAutoencoder, load_sae, save_sae
 
 
 train_save = train_sae.save  # a test puts another in its place
@@ -596,6 +599,66 @@ def judged_by_numpy(out, rows):
     return 1 - ((x - x_hat) ** 2).sum() / ((x - x.mean(0)) ** 2).sum()
 
 
+def test_activations_of_three_dimensions_are_flattened_and_the_script_says_so(tmp_path):
+    cube = DRAWN.reshape(30, 20, 24).astype(">f4")
+    np.save(tmp_path / "a.npy", cube)
+    done = script("train_sae.py", f"--acts={tmp_path}/a.npy", f"--out_dir={tmp_path / 'cube'}", *SMALL_SAE)
+    assert done.returncode == 0 and "a.npy: shape (30, 20, 24) is read as rows of 24" in done.stdout, done.stderr
+    np.save(tmp_path / "a.npy", DRAWN.astype(np.float32))
+    done = script("train_sae.py", f"--acts={tmp_path}/a.npy", f"--out_dir={tmp_path / 'flat'}", *SMALL_SAE)
+    assert "is read as" not in done.stdout
+    cube, flat = (load_sae(tmp_path / name / "sae/scaling/sae.pt").state_dict() for name in ("cube", "flat"))
+    assert all(torch.equal(cube[name], flat[name]) for name in flat)
+    assert script("analyze.py", f"--out_dir={tmp_path / 'cube'}").returncode == 0
+
+
+SLOPES = {
+    "penalty": dict(penalty=torch.sqrt, norms_in_penalty=True),
+    "activation": dict(activation=lambda z: torch.where(z > 0, z.sqrt(), 0 * z)),
+    "loss": dict(penalty=lambda f: f / 0.0),
+}
+
+
+@pytest.mark.parametrize("kind", SLOPES)
+def test_a_slope_that_is_not_finite_is_found_before_the_first_step(tmp_path, monkeypatch, kind):
+    monkeypatch.setitem(sae_module.RECIPES, "other", sae_module.Recipe("nobody", **SLOPES[kind]))
+    np.save(tmp_path / "a.npy", DRAWN.astype(np.float32))
+    flags = (f"--acts={tmp_path}/a.npy", f"--out_dir={tmp_path}", *SMALL_SAE)
+    done = script("train_sae.py", "--recipe=other", *flags)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "before the first step" in done.stderr and "penalty" in done.stderr and "activation" in done.stderr
+    assert not (tmp_path / "sae").exists()
+
+
+def test_the_report_of_an_autoencoder_that_is_all_dead_warns_of_nothing(tmp_path):
+    np.save(tmp_path / "a.npy", DRAWN.astype(np.float32))
+    flags = (f"--acts={tmp_path}/a.npy", f"--out_dir={tmp_path}", *SMALL_SAE)
+    assert script("train_sae.py", *flags).returncode == 0
+    folder = tmp_path / "sae/scaling"
+    sae = load_sae(folder / "sae.pt")
+    torch.nn.init.constant_(sae.b_enc, -1e6)
+    save_sae(folder / "sae.pt", sae, **sae.extra)
+    save_jsonl(folder / "log.jsonl", [line | {"l0": 0.0} for line in sae.extra["log"]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        done = script("analyze.py", f"--out_dir={tmp_path}")
+    assert done.returncode == 0 and done.stderr == "" and "100.00%   96 of 96" in done.stdout
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names are Unicode there")
+def test_a_folder_whose_name_is_no_utf8_gets_its_page(trained, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(trained, out)
+    strange = out / "sae" / os.fsdecode(b"caf\xe9")
+    (out / "sae/scaling").rename(strange)
+    command = [sys.executable, os.path.join(ROOT, "analyze.py"), "--show=1", f"--name={strange}"]
+    done = subprocess.run(command, capture_output=True, env=os.environ | {"LC_ALL": "C", "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0 and done.stderr == b"", done.stderr
+    page = (strange / "features.html").read_text(encoding="utf-8")
+    data = json.loads(page.split('id="data">')[1].split("</script>")[0])
+    assert data["title"].startswith("caf\udce9 · scaling")
+
+
 def no_json(name):
     raise AssertionError(f"{name} is no JSON")
 
@@ -855,6 +918,13 @@ def spoil(case, out, folder):
         return ("train_sae.py", flag, *SMALL_SAE, "--decoder_norm=0"), ["--decoder_norm", "0"]
     if case == "resampling steps":
         return ("train_sae.py", flag, *SMALL_SAE, "--resample=often"), ["--resample", "often"]
+    if case == "a bias that tied weights lack":
+        return ("train_sae.py", flag, *SMALL_SAE, "--recipe=tied", "--pre_bias=yes"), ["--pre_bias", "tied"]
+    if case == "bfloat16":
+        write_npy(folder, a=np.ones((300, 8), "V2"))
+        return acts, ["a.npy", "bfloat16? save it as float32"]
+    if case == "one context for two":
+        return ("analyze.py", "neurons", flag, "--read_tokens=1"), ["neurons", "--read_tokens"]
     if case == "truncated .npy":
         write_npy(folder, a=floats)
         (folder / "a.npy").write_bytes((folder / "a.npy").read_bytes()[:-50])
@@ -936,6 +1006,9 @@ def spoil(case, out, folder):
         "negative seed",
         "decoder of norm 0",
         "resampling steps",
+        "a bias that tied weights lack",
+        "bfloat16",
+        "one context for two",
     ],
 )
 def test_a_mistake_is_one_line_and_harms_nothing(trained, tmp_path, case, monkeypatch):
