@@ -1277,7 +1277,7 @@ def read_curve(args, name):
     compute = 12.0 * config.d_in * config.n_features * log["rows"]
     loss = log["mse"] + l1_coeff * log["l1"]
     data = (source.get("gpt"), source["site"], config.d_in)
-    settings = (*data, config.recipe, config.input_norm, l1_coeff)
+    settings = (*data, config.recipe, config.input_norm, config.center, l1_coeff)
     rate = flags["learning_rate"]
     return Curve(name, config.d_in, config.n_features, rate, compute, loss, settings)
 

@@ -406,6 +406,33 @@ def test_the_frontier_has_the_lowest_loss_among_the_runs_that_were_at_a_budget()
 # -----------------------------------------------------------------------------
 # what is read, and how it is shown
 
+@pytest.mark.parametrize("input_norm", ["dataset", "token"])
+def test_with_center_analyses_clamp_ablate_and_measure_x_less_the_mean(tmp_path, input_norm):
+    this, sae = random_run(tmp_path, "resid.0", "scaling", input_norm)
+    sae.config.center = True
+    sae.mean.copy_(torch.linspace(-20, 30, 8))
+    save_sae(tmp_path / "sae/scaling/sae.pt", sae, **load_sae(tmp_path / "sae/scaling/sae.pt").extra)
+    this = load(tmp_path)
+    x = torch.randn(2, 5, 8) + sae.mean
+    f, directions, unit = by_hand(sae, (x - sae.mean).double().numpy())
+    np.testing.assert_allclose(this.sae.encode(x), f, rtol=1e-3, atol=1e-4)
+    x_hat = f @ directions * unit + sae.b_dec.detach().numpy() * unit / (3 if input_norm == "dataset" else 1)
+    np.testing.assert_allclose(this.sae(x) - sae.mean, x_hat, rtol=1e-3, atol=1e-4)
+    for i in range(5):
+        expected = x.numpy() + (2.5 - f[..., [i]]) * directions[i] * unit
+        np.testing.assert_allclose(analyze.clamp(this, [i], 2.5)("resid.0", x), expected, rtol=1e-3, atol=1e-4)
+    metrics, _ = analyze.measure(this)
+    x = torch.cat([activations_at_float(this.gpt, batch) for batch in this.held_out.split(8)])
+    error = (sae(x) - x).detach().double().square().sum()
+    variance = (x.double() - x.double().mean(0)).square().sum()
+    assert metrics["variance_explained"] == pytest.approx(1 - (error / variance).item(), rel=1e-4)
+
+
+def activations_at_float(gpt, contexts):
+    """Of resid.0, as rows (b T, n)."""
+    return gpt.activations(contexts[:, :-1], "resid.0").flatten(0, 1)
+
+
 @pytest.mark.parametrize("n_tokens, expected", [(10**6, range(25)), (8 * 5, [0, 5, 10, 15, 20]), (8 * 2, [0, 12]), (1, [0])])
 def test_contexts_come_from_all_of_the_held_out_text(tmp_path, n_tokens, expected):
     random_run(tmp_path, tokens=range(207))  # 25 contexts of 8 tokens and one more that is a target only
@@ -504,15 +531,18 @@ def trained_sae(out, *flags):
 def out(trained, tmp_path_factory):
     """
     `trained` with a smaller autoencoder and, made from the first, one whose features are in another order, one that
-    says of itself another lambda, one of somebody's own activations; beside it `twin`, trained from another seed.
+    says of itself another lambda, one that says --center, one of somebody's own activations; beside it `twin`, trained from another seed.
     """
     out = tmp_path_factory.mktemp("runs") / "out"
     shutil.copytree(trained, out)
     trained_sae(out, "--name=small", "--n_features=48")
     sae = load_sae(out / "sae/scaling/sae.pt")
-    for name in ("shuffled", "lambda1", "own", "brief"):
+    for name in ("shuffled", "lambda1", "own", "brief", "centred"):
         shutil.copytree(out / "sae/scaling", out / f"sae/{name}")
     save_sae(out / "sae/lambda1/sae.pt", sae, **sae.extra | {"args": sae.extra["args"] | {"l1_coeff": 1.0}})
+    sae.config.center = True
+    save_sae(out / "sae/centred/sae.pt", sae, **sae.extra)
+    sae.config.center = False
     save_sae(out / "sae/own/sae.pt", sae, **sae.extra | {"source": {"site": "own", "acts": []}})
     order = torch.randperm(96, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -689,6 +719,7 @@ def test_two_models_are_compared_by_activation_features_beside_neurons(out):
     (("complete", "--words=missing.txt"), ["missing.txt"]),
     (("scaling", "--names=scaling,nobody"), ["nobody", "train_sae.py"]),
     (("scaling", "--names=scaling,lambda1"), ["lambda", "--names"]),
+    (("scaling", "--names=scaling,centred"), ["normalisation", "--names"]),
     (("complete", "small", "scaling"), ["complete", "flags", "small"]),
     (("compare",), ["compare", "two"]),
     (("compare", "small"), ["compare", "two"]),
