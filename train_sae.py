@@ -40,7 +40,7 @@ RESAMPLING = 6
 # Where the mean holds more of the squared norm than this, --center is recommended: features that
 # point against the mean never fire (arXiv 2605.31518). Of `scaling` on toy data moved away from 0,
 # 1 % of the features died at a share of 0.2, 6 % at 0.5, 26 % at 0.8 and 89 % at 0.96, none with
-# --center. Sites of train_gpt.py's models have shares of 0.06 to 0.23.
+# --center. Sites of train_gpt.py's models have shares of 0.06 to 0.33.
 LARGE_MEAN = 0.5
 
 # -----------------------------------------------------------------------------
