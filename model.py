@@ -673,7 +673,9 @@ def resumable(path, args, device):
         if flag == "max_iters":
             refused = more_steps < 0
         else:
-            refused = value != saved_value and flag not in FREE_FLAGS
+            # a flag that a later version brought, and that is off, changes nothing
+            newer = flag not in saved_args and not value
+            refused = value != saved_value and flag not in FREE_FLAGS and not newer
         if refused:
             raise UserError(
                 f"--{flag}={value}, but {path} was trained with {saved_value}: {ANEW}")

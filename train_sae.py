@@ -202,7 +202,7 @@ def own_stores(args):
     # files may have an order, so what is held out is one piece at the end, not a random part
     store = ActivationStore(paths, args.seed, (0, 0.95))
     val_store = ActivationStore(paths, args.seed, (0.95, 1))
-    shape = np.load(paths[0], mmap_mode="r").shape
+    shape = np.load(paths[0], mmap_mode="r").shape  # the first file's: the others will be alike
     if len(shape) > 2:
         print(f"{paths[0]}: shape {shape} is read as rows of {store.width}, the last dimension")
     return store, val_store, source
@@ -364,6 +364,7 @@ def begin_training(path, source, store, args, device):
 
 def try_out(sae, x, l1_coeff):
     """UserError where the loss of x (N, d_in) or its slope is not finite before the first step."""
+    # with the full lambda, which may be 0 in the first step and hide what is wrong
     loss, _ = sae.loss(x, l1_coeff)
     slopes = torch.autograd.grad(loss, list(sae.parameters()), allow_unused=True)
     values = [loss, *(slope for slope in slopes if slope is not None)]
@@ -398,7 +399,7 @@ def restore(training, checkpoint):
     with reading(training.path, ANEW):
         training.sae.load_state_dict(checkpoint["weights"])
         training.sae.scale.fill_(checkpoint["scale"])
-        training.sae.mean.copy_(checkpoint["mean"])
+        training.sae.mean.copy_(checkpoint.get("mean", training.sae.mean))  # older: none
         training.optimizer.load_state_dict(checkpoint["optimizer"])
         training.last_fired = checkpoint["last_fired"]
         training.step = checkpoint["step"]

@@ -591,6 +591,20 @@ def test_a_run_with_center_goes_on_as_if_it_had_not_stopped(tmp_path, norm):
         assert torch.equal(parts.state_dict()[name], value), name
 
 
+def test_a_checkpoint_from_before_center_goes_on_without_it_alone(trained, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(trained, out)
+    path = out / "sae/scaling/sae.pt"
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["mean"], checkpoint["config"]["center"], checkpoint["args"]["center"]
+    torch.save(checkpoint, path)
+    flags = (f"--out_dir={out}", *SMALL_SAE, "--max_iters=70", "--resume")
+    done = script("train_sae.py", *flags, "--center")
+    assert done.returncode == 2 and "--center=True" in done.stderr
+    done = script("train_sae.py", *flags)
+    assert done.returncode == 0 and "going on from" in done.stdout and load_sae(path).extra["step"] == 70
+
+
 def judged_by_numpy(out, rows):
     """Variance explained of rows (N, n) by the autoencoder in an out_dir, its x_hat taken, all else in float64."""
     x = torch.from_numpy(rows.astype(np.float32))
