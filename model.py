@@ -246,13 +246,18 @@ def load_gpt(out_dir, device="cpu"):
 # GPT-2's way to cut text into words, in the syntax that Python's `re` and tiktoken's Rust
 # engine share. A word is the first of these that fits:
 #   '(?:[sdmt]|ll|ve|re)    the end of a contraction, "'s" or "'ll"
-#    ?[^\W\d_]+             letters, with the space before them
-#    ?\d+                   digits, with the space before them
-#    ?(?:[^\s\w]|_)+        anything else that shows, with the space before it
-#   \s{1,256}(?!\S)|\s+     white space; if a word follows, the last blank is left to it
-# (256 bounds the engine's backtracking: a megabyte of blanks would overflow its stack.)
+#    ?[^\W\d_]{1,128}        letters, with the space before them
+#    ?\d{1,128}              digits, with the space before them
+#    ?(?:[^\s\w]|_){1,128}   anything else that shows, with the space before it
+#   \s{1,256}(?!\S)|\s       white space; if a word follows, the last blank is left to it
 # Merges never cross a cut: " self", "self" and "_" may become tokens, "self._" may not.
-PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?[^\W\d_]+| ?\d+| ?(?:[^\s\w]|_)+|\s{1,256}(?!\S)|\s+"
+# The bounds are far beyond the words of any language. They are for texts that never stop, DNA
+# or a line of ten million dashes: the engines would overflow their stacks or take quadratic
+# time. (128, since a Rust engine refuses 256 letters: too many states.)
+LETTERS = r" ?[^\W\d_]{1,128}"
+DIGITS = r" ?\d{1,128}"
+SYMBOLS = r" ?(?:[^\s\w]|_){1,128}"
+PATTERN = rf"'(?:[sdmt]|ll|ve|re)|{LETTERS}|{DIGITS}|{SYMBOLS}|\s{{1,256}}(?!\S)|\s"
 END_OF_TEXT = "<|endoftext|>"
 
 

@@ -21,7 +21,7 @@ import re
 import socket
 import sysconfig
 import urllib.request
-from collections import Counter, defaultdict
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -247,61 +247,123 @@ def documents(paths, label, skipped):
 # The text is first cut into words (PATTERN in model.py), and pairs are counted within a word,
 # never across. To count all pairs anew for every merge would be slow. Three things spare that:
 # - a word that occurs a thousand times is kept once, with its frequency
-# - a merge recounts only the words that hold the pair
+# - every pair comes with the places where it stands, so that a merge touches these places and
+#   their neighbours alone, however many words there are and however long they are
 # - a heap has the most frequent pair on top, so that no merge has to search for it
+#
+# A pair is written as one number, left * 65536 + right: numpy sorts these, and a smaller
+# number is a smaller pair.
+
+NO_TOKEN = 255  # the byte 0xff, which no UTF-8 text holds: it stands between two words
+
+
+class WordChain:
+    """
+    All distinct words in one array of tokens, with NO_TOKEN around each. A merge leaves its
+    token in the left one's place and NO_TOKEN in the right one's. Such holes are not closed,
+    which would move all that follows: `after` and `before` lead from token to token past them.
+    """
+
+    def __init__(self, words, frequencies):
+        row = b"\xff" + b"".join(word + b"\xff" for word in words)
+        self.tokens = np.frombuffer(row, np.uint8).astype(np.uint16)  # a byte's rank is its value
+        places = np.arange(len(row), dtype=np.int32)
+        self.after = places + 1   # place of the next token, or of the word's end
+        self.before = places - 1  # place of the last token, or of the word's beginning
+        lengths = [len(word) + 1 for word in words]
+        # how often a place occurs in the text: as often as its word
+        self.frequency = np.repeat(np.array([0, *frequencies], np.uint32), [1, *lengths])
+
+    def pairs_at(self, places):
+        """The pairs that start at these places."""
+        left = self.tokens[places].astype(np.uint32)
+        right = self.tokens[self.after[places]]
+        return left * 65536 + right  # (len(places),)
+
+    def count(self, places):
+        """How often all these places together occur in the text."""
+        return int(self.frequency[places].sum())
+
+    def grouped(self, places):
+        """Yields each pair that starts at some of these places, and those where it does."""
+        ends_a_word = self.tokens[self.after[places]] == NO_TOKEN
+        places = places[~ends_a_word & (self.tokens[places] != NO_TOKEN)]
+        pairs = self.pairs_at(places)
+        order = np.argsort(pairs, kind="stable").astype(np.int32)  # equal ones side by side
+        pairs = pairs[order]
+        places = places[order]
+        begins = np.ones(len(pairs), dtype=bool)
+        begins[1:] = pairs[1:] != pairs[:-1]
+        first = np.flatnonzero(begins)
+        end = np.append(first[1:], len(pairs))
+        for pair, i, j in zip(pairs[first].tolist(), first.tolist(), end.tolist()):
+            yield pair, places[i:j]
+
+    def merge(self, places, merged):
+        """
+        Puts `merged` in place of the pair that starts at these places, which are sorted.
+        Returns where pairs start that are new: the same places and the tokens before them.
+        """
+        pair = self.pairs_at(places[:1])
+        if pair // 65536 == pair % 65536:
+            places = self.not_overlapping(places)
+        right = self.after[places]
+        self.tokens[places] = merged
+        self.tokens[right] = NO_TOKEN
+        self.after[places] = self.after[right]
+        self.before[self.after[right]] = places
+        return np.union1d(self.before[places], places)
+
+    def not_overlapping(self, places):
+        """Of "aaaa", "aa" starts at three places: the first and third of each such row."""
+        number = np.arange(len(places))
+        starts_a_row = np.ones(len(places), dtype=bool)
+        starts_a_row[1:] = self.after[places[:-1]] != places[1:]
+        row_start = np.maximum.accumulate(number * starts_a_row)
+        return places[(number - row_start) % 2 == 0]
+
 
 def count_words(texts):
     """
-    Cuts an iterable of str into words. Returns the distinct ones, each as a list of its
-    bytes, and in a second list how often each occurs.
+    Cuts an iterable of str into words. Returns the distinct ones as bytes, and in a second
+    list how often each occurs.
     """
     frequencies = Counter()
     for text in texts:
         frequencies.update(re.findall(PATTERN, text))
-    words = [list(word.encode()) for word in frequencies]  # a byte's rank is its value
+    words = [word.encode() for word in frequencies]
     return words, list(frequencies.values())
 
 
-def count_pairs(words, frequencies):
+def add_pairs(heap, places_of, chain, places):
     """
-    Counts the pairs of adjacent tokens. Returns {pair: how often it occurs} and
-    {pair: set of the words, by number, that hold it}.
+    Counts the pairs that start at these places. Each goes to the heap, as (-count, pair):
+    the smallest is on top of a heap, hence the minus. Its places go to places_of[pair].
     """
-    pair_counts = Counter()
-    words_with = defaultdict(set)
-    for i, word in enumerate(words):
-        for pair in zip(word, word[1:]):
-            pair_counts[pair] += frequencies[i]
-            words_with[pair].add(i)
-    return pair_counts, words_with
+    for pair, starts in chain.grouped(places):
+        count = chain.count(starts)
+        if count > 1:  # what occurs once is not worth a token
+            places_of[pair] = starts
+            heapq.heappush(heap, (-count, pair))
 
 
-def most_frequent(heap, pair_counts):
+def most_frequent(heap, places_of, chain):
     """
-    Takes the most frequent pair off a heap of (-count, pair), of equally frequent ones the
-    smaller pair of ranks: the same on any machine. None when no pair occurs twice.
+    Takes the most frequent pair off the heap, of equally frequent ones the smaller: the same
+    on any machine. Returns it and its places. None and None when no pair occurs twice.
     """
     while heap:
         negative_count, pair = heapq.heappop(heap)
-        count = pair_counts[pair]
-        if count != -negative_count:
-            continue  # out of date: the pair was pushed again when its count changed
-        if count < 2:
-            return None  # what occurs once is not worth a token
-        return pair
-    return None
-
-
-def merge_in_word(word, pair, merged):
-    """The word, a list of ranks, with `merged` in place of every such pair."""
-    left, right = pair
-    new_word = []
-    for token in word:  # from the left: of "aaa", the first two are a pair
-        if token == right and new_word and new_word[-1] == left:
-            new_word[-1] = merged
-        else:
-            new_word.append(token)
-    return new_word
+        # merges around it have taken some of its places, and given it none
+        places = places_of.pop(pair, np.empty(0, dtype=np.int32))
+        places = places[chain.pairs_at(places) == pair]
+        count = chain.count(places)
+        if count == -negative_count:
+            return pair, places
+        if count > 1:  # fewer than when it was pushed: there may be a more frequent one
+            places_of[pair] = places
+            heapq.heappush(heap, (-count, pair))
+    return None, None
 
 
 def learn_bpe(texts, vocab_size):
@@ -310,45 +372,37 @@ def learn_bpe(texts, vocab_size):
     vocab_size - 1 tokens, since END_OF_TEXT will be the last, or fewer where no pair occurs
     twice any more.
     """
-    words, frequencies = count_words(texts)
-    pair_counts, words_with = count_pairs(words, frequencies)
-    # the smallest is on top of a heap: hence the minus
-    heap = [(-count, pair) for pair, count in pair_counts.items()]
-    heapq.heapify(heap)
+    chain = WordChain(*count_words(texts))
+    heap = []
+    places_of = {}  # {pair: the places where it starts, sorted}
+    add_pairs(heap, places_of, chain, np.arange(len(chain.tokens) - 1, dtype=np.int32))
 
     tokens = [bytes([byte]) for byte in range(256)]  # a token's bytes, by its rank
     ranks = {token: rank for rank, token in enumerate(tokens)}
     progress = Progress("merging", vocab_size, "tokens", 256)
     while len(tokens) < vocab_size - 1:
         # 1. take the most frequent pair
-        pair = most_frequent(heap, pair_counts)
+        pair, places = most_frequent(heap, places_of, chain)
         if pair is None:
             break
 
         # 2. make it a token, unless two other halves have given the same bytes before
-        merged = tokens[pair[0]] + tokens[pair[1]]
-        if merged not in ranks:
+        left, right = divmod(pair, 65536)
+        merged = tokens[left] + tokens[right]
+        is_new = merged not in ranks
+        if is_new:
             ranks[merged] = len(tokens)
             tokens.append(merged)
 
-        # 3. merge it in every word that holds it; a word's old pairs go, its new ones come
-        # (words_with also names words that held it once: they come out as they were)
-        changed = set()
-        for i in words_with.pop(pair):
-            old_word = words[i]
-            new_word = merge_in_word(old_word, pair, ranks[merged])
-            for old_pair in zip(old_word, old_word[1:]):
-                pair_counts[old_pair] -= frequencies[i]
-                changed.add(old_pair)
-            for new_pair in zip(new_word, new_word[1:]):
-                pair_counts[new_pair] += frequencies[i]
-                words_with[new_pair].add(i)
-                changed.add(new_pair)
-            words[i] = new_word
+        # 3. merge it wherever it stands
+        starts = chain.merge(places, ranks[merged])
 
-        # 4. push the new counts; the old ones stay in the heap until they are on top
-        for changed_pair in changed:
-            heapq.heappush(heap, (-pair_counts[changed_pair], changed_pair))
+        # 4. push the pairs that have come of it; those that lost places are counted again
+        # when they are on top
+        if not is_new:  # rare: its pairs of before have won places, so they are all looked up
+            old = np.flatnonzero(chain.tokens == ranks[merged]).astype(np.int32)
+            starts = np.union1d(chain.before[old], old)
+        add_pairs(heap, places_of, chain, starts)
         progress.show(len(tokens))
     return ranks
 

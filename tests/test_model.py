@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 import shutil
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from model import (
     END_OF_TEXT,
     GPT,
+    PATTERN,
     GPTConfig,
     UserError,
     bpe_tokenizer,
@@ -20,7 +22,7 @@ from model import (
     save_tokenizer,
 )
 from sae import load_sae
-from train_gpt import learn_bpe
+from train_gpt import WordChain, learn_bpe
 
 
 def small_gpt(n_layer=2, seed=0):
@@ -129,10 +131,6 @@ def test_impossible_sizes_are_refused(wrong):
 
 def slow_bpe(text, n_merges):
     """Byte-pair encoding with no clever part: count all pairs anew for every merge. Cuts words as the fast one does."""
-    import re
-
-    from model import PATTERN
-
     words = [[bytes([b]) for b in word.encode()] for word in re.findall(PATTERN, text)]
     ranks = {bytes([i]): i for i in range(256)}
     for _ in range(n_merges):
@@ -158,6 +156,34 @@ def test_the_merges_are_those_of_a_slow_byte_pair_encoding():
     assert learn_bpe([TEXT], 256 + 40 + 1) == slow_bpe(TEXT, 40)
 
 
+@pytest.mark.parametrize("letters", ["ab", "aaab", "ACGT", "abcdefghijklmnopqrstuvwxyz", "漢字文", "^", "0123456789", "-="])
+def test_the_merges_of_words_that_never_end_are_those_of_a_slow_encoding_too(letters):
+    text = "".join(random.Random(0).choices(letters, k=1500))
+    slow = slow_bpe(text, 50 if len(letters) > 1 else 7)
+    assert learn_bpe([text], len(slow) + 1) == slow
+
+
+def test_a_merge_touches_the_places_of_its_pair_and_no_others(monkeypatch):
+    touched = []
+    pairs_at = WordChain.pairs_at
+    monkeypatch.setattr(WordChain, "pairs_at", lambda self, at: touched.append(len(at)) or pairs_at(self, at))
+    text = "".join(random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=100_000))
+    assert len(learn_bpe([text], 1000)) == 999
+    assert sum(touched) < 15 * len(text)  # 743 merges; the words that hold the pair have 40 million letters
+
+
+@pytest.mark.parametrize("character", ["a", "é", "漢", "😀", "7", "٣", "-", "_", " ", "\n"])
+def test_pieces_are_bounded_and_the_same_in_both_engines(character):
+    doubled = [character.encode() * 2**k for k in range(10)]  # tokens that would cross a cut if there were none
+    tokens = dict.fromkeys([bytes([b]) for b in range(256)] + [doubled[0][:2], doubled[0][:3]] + doubled)
+    tokenizer = bpe_tokenizer({token: rank for rank, token in enumerate(tokens)})
+    for n in (1, 2, 127, 128, 129, 255, 256, 257, 1000):
+        for text in (character * n, " " + character * n, character * n + "x", "x" + character * n + "'s y"):
+            pieces = re.findall(PATTERN, text)
+            assert "".join(pieces) == text and max(map(len, pieces)) <= (256 if character.isspace() else 129)
+            assert tokenizer.encode_ordinary(text) == sum(map(tokenizer.encode_ordinary, pieces), [])
+
+
 def test_learning_from_one_text_or_from_its_documents_gives_the_same_tokens():
     assert learn_bpe([TEXT + "\n", TEXT], 300) == learn_bpe([TEXT + "\n" + TEXT], 300)
 
@@ -176,7 +202,7 @@ def test_every_string_survives_the_tokenizer():
         END_OF_TEXT,
         "_a__b_1",
         " " * 100_000 + "x",
-        "a" * 100_000,
+        *[character * 100_000 for character in "a漢7^_"],
         "\n" * 1000,
         "".join(chr(rng.choice([rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)])) for _ in range(5000)),
     ]
