@@ -180,27 +180,51 @@ def source_files(dataset, out_dir):
     return paths
 
 
+def read_lines(text):
+    """
+    Yields the lines of a binary file. One of more than 1 MB comes in blocks of 1 MB, cut
+    between two characters of UTF-8: it may be larger than the memory.
+    """
+    while block := text.readline(2**20):
+        for _ in range(3):  # a character's first byte is followed by three at most
+            following = text.peek(1)[:1]
+            if block.endswith(b"\n") or not b"\x80" <= following < b"\xc0":
+                break
+            block += text.read(1)
+        yield block
+
+
+def plain_documents(text):
+    """
+    Yields the documents of a binary file of plain text, as bytes. A document ends at a line
+    END_OF_TEXT, or where it has grown to 4 MB: a large file is never in memory as a whole.
+    """
+    lines = []
+    size = 0  # bytes in lines
+    starts_a_line = True
+    for line in read_lines(text):
+        # a file from Windows ends its lines with both
+        is_separator = starts_a_line and line.rstrip(b"\r\n") == END_OF_TEXT.encode()
+        if is_separator or size > 2**22:
+            yield b"".join(lines)
+            lines = []
+            size = 0
+        if not is_separator:
+            lines.append(line)
+            size += len(line)
+        starts_a_line = line.endswith(b"\n")
+    yield b"".join(lines)  # what follows the last separator
+
+
 def read_documents(path):
     """
     Yields the documents of one file as bytes, each with the number of bytes of the file
-    that have been read, compressed ones if it is compressed. A document ends at a line
-    END_OF_TEXT, or where it has grown to 4 MB: a large file is never in memory as a whole.
+    that have been read, compressed ones if it is compressed.
     """
     opener = OPENERS.get(path.suffix, nullcontext)  # nullcontext gives the file itself
-    lines = []
-    size = 0  # bytes in lines
     with open(path, "rb") as file, opener(file) as text:
-        for line in text:
-            # a file from Windows ends its lines with both
-            is_separator = line.rstrip(b"\r\n") == END_OF_TEXT.encode()
-            if is_separator or size > 2**22:
-                yield b"".join(lines), file.tell()
-                lines = []
-                size = 0
-            if not is_separator:
-                lines.append(line)
-                size += len(line)
-        yield b"".join(lines), file.tell()  # what follows the last separator
+        for document in plain_documents(text):
+            yield document, file.tell()
 
 
 def decoded(document):

@@ -77,6 +77,27 @@ def test_long_documents_are_cut_at_the_end_of_a_line(tmp_path):
     assert all(part.endswith(b"\n") for part in parts)
 
 
+@pytest.mark.parametrize("suffix", ["", ".gz", ".xz"])
+def test_a_line_of_any_length_is_read_in_blocks_and_cut_between_characters(tmp_path, suffix):
+    line = "x" + "漢😀é" * 1_200_000 + END_OF_TEXT  # 10.8 MB; what stands at its end is no separator
+    text = f"{line}\n{END_OF_TEXT}\nlast\r\n{END_OF_TEXT}\r\n{line[:600_000]}"
+    path = tmp_path / f"line.txt{suffix}"
+    with {"": open, ".gz": gzip.open, ".xz": lambda path, mode: lzma.open(path, mode, preset=0)}[suffix](path, "wb") as f:
+        f.write(text.encode())
+    read = list(train_gpt.read_documents(path))
+    parts = [document.decode() for document, _ in read]  # would fail within a character
+    assert parts[-2:] == ["last\r\n", line[:600_000]] and "".join(parts[:-2]) == line + "\n"
+    assert max(len(document) for document, _ in read) < 5.3e6 and len(parts) == 5
+    positions = [position for _, position in read]
+    assert positions == sorted(positions) and positions[0] < 0.7 * positions[-1] == 0.7 * os.path.getsize(path)
+
+
+def test_bytes_that_are_no_text_are_read_in_blocks_too(tmp_path):
+    (tmp_path / "bytes").write_bytes(b"\x80" * 2**23)
+    texts, skipped = texts_of(tmp_path / "bytes")
+    assert texts == [] and skipped == 2
+
+
 def test_contexts_of_three_tokens_and_what_is_too_large_for_the_memory(tmp_path):
     (tmp_path / "text.txt").write_text("ab cd\n" * 2000)
     flags = [f"--dataset={tmp_path / 'text.txt'}", f"--out_dir={tmp_path / 'out'}", "--vocab_size=257", "--device=cpu"]
