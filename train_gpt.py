@@ -26,6 +26,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from http.client import HTTPException
 from importlib.util import find_spec
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -434,32 +435,85 @@ def learn_bpe(texts, vocab_size):
 # -----------------------------------------------------------------------------
 # tokens: documents -> train.bin and val.bin -> batches
 
-def write_tokens(texts, tokenizer, train_path, val_path):
+def write_tokens(texts, tokenizer, path):
     """
-    Tokenizes texts into two files of uint16 and returns the number of bytes the texts had.
-    Every 20th piece of 4,096 tokens at most (a document or a part of one) is held out; of a
-    data set of fewer than 20 pieces its last tenth.
+    Tokenizes texts into one file of uint16. Returns the number of bytes that they had, and
+    of each the number of its tokens.
     """
     n_bytes = 0
-    n_pieces = 0
-    with open(train_path, "wb") as train_file, open(val_path, "wb") as val_file:
+    lengths = []
+    with open(path, "wb") as file:
         for text in texts:
             n_bytes += len(text.encode())
             ids = tokenizer.encode_ordinary(text)
             ids.append(tokenizer.eot_token)  # the model learns where documents end
             ids = np.array(ids, dtype=np.uint16)  # no vocabulary here is larger than 65,536
-            # in pieces, or a long document would be held out as a whole, or not at all
-            for start in range(0, len(ids), 4096):
-                held_out = n_pieces % 20 == 19
-                file = val_file if held_out else train_file
-                file.write(ids[start:start + 4096].tobytes())
-                n_pieces += 1
-    if n_pieces < 20:  # none was held out
-        ids = np.fromfile(train_path, dtype=np.uint16)
-        cut = len(ids) - len(ids) // 10
-        ids[cut:].tofile(val_path)
-        ids[:cut].tofile(train_path)
-    return n_bytes
+            file.write(ids.tobytes())
+            lengths.append(len(ids))
+    return n_bytes, lengths
+
+
+def pieces_of(lengths, longest):
+    """The lengths of documents, those above `longest` cut into pieces of it and a rest."""
+    pieces = []
+    for length in lengths:
+        pieces += [longest] * (length // longest)
+        if length % longest:
+            pieces.append(length % longest)
+    return pieces
+
+
+def evenly_spread(pieces, share):
+    """
+    Whether to hold out each of the pieces, so that about a share of their tokens is. Every
+    piece owes its share, and one is held out when that brings what is held out closer to
+    what is owed: the two never differ by more than half the longest piece.
+    """
+    held_out = []
+    owed = 0
+    for piece in pieces:
+        owed += share * piece
+        is_held_out = owed >= piece / 2
+        held_out.append(is_held_out)
+        if is_held_out:
+            owed -= piece
+    return held_out
+
+
+def hold_out(lengths, block_size):
+    """
+    Decides which tokens are held out, of documents of these lengths: about a twentieth, but
+    two contexts where there are enough tokens, evenly spread. Returns the lengths of the
+    pieces that the documents are cut into, in order, and whether each is held out.
+    """
+    n_tokens = sum(lengths)
+    two_contexts = 2 * (block_size + 1)
+    wanted = max(n_tokens // 20, min(two_contexts, n_tokens // 2))
+
+    def is_about_as_wanted():
+        return abs(sum(compress(pieces, held_out)) - wanted) <= wanted / 4
+
+    # a long document is cut, or it would be held out as a whole, or not at all
+    pieces = pieces_of(lengths, 4096)
+    held_out = [number % 20 == 19 for number in range(len(pieces))]
+    if is_about_as_wanted():
+        return pieces, held_out
+    # there are few pieces, or the 20ths are shorter or longer than others
+    held_out = evenly_spread(pieces, wanted / n_tokens)
+    if is_about_as_wanted():
+        return pieces, held_out
+    # half a piece is now a quarter of what is wanted
+    pieces = pieces_of(lengths, min(4096, max(1, wanted // 2)))
+    return pieces, evenly_spread(pieces, wanted / n_tokens)
+
+
+def split_tokens(path, pieces, held_out, train_path, val_path):
+    """Copies a file of tokens, piece by piece, into the two that `hold_out` says."""
+    with (open(path, "rb") as tokens, open(train_path, "wb") as train_file,
+          open(val_path, "wb") as val_file):
+        for piece, is_held_out in zip(pieces, held_out):
+            file = val_file if is_held_out else train_file
+            file.write(tokens.read(2 * piece))  # a uint16 has two bytes
 
 
 def make_token_files(paths, tokenizer, skipped, args):
@@ -471,11 +525,13 @@ def make_token_files(paths, tokenizer, skipped, args):
     splits = ("train", "val")
     final = {split: os.path.join(args.out_dir, f"{split}.bin") for split in splits}
     part = {split: final[split] + ".part" for split in splits}  # until they are whole
+    both = os.path.join(args.out_dir, "tokens.part")
     try:
         texts = documents(paths, "tokenizing", skipped)
-        n_bytes = write_tokens(texts, tokenizer, part["train"], part["val"])
-        sizes = {split: os.path.getsize(part[split]) for split in splits}
-        counts = {split: sizes[split] // 2 for split in splits}  # a uint16 has two bytes
+        n_bytes, lengths = write_tokens(texts, tokenizer, both)
+        pieces, held_out = hold_out(lengths, args.block_size)
+        n_held_out = sum(compress(pieces, held_out))
+        counts = {"train": sum(lengths) - n_held_out, "val": n_held_out}
         if skipped:
             print(f"data: skipped {len(skipped):,} documents that are not UTF-8 text")
         if min(counts.values()) <= args.block_size:
@@ -483,6 +539,7 @@ def make_token_files(paths, tokenizer, skipped, args):
                 f"data set {args.dataset} has {counts['train']:,} tokens to train on, "
                 f"{counts['val']:,} held out: both must be more than "
                 f"--block_size={args.block_size}")
+        split_tokens(both, pieces, held_out, part["train"], part["val"])
         # without data.json, nothing is whole: it goes before the first file is replaced
         data_json = os.path.join(args.out_dir, "data.json")
         if os.path.exists(data_json):
@@ -490,8 +547,8 @@ def make_token_files(paths, tokenizer, skipped, args):
         for split in splits:
             os.replace(part[split], final[split])
     finally:
-        for path in part.values():
-            if os.path.exists(path):  # after an error or Ctrl-C
+        for path in (both, *part.values()):
+            if os.path.exists(path):  # after an error or Ctrl-C, but for `both`
                 os.remove(path)
     return counts, n_bytes
 
@@ -524,14 +581,18 @@ def describe(paths, args):
     }
 
 
-def is_prepared(out_dir, made_from):
-    """Whether out_dir has all files of the data set, made from the same sources."""
+def is_prepared(out_dir, made_from, block_size):
+    """
+    Whether out_dir has all files of the data set, made from the same sources and with more
+    tokens than a context has: what is held out of a short text depends on that.
+    """
     # data.json alone says it, but for files that somebody has deleted since
     for name in ("tokenizer.json", "train.bin", "val.bin", "data.json"):
         if not os.path.exists(os.path.join(out_dir, name)):
             return False
     data = load_json(os.path.join(out_dir, "data.json"), "delete it")
-    return data.get("made_from") == made_from
+    enough = min(data.get("train", 0), data.get("val", 0)) > block_size
+    return enough and data.get("made_from") == made_from
 
 
 def prepare(args, checkpoint=None):
@@ -548,7 +609,7 @@ def prepare(args, checkpoint=None):
         raise UserError(f"gpt.pt was trained on other files than --dataset={args.dataset}: "
                         "run without --resume")
     tokenizer_path = os.path.join(args.out_dir, "tokenizer.json")
-    if is_prepared(args.out_dir, made_from):
+    if is_prepared(args.out_dir, made_from, args.block_size):
         train_path = os.path.join(args.out_dir, "train.bin")
         print(f"data: {train_path} and val.bin are there, made from the same files")
         return load_tokenizer(tokenizer_path), made_from

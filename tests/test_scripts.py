@@ -89,7 +89,8 @@ def test_a_line_of_any_length_is_read_in_blocks_and_cut_between_characters(tmp_p
     assert parts[-2:] == ["last\r\n", line[:600_000]] and "".join(parts[:-2]) == line + "\n"
     assert max(len(document) for document, _ in read) < 5.3e6 and len(parts) == 5
     positions = [position for _, position in read]
-    assert positions == sorted(positions) and positions[0] < 0.7 * positions[-1] == 0.7 * os.path.getsize(path)
+    assert positions == sorted(positions) and positions[-1] == os.path.getsize(path)
+    assert suffix or positions[0] < 5.3e6  # these archives are shorter than what is read of them at once
 
 
 def test_bytes_that_are_no_text_are_read_in_blocks_too(tmp_path):
@@ -128,6 +129,71 @@ def test_token_files_hold_every_document_once_and_hold_out_a_twentieth(tmp_path)
     other, differs = train_gpt.prepare(args)
     assert other.n_vocab == 290 and differs != made_from
     assert not list(tmp_path.glob("*.part")) + list(tmp_path.glob("*.tmp"))
+
+
+def random_lengths(seed, n, longest):
+    return np.random.default_rng(seed).integers(1, longest, n).tolist()
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        [19 * 4096 + 61],
+        [19 * 4096 + 1],
+        [3000] * 35 + [50],
+        [3000] * 19 + [50] + [3000] * 16,
+        ([4095] * 19 + [1]) * 30,  # each 20th piece is one token
+        ([1] * 19 + [4096]) * 30,
+        [4097] * 100,
+        [50] * 1000,
+        [100_000_000],
+        [5000],
+        *[random_lengths(seed, 30, 20_000) for seed in range(5)],
+        *[random_lengths(seed, 3000, 90) for seed in range(5)],
+    ],
+    ids=lambda lengths: f"{len(lengths)} of {sum(lengths)}",
+)
+def test_about_a_twentieth_is_held_out_evenly_whatever_the_lengths(lengths):
+    pieces, held_out = train_gpt.hold_out(lengths, block_size=32)
+    ends = set(np.cumsum(pieces).tolist())
+    assert sum(pieces) == sum(lengths) and set(np.cumsum(lengths).tolist()) <= ends  # none goes over a document's end
+    pieces, held_out = np.array(pieces), np.array(held_out)
+    assert pieces.max() <= 4096 and 0.0375 <= pieces[held_out].sum() / sum(lengths) <= 0.0625
+    assert pieces[held_out].sum() > 2 * 32
+    halves = np.cumsum(pieces) <= sum(lengths) / 2
+    assert abs(pieces[held_out & halves].sum() - pieces[held_out & ~halves].sum()) <= max(2 * 4096, 0.01 * sum(lengths))
+
+
+def test_of_many_pieces_every_twentieth_is_held_out_and_of_few_tokens_two_contexts():
+    lengths = random_lengths(0, 4000, 20_000)
+    pieces, held_out = train_gpt.hold_out(lengths, block_size=128)
+    assert pieces == train_gpt.pieces_of(lengths, 4096) and [i for i, held in enumerate(held_out) if held] == list(
+        range(19, len(pieces), 20)
+    )
+    assert train_gpt.pieces_of([10_000, 3, 4096], 4096) == [4096, 4096, 1808, 3, 4096]
+    for n_tokens in range(33 * 4, 1400, 7):
+        pieces, held_out = train_gpt.hold_out([n_tokens], block_size=32)
+        n_held_out = sum(np.array(pieces)[held_out])
+        assert 33 <= n_held_out <= 33 * 2.5 + n_tokens / 16 and n_tokens - n_held_out > 32
+    assert train_gpt.hold_out([], 32) == ([], []) and train_gpt.hold_out([1], 32)[0] == [1]
+
+
+@pytest.mark.parametrize("lengths", [[19 * 4096 + 61], [3000] * 35 + [50]], ids=["one document", "36 documents"])
+def test_every_token_is_in_one_of_the_files_and_a_longer_context_gets_a_new_split(tmp_path, lengths):
+    documents = [chr(33 + i) * (length - 1) for i, length in enumerate(lengths)]  # a byte is a token
+    (tmp_path / "t.txt").write_text(f"\n{END_OF_TEXT}\n".join(documents))
+    args = SimpleNamespace(
+        dataset=str(tmp_path / "t.txt"), out_dir=str(tmp_path), tokenizer="bpe", vocab_size=257, block_size=128
+    )
+    train_gpt.prepare(args)
+    train, val = (np.fromfile(tmp_path / f"{name}.bin", dtype=np.uint16) for name in ("train", "val"))
+    written = sum(lengths) + len(lengths) - 1  # each but the last has the end of its line, too
+    assert len(train) + len(val) == written and 0.04 * written < len(val) < 0.06 * written
+    if len(lengths) > 1:  # whole documents, so that nothing of a text is in both
+        assert not set(train) & set(val) - {10, 256}
+    args.block_size = 6000
+    train_gpt.prepare(args)
+    assert os.path.getsize(tmp_path / "val.bin") > 2 * 6000 and not list(tmp_path.glob("*.part"))
 
 
 def test_a_batch_is_a_function_of_its_seed_and_targets_are_inputs_one_token_on():
