@@ -254,6 +254,7 @@ def load_gpt(out_dir, device="cpu"):
 # The bounds are far beyond the words of any language. They are for texts that never stop, DNA
 # or a line of ten million dashes: the engines would overflow their stacks or take quadratic
 # time. (128, since a Rust engine refuses 256 letters: too many states.)
+# Whoever changes the pattern raises READING in train_gpt.py.
 LETTERS = r" ?[^\W\d_]{1,128}"
 DIGITS = r" ?\d{1,128}"
 SYMBOLS = r" ?(?:[^\s\w]|_){1,128}"
@@ -639,8 +640,9 @@ def save_jsonl(path, rows):
 
 ANEW = "run without --resume to start anew"
 
-# flags that may differ when a run goes on: where it runs, what it is called, when it saves
-FREE_FLAGS = ("resume", "out_dir", "name", "device", "compile", "save_interval")
+# flags that may differ when a run goes on: where it runs, what it is called, when it saves, and
+# where its text lies (train_gpt.py compares what the files hold)
+FREE_FLAGS = ("resume", "out_dir", "name", "device", "compile", "save_interval", "dataset")
 
 
 def save_checkpoint(path, **contents):

@@ -47,6 +47,10 @@ URLS = {
                    "TinyStoriesV2-GPT4-train.txt",
 }
 
+# Whoever changes what tokens come of the same files (how they are read, cut into words, merged
+# or held out) raises this number: tokens made by other rules are then made anew.
+READING = 2
+
 # by a file's last suffix; any other file is read as it is
 OPENERS = {".gz": gzip.open, ".xz": lzma.open}
 
@@ -564,20 +568,40 @@ def make_tokenizer(paths, skipped, args):
     return bpe_tokenizer(learn_bpe(texts, args.vocab_size))
 
 
+def content_hash(path):
+    """
+    Tells a file from others by what it holds, not by its name or time: a hash of its size
+    and contents. Of more than 1 MB, 64 samples of 16 KB stand for the whole, evenly spread,
+    its beginning and end among them: a terabyte takes no longer.
+    """
+    size = path.stat().st_size
+    content = hashlib.sha256(f"{size} bytes".encode())
+    with open(path, "rb") as file:
+        if size <= 2**20:
+            content.update(file.read())
+        else:
+            for sample in range(64):
+                file.seek(sample * (size - 2**14) // 63)
+                content.update(file.read(2**14))
+    return content.hexdigest()
+
+
 def describe(paths, args):
     """
     What the tokens depend on, as a dict. data.json and the checkpoint keep it, and so tell
-    whether they belong together. A file counts as the same while its path, size and time of
-    change are.
+    whether they belong together.
     """
-    files = []
-    for path in paths:
-        stat = path.stat()
-        files.append((str(path), stat.st_size, stat.st_mtime_ns))
+    files = hashlib.sha256()
+    progress = Progress("looking for changes", len(paths), "files")
+    for number, path in enumerate(paths):
+        with reading(path, "mend it or leave it out of --dataset"):
+            files.update(f"{path.suffix} {content_hash(path)}\n".encode(errors="replace"))
+        progress.show(number)
     return {
         "tokenizer": args.tokenizer,
         "vocab_size": args.vocab_size,
-        "files": hashlib.sha256(repr(files).encode()).hexdigest(),
+        "reading": READING,
+        "files": files.hexdigest(),
     }
 
 
@@ -598,15 +622,18 @@ def is_prepared(out_dir, made_from, block_size):
 def prepare(args, checkpoint=None):
     """
     Makes out_dir/train.bin, val.bin and tokenizer.json from --dataset, unless they are
-    there already, made from the same files. Returns the tokenizer, a tiktoken.Encoding, and
-    the dict of what all was made from. data.json holds that dict and is written last, so
-    its presence means that the other files are complete. UserError when the checkpoint was
-    trained on other files.
+    there already, made from files that hold the same. Returns the tokenizer, a
+    tiktoken.Encoding, and the dict of what all was made from. data.json holds that dict and
+    is written last, so its presence means that the other files are complete. UserError when
+    the checkpoint was trained on other files.
     """
     paths = source_files(args.dataset, args.out_dir)
     made_from = describe(paths, args)
     if checkpoint and checkpoint["data"] != made_from:
-        raise UserError(f"gpt.pt was trained on other files than --dataset={args.dataset}: "
+        other = "other files than"
+        if checkpoint["data"].get("reading") != READING:
+            other = "tokens that another version of train_gpt.py made of"
+        raise UserError(f"gpt.pt was trained on {other} --dataset={args.dataset}: "
                         "run without --resume")
     tokenizer_path = os.path.join(args.out_dir, "tokenizer.json")
     if is_prepared(args.out_dir, made_from, args.block_size):

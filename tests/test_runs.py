@@ -279,7 +279,23 @@ def test_a_model_is_not_resumed_on_other_text(trained, tmp_path):
     (tmp_path / "text.txt").write_text(TEXT[::-1])
     flags = [f"--out_dir={tmp_path / 'out'}", *SMALL_GPT, "--max_iters=40", "--resume"]
     done = script("train_gpt.py", *flags, f"--dataset={tmp_path / 'text.txt'}")
-    assert done.returncode == 2 and "trained with" in done.stderr and "text.txt" in done.stderr
+    assert done.returncode == 2 and "trained on other files" in done.stderr and "text.txt" in done.stderr
+
+
+def test_the_same_text_is_resumed_wherever_it_lies_and_however_old_it_is(tmp_path, monkeypatch):
+    flags = [f"--out_dir={tmp_path / 'out'}", *SMALL_GPT, "--resume"]
+    (tmp_path / "text.txt").write_text(TEXT)
+    assert script("train_gpt.py", *flags, f"--dataset={tmp_path / 'text.txt'}", "--max_iters=2").returncode == 0
+    os.utime(tmp_path / "text.txt", (1, 1))
+    monkeypatch.chdir(tmp_path)
+    made = os.stat("out/train.bin").st_mtime_ns
+    done = script("train_gpt.py", *flags, "--dataset=./text.txt", "--max_iters=4")
+    assert done.returncode == 0 and "going on" in done.stdout and os.stat("out/train.bin").st_mtime_ns == made
+    monkeypatch.setattr(train_gpt, "READING", train_gpt.READING + 1)
+    done = script("train_gpt.py", *flags, "--dataset=text.txt", "--max_iters=6")
+    assert done.returncode == 2 and "another version" in done.stderr and os.stat("out/train.bin").st_mtime_ns == made
+    done = script("train_gpt.py", *flags[:-1], "--dataset=text.txt", "--max_iters=6")
+    assert done.returncode == 0 and os.stat("out/train.bin").st_mtime_ns > made  # made anew, not kept in silence
 
 
 def test_a_model_that_cannot_be_resumed_keeps_its_data(tmp_path):

@@ -77,6 +77,24 @@ def test_long_documents_are_cut_at_the_end_of_a_line(tmp_path):
     assert all(part.endswith(b"\n") for part in parts)
 
 
+def test_a_file_is_told_by_what_it_holds_and_a_large_one_by_samples(tmp_path):
+    path, other = tmp_path / "a", tmp_path / "b"
+    path.write_bytes(bytes(2**20))
+    other.write_bytes(bytes(2**20))
+    assert train_gpt.content_hash(path) == train_gpt.content_hash(other)
+    for size in (1, 2**20, 2**20 + 1, 2**24):
+        seen = set()
+        for changed in (None, 0, size // 2 if size <= 2**20 else 1000, size - 1):
+            content = bytearray(size)
+            if changed is not None:
+                content[changed] = 1
+            path.write_bytes(content)
+            seen.add(train_gpt.content_hash(path))
+        assert len(seen) == min(size + 1, 4)
+        path.write_bytes(bytes(size + 1))
+        assert train_gpt.content_hash(path) not in seen
+
+
 @pytest.mark.parametrize("suffix", ["", ".gz", ".xz"])
 def test_a_line_of_any_length_is_read_in_blocks_and_cut_between_characters(tmp_path, suffix):
     line = "x" + "漢😀é" * 1_200_000 + END_OF_TEXT  # 10.8 MB; what stands at its end is no separator
