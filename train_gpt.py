@@ -11,9 +11,12 @@ Text -> tokens -> a small trained transformer.
 The first needs no network and takes minutes on a CPU. Writes to out_dir: tokenizer.json,
 train.bin and val.bin (uint16 token ids), data.json, gpt.pt, gpt.jsonl, gpt_loss.png.
 """
+import csv
 import gzip
 import hashlib
 import heapq
+import io
+import json
 import lzma
 import os
 import random
@@ -62,7 +65,8 @@ def parse_args():
                        help="python (the standard library, numpy and matplotlib of this "
                        "interpreter), shakespeare, tinystories, or text files, folders and URLs "
                        "with commas between; .gz and .xz are read as they are; "
-                       f"a line {END_OF_TEXT} separates documents")
+                       f"a line {END_OF_TEXT} separates documents; of .jsonl and .csv every "
+                       "row's \"text\" is one")
     group.add_argument("--tokenizer", default="bpe", choices=["bpe", "gpt2"],
                        help="bpe: byte-pair merges learned from the data set; gpt2: tiktoken's")
     group.add_argument("--vocab_size", type=at_least(1), default=2048,
@@ -144,18 +148,55 @@ def python_files():
 
 
 def folder_files(folder, out_dir):
-    """All files below a folder, sorted, but for hidden ones and those below out_dir."""
+    """
+    All files below a folder, sorted, but for hidden ones and those below out_dir. Links to
+    folders are followed, but no folder is read twice. UserError when there are no files.
+    """
     out_dir = Path(out_dir).resolve()
     paths = []
-    for path in sorted(Path(folder).rglob("*")):
-        if not path.is_file():
+    seen = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:  # a link may lead back to where it stands
+            folders.clear()
             continue
-        parts = path.relative_to(folder).parts  # hidden folders above `folder` do not count
-        hidden = any(part.startswith(".") for part in parts)
-        written_here = out_dir in path.resolve().parents  # what the scripts write is no data
-        if not hidden and not written_here:
-            paths.append(path)
-    return paths
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in files:
+            path = Path(place, name)
+            written_here = out_dir in path.resolve().parents  # what the scripts write is no data
+            if path.is_file() and not name.startswith(".") and not written_here:
+                paths.append(path)
+    if not paths:
+        raise UserError(f"folder {folder} holds no file that is neither hidden nor below "
+                        f"--out_dir={out_dir}, where the scripts write: give another out_dir")
+    return sorted(paths)
+
+
+def split_sources(dataset):
+    """The sources between the commas. A comma in the name of what exists parts nothing."""
+    parts = dataset.split(",")
+    sources = []
+    while parts:
+        # the longest name that exists, or else what stands before the first comma
+        for end in range(len(parts), 0, -1):
+            source = ",".join(parts[:end]).strip()
+            if os.path.exists(source) or end == 1:
+                break
+        if source:
+            sources.append(source)
+        parts = parts[end:]
+    return sources
+
+
+def check_readable(path):
+    """UserError for a file that cannot be read twice, or is known to be no text."""
+    if not path.is_file():  # <(command) gives a pipe
+        raise UserError(f"{path} is no file but a pipe or device, and the text is read twice: "
+                        "write it to a file first")
+    if path.suffix == ".parquet":
+        raise UserError(f"{path}: .parquet is not read: write its text to a .jsonl file, with "
+                        "pandas: read_parquet(...).to_json(..., orient='records', lines=True)")
 
 
 def source_files(dataset, out_dir):
@@ -164,10 +205,7 @@ def source_files(dataset, out_dir):
     held out is then of all kinds. UserError for a source that does not exist.
     """
     paths = []
-    for source in dataset.split(","):
-        source = source.strip()
-        if not source:
-            continue
+    for source in split_sources(dataset):
         if source == "python":
             paths += python_files()
         elif source in URLS or "://" in source:
@@ -176,11 +214,13 @@ def source_files(dataset, out_dir):
             paths.append(Path(download(url, downloads)))
         elif os.path.isdir(source):
             paths += folder_files(source, out_dir)
-        elif os.path.isfile(source):
+        elif os.path.exists(source):
             paths.append(Path(source))
         else:
             raise UserError(f"data set {source} not found: "
                             f"--dataset takes python, {', '.join(URLS)}, files, folders")
+    for path in paths:
+        check_readable(path)
     random.Random(0).shuffle(paths)  # not by --seed: all seeds share one data set
     return paths
 
@@ -221,14 +261,59 @@ def plain_documents(text):
     yield b"".join(lines)  # what follows the last separator
 
 
+def row_documents(rows):
+    """
+    Yields the texts of rows, which are dicts, as bytes: a document each, or several where
+    one has more than 4 million characters. UserError for a row without a text.
+    """
+    for number, row in enumerate(rows, 1):
+        text = row.get("text") if isinstance(row, dict) else None
+        if not isinstance(text, str):
+            raise UserError(f"row {number:,} has no \"text\": add it, "
+                            "or rename the file to .txt to read it as it stands")
+        for start in range(0, len(text), 2**22):
+            # what no UTF-8 can say goes through, and is then skipped as no text
+            yield text[start:start + 2**22].encode(errors="surrogatepass")
+
+
+def jsonl_documents(text):
+    """Yields the documents of a binary file with one JSON object a line, {"text": ...}."""
+    filled = (line for line in text if line.strip())
+    return row_documents(map(json.loads, filled))
+
+
+def csv_documents(text):
+    """Yields the documents of a binary .csv file, whose first line names a column "text"."""
+    csv.field_size_limit(2**31 - 1)  # 131,072 characters at first
+    # utf-8-sig: spreadsheets write a mark before the first name
+    lines = io.TextIOWrapper(text, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    return row_documents(csv.DictReader(lines))
+
+
+# by a file's last suffix, or the one before .gz and .xz; any other holds plain text
+READERS = {".jsonl": jsonl_documents, ".csv": csv_documents}
+
+
+def format_of(path):
+    """How a file is read: a suffix of READERS and one of OPENERS, "" for each it has not."""
+    packed = ""
+    if path.suffix in OPENERS:
+        packed = path.suffix
+        path = path.with_suffix("")
+    suffix = path.suffix if path.suffix in READERS else ""
+    return suffix, packed
+
+
 def read_documents(path):
     """
     Yields the documents of one file as bytes, each with the number of bytes of the file
     that have been read, compressed ones if it is compressed.
     """
-    opener = OPENERS.get(path.suffix, nullcontext)  # nullcontext gives the file itself
+    suffix, packed = format_of(path)
+    reader = READERS.get(suffix, plain_documents)
+    opener = OPENERS.get(packed, nullcontext)  # nullcontext gives the file itself
     with open(path, "rb") as file, opener(file) as text:
-        for document in plain_documents(text):
+        for document in reader(text):
             yield document, file.tell()
 
 
@@ -595,7 +680,7 @@ def describe(paths, args):
     progress = Progress("looking for changes", len(paths), "files")
     for number, path in enumerate(paths):
         with reading(path, "mend it or leave it out of --dataset"):
-            files.update(f"{path.suffix} {content_hash(path)}\n".encode(errors="replace"))
+            files.update(f"{format_of(path)} {content_hash(path)}\n".encode())
         progress.show(number)
     return {
         "tokenizer": args.tokenizer,

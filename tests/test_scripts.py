@@ -1,5 +1,6 @@
 """The three scripts: their parts against hand-made references, then as a user runs them, mistakes included."""
 
+import csv
 import gzip
 import hashlib
 import http.server
@@ -60,6 +61,51 @@ def test_documents_come_from_files_folders_and_archives_and_binaries_are_counted
         f.write(f"five\n{END_OF_TEXT}\n\n{END_OF_TEXT}\n")
     texts, skipped = texts_of(folder, tmp_path / "c.txt.gz", tmp_path / "d.txt.xz")
     assert texts == sorted(["one\n", "two\n", "three ünï\n", "four\n", "five\n"]) and skipped == 2
+
+
+def test_rows_of_jsonl_and_csv_are_documents_compressed_or_not(tmp_path):
+    texts = ["one", "two\nlines, and a comma", '"three" ünï', "x" * 200_000, f"no\n{END_OF_TEXT}\nend", "", "  "]
+    rows = [{"id": i, "text": text} for i, text in enumerate(texts)]
+    with open(tmp_path / "t.csv", "w", encoding="utf-8-sig", newline="") as f:
+        writer = csv.DictWriter(f, ["text", "id"])
+        writer.writeheader()
+        writer.writerows(rows)
+    with gzip.open(tmp_path / "t.csv.gz", "wb") as f:
+        f.write((tmp_path / "t.csv").read_bytes())
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    with lzma.open(tmp_path / "t.jsonl.xz", "wb") as f:
+        f.write((tmp_path / "t.jsonl").read_bytes())
+    for name in ("t.csv", "t.csv.gz", "t.jsonl", "t.jsonl.xz"):
+        assert texts_of(tmp_path / name) == (sorted(texts[:5]), 0), name
+    (tmp_path / "t.txt").write_bytes((tmp_path / "t.jsonl").read_bytes())  # under this name it is what it is
+    assert texts_of(tmp_path / "t.txt")[0][0].startswith('{"id": 0')
+    (tmp_path / "long.jsonl").write_text(json.dumps({"text": "x" * 9_000_000}) + '\n{"text": "\\ud800"}')
+    parts, skipped = texts_of(tmp_path / "long.jsonl")
+    assert sum(map(len, parts)) == 9_000_000 and max(map(len, parts)) == 2**22 and skipped == 1
+    (tmp_path / "latin.csv").write_bytes(b"text\ncaf\xe9\nok\n")
+    assert texts_of(tmp_path / "latin.csv") == (["ok"], 1)
+
+
+def test_a_comma_in_a_name_that_exists_parts_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b,c", "d,e,f"):
+        (tmp_path / name).write_text(name)
+    assert texts_of("a", "b,c", "d,e,f") == (["a", "b,c", "d,e,f"], 0)
+    assert train_gpt.split_sources(" b,c , a,,x,python,https://y/z") == ["b,c", "a", "x", "python", "https://y/z"]
+
+
+def test_links_to_folders_are_followed_and_no_folder_is_read_twice(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "b.txt").write_text("linked")
+    folder = tmp_path / "folder"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "deep" / "a.txt").write_text("here")
+    try:
+        (folder / "link").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+        (folder / "deep" / "circle").symlink_to(folder, target_is_directory=True)
+    except OSError:
+        pytest.skip("needs links")
+    assert texts_of(folder) == (["here", "linked"], 0)
 
 
 def test_the_offline_default_has_ten_million_bytes_and_always_the_same_order():
@@ -901,6 +947,17 @@ def write_npy(folder, **arrays):
         np.save(folder / f"{name}.npy", array, allow_pickle=True)
 
 
+TEXT_MISTAKES = {  # case: the file's name, what it holds, words that the one line must hold
+    "row without text": ("t.jsonl", '{"text": "one"}\n{"txt": "two"}\n', ["row 2", '"text"', ".txt"]),
+    "row that is no object": ("t.jsonl", '{"text": "one"}\n\n["two"]\n', ["row 2", '"text"']),
+    "text that is no text": ("t.jsonl", '{"text": 1}', ["row 1", '"text"']),
+    "row that is no JSON": ("t.jsonl", "plain text\n", []),
+    "column without text": ("t.csv", "title,body\none,two\n", ["row 1", '"text"', ".txt"]),
+    "short row": ("t.csv", "title,text\none,two\nthree\n", ["row 2", '"text"']),
+    "parquet": ("t.parquet", "PAR1", [".jsonl", "to_json"]),
+}
+
+
 def spoil(case, out, folder):
     """Makes a mistake -> script, flags, words that the one line must hold."""
     text, flag = folder / "text.txt", f"--out_dir={out}"
@@ -931,6 +988,17 @@ def spoil(case, out, folder):
     if case == "damaged archive":
         (folder / "t.xz").write_bytes(b"not xz")
         return ("train_gpt.py", f"--out_dir={folder / 'new'}", f"--dataset={folder / 't.xz'}"), ["t.xz"]
+    if case in TEXT_MISTAKES:
+        name, content, words = TEXT_MISTAKES[case]
+        (folder / name).write_text(content)
+        return ("train_gpt.py", f"--out_dir={folder / 'new'}", f"--dataset={folder / name}"), [name, *words]
+    if case == "out_dir is the folder of text":
+        (folder / "texts").mkdir()
+        text.rename(folder / "texts" / "text.txt")
+        return ("train_gpt.py", f"--out_dir={folder / 'texts'}", f"--dataset={folder / 'texts'}"), ["texts", "--out_dir"]
+    if case == "pipe":
+        os.mkfifo(folder / "pipe")
+        return ("train_gpt.py", f"--out_dir={folder / 'new'}", f"--dataset={folder / 'pipe'}"), ["pipe", "file"]
     if case == "no gpt2 vocabulary":
         return ("train_gpt.py", f"--out_dir={folder / 'new'}", "--tokenizer=gpt2", f"--dataset={text}"), [
             "gpt2",
@@ -1079,6 +1147,9 @@ def spoil(case, out, folder):
         "empty data set",
         "short data set",
         "damaged archive",
+        *TEXT_MISTAKES,
+        "out_dir is the folder of text",
+        pytest.param("pipe", marks=pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")),
         "no gpt2 vocabulary",
         "heads",
         "zero size",
