@@ -541,12 +541,14 @@ def average_gradients(module):
 class Progress:
     """Tells how far some work has come: what is done of the total, the rate, the time left."""
 
+    last = time.time()  # of the last line: of any work, or several short ones would be silent
+
     def __init__(self, label, total, unit, done=0):
         self.label = label
         self.total = total
         self.unit = unit
         self.first = done  # done by an earlier run: no part of this one's rate
-        self.start = self.last = time.time()
+        self.start = time.time()
 
     def show(self, done, note=str, now=False):
         """
@@ -554,10 +556,10 @@ class Progress:
         is called for that line alone, since it may have to wait for a GPU; str() is the
         empty note.
         """
-        if not now and time.time() - self.last < 5.0:
+        if not now and time.time() - Progress.last < 5.0:
             return
-        self.last = time.time()
-        seconds = max(self.last - self.start, 1e-9)
+        Progress.last = time.time()
+        seconds = max(Progress.last - self.start, 1e-9)
         rate = (done - self.first) / seconds
         speed = ""
         if rate:

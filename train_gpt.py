@@ -29,7 +29,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from http.client import HTTPException
 from importlib.util import find_spec
-from itertools import compress
+from itertools import compress, islice
 from pathlib import Path
 
 import numpy as np
@@ -369,6 +369,7 @@ def documents(paths, label, skipped):
 # number is a smaller pair.
 
 NO_TOKEN = 255  # the byte 0xff, which no UTF-8 text holds: it stands between two words
+MOST_WORDS = 2**24  # bytes of distinct words, which take a gigabyte; 20 MB of Python have 0.7
 
 
 class WordChain:
@@ -440,11 +441,22 @@ class WordChain:
 def count_words(texts):
     """
     Cuts an iterable of str into words. Returns the distinct ones as bytes, and in a second
-    list how often each occurs.
+    list how often each occurs. Of texts whose words hardly ever come again, a genome say, no
+    new words are taken once there are MOST_WORDS: the merges would not be better for them.
     """
     frequencies = Counter()
+    n_bytes = 0  # of the distinct words
     for text in texts:
-        frequencies.update(re.findall(PATTERN, text))
+        found = re.findall(PATTERN, text)
+        if n_bytes > MOST_WORDS:
+            found = filter(frequencies.__contains__, found)
+        n_before = len(frequencies)
+        frequencies.update(found)
+        n_new = len(frequencies) - n_before
+        new = islice(reversed(frequencies), n_new)  # a dict has the latest last
+        n_bytes += sum(len(word.encode()) for word in new)
+    if n_bytes > MOST_WORDS:
+        print(f"data: merges are learned from {len(frequencies):,} distinct words, not from all")
     words = [word.encode() for word in frequencies]
     return words, list(frequencies.values())
 

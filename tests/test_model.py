@@ -22,7 +22,7 @@ from model import (
     save_tokenizer,
 )
 from sae import load_sae
-from train_gpt import WordChain, learn_bpe
+from train_gpt import WordChain, count_words, learn_bpe
 
 
 def small_gpt(n_layer=2, seed=0):
@@ -170,6 +170,14 @@ def test_a_merge_touches_the_places_of_its_pair_and_no_others(monkeypatch):
     text = "".join(random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=100_000))
     assert len(learn_bpe([text], 1000)) == 999
     assert sum(touched) < 15 * len(text)  # 743 merges; the words that hold the pair have 40 million letters
+
+
+def test_of_words_without_end_new_ones_are_taken_while_there_is_room(monkeypatch, capsys):
+    texts = ["ab cd ab", " cd ef", "ab cd ef gh", "gh ab"]
+    assert count_words(texts)[0] == [b"ab", b" cd", b" ab", b" ef", b" gh", b"gh"] and not capsys.readouterr().out
+    monkeypatch.setattr("train_gpt.MOST_WORDS", 10)  # bytes: the second text goes beyond it and is the last whole one
+    assert count_words(texts) == ([b"ab", b" cd", b" ab", b" ef"], [2, 3, 2, 2])
+    assert "4 distinct words, not from all" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("character", ["a", "é", "漢", "😀", "7", "٣", "-", "_", " ", "\n"])
