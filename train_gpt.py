@@ -387,7 +387,7 @@ class WordChain:
         self.before = places - 1  # place of the last token, or of the word's beginning
         lengths = [len(word) + 1 for word in words]
         # how often a place occurs in the text: as often as its word
-        self.frequency = np.repeat(np.array([0, *frequencies], np.uint32), [1, *lengths])
+        self.frequency = np.repeat(np.array([0, *frequencies], np.int64), [1, *lengths])
 
     def pairs_at(self, places):
         """The pairs that start at these places."""
@@ -427,7 +427,9 @@ class WordChain:
         self.tokens[right] = NO_TOKEN
         self.after[places] = self.after[right]
         self.before[self.after[right]] = places
-        return np.union1d(self.before[places], places)
+        neighbours = self.before[places]
+        neighbours = neighbours[self.tokens[neighbours] != merged]  # those are in places, too
+        return np.concatenate([neighbours, places])
 
     def not_overlapping(self, places):
         """Of "aaaa", "aa" starts at three places: the first and third of each such row."""

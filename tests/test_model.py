@@ -4,6 +4,7 @@ import math
 import random
 import re
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from model import (
     GPT,
     PATTERN,
     GPTConfig,
+    Progress,
     UserError,
     bpe_tokenizer,
     load_gpt,
@@ -233,6 +235,15 @@ def test_a_saved_tokenizer_is_the_same_and_its_file_readable(tmp_path):
     )
     text = (tmp_path / "t.json").read_text(encoding="utf-8")
     assert '"banana"' in text and "漢" in text
+
+
+def test_short_works_one_after_the_other_are_not_silent_together(monkeypatch, capsys):
+    monkeypatch.setattr(Progress, "last", time.time() - 4)
+    Progress("first", 10, "x").show(1)
+    monkeypatch.setattr(Progress, "last", time.time() - 6)
+    Progress("second", 10, "x").show(1)
+    Progress("third", 10, "x").show(1)
+    assert capsys.readouterr().out.startswith("second 1/10 x ") and time.time() - Progress.last < 1
 
 
 # -----------------------------------------------------------------------------
