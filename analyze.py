@@ -756,11 +756,11 @@ def logits_at(run, contexts, places, x=None):
 @dataclass
 class Effects:
     """What features that are active at some tokens do there: arrays (k,), one entry a pair."""
-    row: np.ndarray  # which of the contexts
-    feature: np.ndarray
-    activation: np.ndarray
-    attribution: np.ndarray
-    ablation: np.ndarray
+    row: np.ndarray          # which of the contexts
+    feature: np.ndarray      # its number
+    activation: np.ndarray   # f_i there, in raw units
+    attribution: np.ndarray  # logits: the estimate of the next
+    ablation: np.ndarray     # logits: what the target loses without the feature
 
 
 def effects(run, contexts, places, targets):
@@ -1250,9 +1250,9 @@ def print_words(words, n):
 class Curve:
     """The training of one autoencoder as a curve of loss against compute."""
     name: str
-    d_in: int
-    n_features: int
-    learning_rate: float
+    d_in: int             # width of the activations
+    n_features: int       # size of the dictionary
+    learning_rate: float  # before any decay
     compute: np.ndarray  # (lines of the log,) operations so far
     loss: np.ndarray     # (lines of the log,)
     settings: tuple      # what must agree between curves that are compared
@@ -1567,10 +1567,10 @@ def describe_features(run):
 def log_probabilities(run, contexts, t, hook=None):
     """Of the tokens after t (b, k), places in contexts (b, T + 1) -> (b, k), on the CPU."""
     rows = torch.arange(len(t), device=run.device)[:, None]
-    needed = contexts[:, :int(t.max()) + 1]          # what comes later has no effect on these
+    needed = contexts[:, :int(t.max()) + 1]  # what comes later has no effect on these
     stream = run.gpt.trunk(needed, hook)
-    logits = run.gpt.lm_head(stream[rows, t])        # (b, k, vocab_size)
-    following = contexts[rows, t + 1, None]          # (b, k, 1)
+    logits = run.gpt.lm_head(stream[rows, t])  # (b, k, vocab_size)
+    following = contexts[rows, t + 1, None]    # (b, k, 1)
     return logits.log_softmax(2).gather(2, following)[..., 0].cpu()
 
 
