@@ -40,7 +40,8 @@ from matplotlib.figure import Figure
 from model import GPT, UserError, at_least, load_gpt, load_tokens, make_parser, reading
 from model import run as run_script  # below, a run is an autoencoder with what belongs to it
 from model import save_json, setup, tracked, write_atomic
-from sae import ActivationStore, SAEConfig, SparseAutoencoder, explained_share, load_sae
+from sae import (ActivationStore, SAEConfig, SparseAutoencoder, explained_share, load_sae,
+                 where_float64_is)
 
 ULTRA_LOW = 1e-5  # density that sets apart the "ultra-low density cluster" of Bricken et al.
 
@@ -250,7 +251,8 @@ def measure(run):
     """
     sae = run.sae
     mean = run.x().mean(0).to(sae.W_dec) if run.gpt else None  # (n,), for mean-ablation
-    origin = (run.x() if run.gpt else run.held_out)[0].double()  # (n,): see variance_of
+    first = (run.x() if run.gpt else run.held_out)[0].to(run.device)
+    origin = where_float64_is(first).double()  # (n,): see variance_of
     losses = Counter()
     sums = []  # of each batch, over its tokens: nothing of size (tokens x features) is kept
     for batch in run.batches("measuring", run.held_out):
@@ -260,8 +262,8 @@ def measure(run):
             x = batch.float()
         f = sae.encode(x)                          # (b, T, m), of own rows (b, m)
         x_hat = sae.decode(f, sae.input_scale(x))  # as x
-        away = x.cpu().double() - origin
-        error = (x_hat - x).cpu().double()
+        away = where_float64_is(x).double() - origin
+        error = where_float64_is(x_hat - x).double()
         parts = (f > 0, f.square(), away, away.square(), error.square())
         sums.append([part.flatten(0, -2).sum(0).cpu().double() for part in parts])
         if run.gpt:

@@ -728,15 +728,18 @@ def steps(start, stop):
             signal.signal(signal_number, handler)
 
 
-def check_finite(loss, module, step, optimizer, path):
-    """UserError when the loss or a weight is NaN or infinite, before a checkpoint holds it."""
+def check_finite(loss, module, training):
+    """
+    UserError when the loss or a weight is NaN or infinite, before a checkpoint holds it.
+    training: a script's Training, with step, optimizer and path.
+    """
     weights_finite = all(p.isfinite().all() for p in module.parameters())
     if math.isfinite(loss) and weights_finite:
         return
     good = "there is no checkpoint yet"
-    if os.path.exists(path):
-        good = f"{path} is the last good checkpoint"
-    rate = optimizer.param_groups[0]["lr"]
-    raise UserError(f"the loss is {loss} or a weight infinite at step {step:,}, "
+    if os.path.exists(training.path):
+        good = f"{training.path} is the last good checkpoint"
+    rate = training.optimizer.param_groups[0]["lr"]
+    raise UserError(f"the loss is {loss} or a weight infinite at step {training.step:,}, "
                     f"learning rate {rate:.2g}: lower --learning_rate, or look at the data and "
                     f"at what was changed in the loss; {good}")

@@ -329,7 +329,7 @@ class SparseAutoencoder(nn.Module):
         """
         if sparse is None:
             sparse = self.sparse_pays(x)
-        if sparse and not self.sparse_is_exact:
+        elif sparse and not self.sparse_is_exact:
             raise ValueError("the sparse step is for ReLU and the L1 penalty alone")
         if sparse:
             weights = (self.W_enc, self.b_enc, self.W_dec, self.b_dec)
@@ -381,7 +381,7 @@ class SparseAutoencoder(nn.Module):
         """The starting point from a sample x (N, d_in), raw: the mean, the scale and b_dec."""
         x = x.float()
         if self.config.center:
-            self.mean.copy_(x.cpu().mean(0, dtype=torch.float64))
+            self.mean.copy_(where_float64_is(x).mean(0, dtype=torch.float64))
         if self.config.input_norm != "none":
             centred = self.centred(x)
             # squares of 1e20 would overflow, those of 1e-20 vanish: x is taken in units of its
@@ -496,9 +496,14 @@ class SparseAutoencoder(nn.Module):
         return folded
 
 
+def where_float64_is(x):
+    """x where it is, or on the CPU if its device has no float64: Apple's GPUs have none."""
+    return x.cpu() if x.device.type == "mps" else x
+
+
 def mean_share(x):
     """The share of E||x||^2 that the mean of rows x (N, n) holds: ||E x||^2 / E||x||^2."""
-    x = x.cpu()  # some GPUs have no float64
+    x = where_float64_is(x)
     square = x.mean(0, dtype=torch.float64).square().sum()
     return (square / x.norm(dim=1, dtype=torch.float64).square().mean()).item()
 
@@ -524,10 +529,10 @@ def geometric_median(x, n_iters=100, tolerance=1e-6):
 
 def variance_of(x):
     """
-    The sum of ||x - mean||^2 over the rows of x (N, n). In float64, on the CPU, as some GPUs
-    have none, and about a row: where the mean is large, squares about 0 would leave nothing.
+    The sum of ||x - mean||^2 over the rows of x (N, n). In float64, and about a row: where the
+    mean is large, squares about 0 would leave nothing.
     """
-    x = x.cpu().double()
+    x = where_float64_is(x).double()
     x = x - x[0]  # so that what is constant is 0 to the last bit
     return (x - x.mean(0)).square().sum().item()
 
@@ -593,14 +598,19 @@ def save_sae(path, sae, **extra):
     )
 
 
+def restore_sae(sae, checkpoint):
+    """Gives sae the weights and units of a checkpoint of save_sae, which are taken out of it."""
+    sae.load_state_dict(checkpoint.pop("weights"))
+    sae.scale.fill_(checkpoint.pop("scale"))
+    sae.mean.copy_(checkpoint.pop("mean", sae.mean))  # files from before there was one hold none
+
+
 def load_sae(path, device="cpu"):
     """Loads what save_sae wrote; the attribute `extra` of the SparseAutoencoder holds the extra."""
     with reading(path, "run python train_sae.py first"):
         checkpoint = load_checkpoint(path, device)
         sae = SparseAutoencoder(SAEConfig(**checkpoint.pop("config"))).to(device)
-        sae.load_state_dict(checkpoint.pop("weights"))
-        sae.scale.fill_(checkpoint.pop("scale"))
-        sae.mean += checkpoint.pop("mean", 0.0)  # files from before there was one hold none
+        restore_sae(sae, checkpoint)
     sae.extra = checkpoint
     return sae
 

@@ -593,17 +593,17 @@ def hold_out(lengths, block_size):
     two_contexts = 2 * (block_size + 1)
     wanted = max(n_tokens // 20, min(two_contexts, n_tokens // 2))
 
-    def is_about_as_wanted():
+    def is_about_as_wanted(pieces, held_out):
         return abs(sum(compress(pieces, held_out)) - wanted) <= wanted / 4
 
     # a long document is cut, or it would be held out as a whole, or not at all
     pieces = pieces_of(lengths, 4096)
     held_out = [number % 20 == 19 for number in range(len(pieces))]
-    if is_about_as_wanted():
+    if is_about_as_wanted(pieces, held_out):
         return pieces, held_out
     # there are few pieces, or the 20ths are shorter or longer than others
     held_out = evenly_spread(pieces, wanted / n_tokens)
-    if is_about_as_wanted():
+    if is_about_as_wanted(pieces, held_out):
         return pieces, held_out
     # half a piece is now a quarter of what is wanted
     pieces = pieces_of(lengths, min(4096, max(1, wanted // 2)))
@@ -836,7 +836,7 @@ def measure(training, loss_on, args):
         losses = [loss_on(split, seed, rank=0).item() for seed in seeds]
         means[split] = sum(losses) / len(losses)
     step = training.step
-    check_finite(means["train"], training.gpt, step, training.optimizer, training.path)
+    check_finite(means["train"], training.gpt, training)
     tokens = step * args.batch_size * args.block_size
     training.log.append({"step": step, "tokens": tokens, **means})
     return f"step {step:,}  train loss {means['train']:.3f}  val loss {means['val']:.3f}"
@@ -847,7 +847,7 @@ def save(training, loss, args, rank):
     Writes gpt.jsonl, and the checkpoint last: where it says that the run is finished, all
     is there. UserError, on all ranks, when the loss or a weight is not finite.
     """
-    check_finite(loss.item(), training.gpt, training.step, training.optimizer, training.path)
+    check_finite(loss.item(), training.gpt, training)
     if rank > 0:
         return
     save_jsonl(os.path.join(args.out_dir, "gpt.jsonl"), training.log)

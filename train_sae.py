@@ -30,7 +30,7 @@ from model import (ANEW, Progress, UserError, at_least, average_gradients, check
                    same_on_all_ranks, save_json, save_jsonl, setup, steps, tracked, write_atomic)
 from sae import (RECIPES, SHARD_ROWS, ActivationStore, ActivationStream, SAEConfig,
                  SparseAutoencoder, explained_share, l1_at, lr_at, mean_share,
-                 resample_schedule, save_sae, show_explained, variance_of)
+                 resample_schedule, restore_sae, save_sae, show_explained, variance_of)
 
 # What draws with one seed are for: the second number of their keys, so that no two draw alike.
 TOY_DIRECTIONS = 4
@@ -397,18 +397,11 @@ def restore(training, checkpoint):
             "run without --resume"
         )
     with reading(training.path, ANEW):
-        training.sae.load_state_dict(checkpoint["weights"])
-        training.sae.scale.fill_(checkpoint["scale"])
-        training.sae.mean.copy_(checkpoint.get("mean", training.sae.mean))  # older: none
+        restore_sae(training.sae, checkpoint)
         training.optimizer.load_state_dict(checkpoint["optimizer"])
         training.last_fired = checkpoint["last_fired"]
         training.step = checkpoint["step"]
         training.log = checkpoint["log"]
-
-
-def check(training, loss):
-    """UserError when the loss or a weight is NaN or infinite."""
-    check_finite(loss.item(), training.sae, training.step, training.optimizer, training.path)
 
 
 def save(training, loss, args, rank):
@@ -416,7 +409,7 @@ def save(training, loss, args, rank):
     Writes log.jsonl, and the checkpoint last: where it says that the run is finished, all is
     there. UserError, on all ranks, when the loss or a weight is not finite.
     """
-    check(training, loss)
+    check_finite(loss.item(), training.sae, training)
     if rank > 0:
         return
     folder = os.path.dirname(training.path)
@@ -522,13 +515,13 @@ def train(training, store, args, machine):
         training.last_fired.masked_fill_(fired_on_any_rank(stats["fired"]), training.step)
         dead = training.step - training.last_fired >= dead_steps
         if training.step in resample_steps:
-            check(training, loss)
+            check_finite(loss.item(), sae, training)
             resample(training, dead, store, l1_coeff, args)
 
         # what is written down
         finished = training.step == args.max_iters
         if training.step % args.log_interval == 0 or finished:
-            check(training, loss)
+            check_finite(loss.item(), sae, training)
             training.log.append(log_line(training, x, loss, stats, dead, l1_coeff, args))
         if training.log:  # else there is nothing to show yet
             progress.show(training.step, lambda: log_note(training.log[-1]), finished)
