@@ -29,8 +29,9 @@ import signal
 import sys
 import tempfile
 import time
+import uuid
 import warnings
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -40,6 +41,11 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+
+try:
+    import fcntl  # file locks
+except ImportError:
+    fcntl = None  # on Windows
 
 # torch warns of an old pickle format before it refuses the file: our one line says enough
 warnings.filterwarnings("ignore", "Detected pickle protocol")
@@ -94,6 +100,10 @@ class Block(nn.Module):
         neurons = hook(f"mlp.{layer}", neurons)
         x = x + self.mlp_proj(neurons)
         return hook(f"resid.{layer}", x)
+
+
+class SiteReached(Exception):
+    """Carries activations out of the middle of the model: see GPT.activations."""
 
 
 class GPT(nn.Module):
@@ -154,14 +164,18 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     def activations(self, idx, site):
-        """The activations (B, T, site_width) at a site, on token ids idx (B, T)."""
-        seen = {}
+        """
+        The activations (B, T, site_width) at a site, on token ids idx (B, T). Nothing that
+        comes after the site is computed.
+        """
+        def leave(name, x):
+            if name == site:
+                raise SiteReached(x)
 
-        def keep(name, x):  # returns None, which changes nothing
-            seen[name] = x
-
-        self.trunk(idx, keep)
-        return seen[site]
+        try:
+            self.trunk(idx, leave)
+        except SiteReached as reached:
+            return reached.args[0]
 
     def forward(self, idx, targets=None, hook=None):
         """
@@ -373,6 +387,10 @@ def run(main):
             reason = (f"interrupted at {stop}, which is saved: "
                       "go on with the same command and --resume")
         status = 130
+    finally:
+        for file in LOCKS.values():
+            file.close()
+        LOCKS.clear()
     print(reason, file=sys.stderr)
     sys.exit(status)
 
@@ -589,9 +607,9 @@ def tracked(label, parts, unit, size=len):
 def write_atomic(path, write):
     """
     Calls write(binary file), then moves the file into place: a reader never sees half of
-    one. UserError when it cannot be written.
+    one, nor do two writers of one file meet. UserError when it cannot be written.
     """
-    temporary = f"{path}.tmp"
+    temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"  # two writers have two
     try:
         with open(temporary, "wb") as f:
             write(f)
@@ -602,6 +620,43 @@ def write_atomic(path, write):
         reason = getattr(error, "strerror", None) or "is the disk full?"  # torch's has none
         raise UserError(f"cannot write {path} ({reason}): make room and run again; "
                         "what was there before is unharmed")
+
+
+LOCKS = {}  # folder -> the open file whose lock says that this process uses it
+
+
+def lock_alone(folder):
+    """
+    Makes a folder this process's own, until `run` ends or lock_shared gives it free. Returns
+    whether that was to be had: False when another process uses it. What a killed process left
+    half-written there is removed.
+
+    The system drops the lock with the process, however that ends. Where there are no locks, on
+    Windows and some network disks, everybody is told True.
+    """
+    file = open(os.path.join(folder, ".lock"), "a")
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return False
+    except OSError:  # this disk has no locks
+        return True
+    LOCKS[folder] = file
+    for name in os.listdir(folder):
+        if fcntl and re.search(r"\.[0-9a-f]{8}\.tmp$", name):  # write_atomic's
+            os.remove(os.path.join(folder, name))
+    return True
+
+
+def lock_shared(folder):
+    """The folder is in use by this process and any others, but nobody may have it alone."""
+    if folder not in LOCKS:
+        LOCKS[folder] = open(os.path.join(folder, ".lock"), "a")
+    with suppress(OSError):  # this disk has no locks
+        if fcntl:
+            fcntl.flock(LOCKS[folder], fcntl.LOCK_SH)  # waits while another has it alone
 
 
 def without_nan(obj):

@@ -726,26 +726,26 @@ class ActivationStream(ActivationStore):
     Activations that are made when they are needed and never written: batch and sample without
     an end.
 
-    make(n, key) -> (n, width), decided by key. batch takes them by shards of SHARD_ROWS and
-    keeps one.
+    make(start, n) -> (n, width), rows start .. start + n of an endless sequence. batch takes
+    them by shards of SHARD_ROWS and keeps one.
     """
 
-    def __init__(self, make, width, seed):
+    def __init__(self, make, width):
         self.make = make
         self.width = width
-        self.seed = seed
         self.rows = math.inf
 
     def rows_from(self, position):
         number, offset = divmod(position, SHARD_ROWS)
         if self.loaded_slice != number:
             self.loaded_rows = None  # frees the last shard before the next is made
-            self.loaded_rows = self.make(SHARD_ROWS, (self.seed, number))
+            self.loaded_rows = self.make(number * SHARD_ROWS, SHARD_ROWS)
             self.loaded_slice = number
         return self.loaded_rows[offset:]
 
     def sample(self, n, seed):
-        return self.make(n, seed)
+        start = np.random.default_rng(seed).integers(2**40)
+        return self.make(int(start), n)
 
 
 def open_npy(path):

@@ -39,7 +39,7 @@ from matplotlib.figure import Figure
 from model import (
     ANEW, END_OF_TEXT, GPT, PATTERN, GPTConfig, Progress, UserError, at_least,
     average_gradients, bpe_tokenizer, check_finite, gpt2_tokenizer, load_json, load_tokenizer,
-    load_tokens, make_parser, rank_0_first, reading, resumable, run, same_on_all_ranks,
+    load_tokens, lock_alone, make_parser, rank_0_first, reading, resumable, run, same_on_all_ranks,
     save_checkpoint, save_json, save_jsonl, save_tokenizer, setup, steps, write_atomic)
 
 GITHUB = "https://raw.githubusercontent.com"
@@ -958,6 +958,9 @@ def main():
     args = parse_args()
     machine = setup(args)
     args.batch_size *= machine.ranks  # of all ranks together, here and in the checkpoint
+    if machine.rank == 0 and not lock_alone(args.out_dir):
+        raise UserError(f"another run is training a model in {args.out_dir}: wait for it, "
+                        "or give another --out_dir")
     checkpoint = resumable(os.path.join(args.out_dir, "gpt.pt"), args, machine.device)
 
     # bad sizes are refused now, not after tokenizing; 257 stands in for a number not known yet

@@ -11,7 +11,7 @@ GPT -> activations in .npy -> a sparse autoencoder.
     torchrun --nproc_per_node=2 train_sae.py --batch_size=1024   # two GPUs or two CPUs
 
 Reads what train_gpt.py left in out_dir. Writes out_dir/acts/<site>.<layer>/*.npy (float16 rows,
-shuffled; used again while they match) and out_dir/sae/<name>/: sae.pt, log.jsonl.
+shuffled; runs of one model share them) and out_dir/sae/<name>/: sae.pt, log.jsonl.
 """
 import glob
 import math
@@ -26,8 +26,9 @@ import torch
 import torch.distributed as dist
 
 from model import (ANEW, Progress, UserError, at_least, average_gradients, check_finite, load_gpt,
-                   load_json, load_tokens, make_parser, rank_0_first, reading, resumable, run,
-                   same_on_all_ranks, save_json, save_jsonl, setup, steps, tracked, write_atomic)
+                   load_json, load_tokens, lock_alone, lock_shared, make_parser, rank_0_first,
+                   reading, resumable, run, same_on_all_ranks, save_json, save_jsonl, setup, steps,
+                   tracked, write_atomic)
 from sae import (RECIPES, SHARD_ROWS, ActivationStore, ActivationStream, SAEConfig,
                  SparseAutoencoder, explained_share, l1_at, lr_at, mean_share,
                  resample_schedule, restore_sae, save_sae, show_explained, variance_of)
@@ -36,6 +37,10 @@ from sae import (RECIPES, SHARD_ROWS, ActivationStore, ActivationStream, SAEConf
 TOY_DIRECTIONS = 4
 FIRST_SAMPLE = 5
 RESAMPLING = 6
+
+# Whoever changes which rows are made raises this: activations on disk are then made anew.
+ROWS_VERSION = 2
+VAL_ROWS = 2**15  # held-out rows on disk, for a last look; analyze.py reads the text itself
 
 # Where the mean holds more of the squared norm than this, --center is recommended: features that
 # point against the mean never fire (arXiv 2605.31518). Of `scaling` on toy data moved away from 0,
@@ -65,8 +70,9 @@ def parse_args():
         help="mlp: MLP activations after the ReLU; resid: residual stream after the block; "
         "attn: attention output")
     add("--layer", type=int, default=0, help="which block, counted from 0")
-    add("--n_acts", type=at_least(1), default=2_000_000,
-        help="training vectors to keep on disk")
+    add("--n_acts", type=at_least(1), default=3_072_000,
+        help=f"training vectors to keep on disk, in whole files of {SHARD_ROWS:,}; the default "
+        "is as many as the default run trains on")
     add("--acts", default="gpt",
         help="gpt: dump them from out_dir/gpt.pt; toy: made from known directions; or a "
         "pattern of your own .npy files, quoted (their last twentieth is held out)")
@@ -114,34 +120,66 @@ def parse_args():
 # activations: of the model, of known directions, or somebody's own
 
 
-@torch.no_grad()
-def gpt_rows(gpt, tokens, site, n, key):
+def row_places(n_contexts, T, start, n):
     """
-    n activations at a site (n, width) float16 in random order: 250 of every 256 tokens of random
-    contexts, picked at random (Bricken et al., appendix on the data set).
+    Where in the text rows start .. start + n of an endless sequence are: indices (n,) of tokens.
 
-    tokens: (many,) token ids. key: integers that decide contexts, tokens and order.
+    The text is n_contexts of T tokens. Each is visited once, in random order, and gives a
+    random half of its tokens; then each once more, for the other half; then it begins anew, in
+    another order. So few rows are of one context, and none comes twice before all have come.
+    (Bricken et al., appendix on the data set, take 250 tokens of each context, whose length
+    they do not state.)
+    """
+    n_kept = max(1, T // 2)  # of each visit
+    visits = T // n_kept     # of each context: 2, or 1 or 3 where T is tiny
+    first = start // n_kept  # the first visit that is needed, counted from the beginning
+    last = (start + n - 1) // n_kept
+    places = []
+    for time_round in range(first // n_contexts, last // n_contexts + 1):
+        epoch, visit = divmod(time_round, visits)
+        rng = np.random.default_rng(epoch)  # all visits of an epoch draw the same:
+        contexts = rng.permutation(n_contexts)
+        tokens = rng.permutation(T)[visit * n_kept:(visit + 1) * n_kept]
+        shifts = rng.integers(0, T, n_contexts)  # or all contexts would keep the same tokens
+
+        # which part of this round is needed
+        before = time_round * n_contexts
+        contexts = contexts[max(0, first - before):last + 1 - before]
+        kept = (tokens + shifts[contexts, None]) % T  # (some contexts, n_kept)
+        places.append((contexts[:, None] * T + kept).ravel())
+    offset = start - first * n_kept
+    return np.concatenate(places)[offset:offset + n]
+
+
+@torch.no_grad()
+def gpt_rows(gpt, tokens, site, start, n):
+    """
+    Rows start .. start + n of the activations at a site (n, width), float16, shuffled: those
+    of one context lie far apart. Which tokens they are of: see row_places.
+
+    tokens: (many,) token ids.
     """
     T = gpt.config.block_size
     device = gpt.wte.weight.device
-    rng = np.random.default_rng(key)
+    places = row_places(len(tokens) // T, T, start, n)
+    places = np.random.default_rng(start).permutation(places)
+
+    # each context once, even where a short text gives several of the rows
+    contexts, of_row = np.unique(places // T, return_inverse=True)
+    by_context = np.argsort(of_row, kind="stable")
     tokens_at_once = 8192 if device.type == "cpu" else 34_000  # a GPU wants more at once
-    B = max(1, tokens_at_once // T)    # contexts at once
-    n_kept = math.ceil(T * 250 / 256)  # of each context
-
+    B = max(1, tokens_at_once // T)  # contexts at once
     rows = torch.empty(n, gpt.site_width(site), dtype=torch.float16, device=device)
-    places = torch.from_numpy(rng.permutation(n)).to(device)  # where the i-th made goes
-    for start in range(0, n, B * n_kept):
-        # B contexts from anywhere in the text; they may overlap
-        starts = rng.integers(0, len(tokens) - T + 1, (B, 1))
-        contexts = torch.from_numpy(tokens[starts + np.arange(T)].astype(np.int64))  # (B, T)
+    for i in range(0, len(contexts), B):
+        starts = contexts[i:i + B, None] * T
+        idx = torch.from_numpy(tokens[starts + np.arange(T)].astype(np.int64))  # (B, T)
+        x = gpt.activations(idx.to(device), site).flatten(0, 1)  # (B * T, width)
 
-        # which of their tokens are kept, as indices into all B * T; the last round needs fewer
-        shuffled = rng.permuted(np.arange(B * T).reshape(B, T), axis=1)
-        kept = shuffled[:, :n_kept].ravel()[:n - start]
-        x = gpt.activations(contexts.to(device), site).flatten(0, 1)  # (B * T, width)
-        x = x[torch.from_numpy(kept).to(device)]
-        rows[places[start:start + len(x)]] = x.half()  # so rows of one context lie far apart
+        # which rows come from these contexts, and from where among their tokens
+        first, last = np.searchsorted(of_row, (i, i + B), sorter=by_context)
+        chosen = by_context[first:last]
+        found = (of_row[chosen] - i) * T + places[chosen] % T
+        rows[torch.from_numpy(chosen).to(device)] = x[torch.from_numpy(found).to(device)].half()
     if not rows.isfinite().all():
         raise UserError(
             f"activations of {site} are NaN or beyond float16 (65,504): train another model"
@@ -164,7 +202,10 @@ def toy_rows(directions, n, key, n_active=3.0):
 
 
 def from_gpt(args, device):
-    """Returns where rows of the model come from, their width, and make(split, n, key) -> rows."""
+    """
+    Returns where rows of the model come from, their width, and make(split, start, n), which
+    makes rows start .. start + n of the endless sequence of a split, "train" or "val".
+    """
     site = f"{args.site}.{args.layer}"
     gpt, _ = load_gpt(args.out_dir, device)
     width = gpt.site_width(site)
@@ -172,20 +213,20 @@ def from_gpt(args, device):
     for split in ("train", "val"):
         tokens[split] = load_tokens(args.out_dir, split, gpt.config)
 
-    def make(split, n, key):  # the split is part of the key, or both would draw alike
-        return gpt_rows(gpt, tokens[split], site, n, (split == "val", *key))
+    def make(split, start, n):
+        return gpt_rows(gpt, tokens[split], site, start, n)
 
     return {"site": site, "gpt": gpt.fingerprint()}, width, make
 
 
 def from_toy(args, n_directions=256, width=64):
     """The same for rows made of known directions, more of them than the width has dimensions."""
-    rng = np.random.default_rng((args.seed, TOY_DIRECTIONS))
+    rng = np.random.default_rng(TOY_DIRECTIONS)
     truth = rng.standard_normal((n_directions, width), dtype=np.float32)
     truth /= np.linalg.norm(truth, axis=1, keepdims=True)
 
-    def make(split, n, key):
-        return toy_rows(truth, n, (split == "val", *key))
+    def make(split, start, n):
+        return toy_rows(truth, n, (split == "val", start))
 
     return {"site": "toy", "truth": torch.from_numpy(truth)}, width, make
 
@@ -216,17 +257,18 @@ def prepare(args, device):
     if args.acts not in ("gpt", "toy"):
         return own_stores(args)
     source, width, make = from_gpt(args, device) if args.acts == "gpt" else from_toy(args)
-    if args.stream:  # rows as they are needed, the same as the shards on disk would hold
-        store = ActivationStream(partial(make, "train"), width, args.seed)
-        val_store = ActivationStream(partial(make, "val"), width, args.seed)
+    if args.stream:  # rows as they are needed, the same as the files on disk would hold
+        store = ActivationStream(partial(make, "train"), width)
+        val_store = ActivationStream(partial(make, "val"), width)
         return store, val_store, source
-    # all that the rows on disk depend on: they are made anew when one of these changes
+    # All that the rows on disk depend on: they are made anew when one of these changes. Neither
+    # the seed nor --n_acts is among them, so that runs side by side share the files.
     meta = {
         "site": args.site,
         "layer": args.layer,
         "gpt": source.get("gpt"),
         "width": width,
-        "seed": args.seed,
+        "version": ROWS_VERSION,
     }
     folder = os.path.join(args.out_dir, "acts", source["site"])
     train_paths, val_paths = dump(folder, meta, make, args.n_acts)
@@ -241,71 +283,79 @@ def prepare(args, device):
 
 @dataclass
 class Shard:
-    """One .npy file of a dump."""
+    """One .npy file of a dump: rows start .. start + rows of the sequence of its split."""
     path: str
-    split: str   # "train" or "val"
-    number: int  # within the split; with the seed it decides the rows
-    rows: int    # how many
+    split: str  # "train" or "val"
+    start: int
+    rows: int
 
 
-def plan_shards(folder, split, n_rows):
-    """Returns the Shards of at most SHARD_ROWS rows into which n_rows of a split are cut."""
+def plan_shards(folder, n_acts):
+    """
+    Returns the Shards for n_acts training rows or more, all of the same length, so that a
+    shard never depends on how many there are, and the one of held-out rows.
+    """
     shards = []
-    for start in range(0, n_rows, SHARD_ROWS):
-        number = start // SHARD_ROWS
-        path = os.path.join(folder, f"{split}-{number:03d}.npy")
-        shards.append(Shard(path, split, number, min(SHARD_ROWS, n_rows - start)))
+    for start in range(0, n_acts, SHARD_ROWS):
+        path = os.path.join(folder, f"train-{start // SHARD_ROWS:03d}.npy")
+        shards.append(Shard(path, "train", start, SHARD_ROWS))
+    path = os.path.join(folder, "val-000.npy")
+    shards.append(Shard(path, "val", 0, min(VAL_ROWS, SHARD_ROWS)))
     return shards
 
 
 def dump(folder, meta, make, n_acts):
     """
-    Fills folder with train-NNN.npy and val-NNN.npy, the shards of make(split, n, key). Files
-    that are there already and go with meta stay as they are.
+    Fills folder with train-NNN.npy and val-000.npy, of the rows of make(split, start, n).
+    Files that are there already and go with meta stay as they are, also those that are more
+    than n_acts needs.
 
-    meta: what the rows depend on, with "width" and "seed"; it is kept in meta.json.
-    Returns the paths of the training shards and those of the held-out ones.
+    meta: what the rows depend on, with "width"; it is kept in meta.json.
+    Returns the paths of the training shards and those of the held-out one. UserError when
+    there is no room, or when files would have to go that another run may be reading.
     """
-    n_val = max(1024, min(SHARD_ROWS, n_acts // 20))  # enough to judge by, one file at most
-    meta = meta | {"rows": n_acts, "val_rows": n_val}
-    train_shards = plan_shards(folder, "train", n_acts)
-    val_shards = plan_shards(folder, "val", n_val)
-    shards = train_shards + val_shards
-
+    shards = plan_shards(folder, n_acts)
+    os.makedirs(folder, exist_ok=True)
+    alone = lock_alone(folder)  # nobody starts reading until it is clear which files are good
+    if not alone:
+        lock_shared(folder)
     meta_path = os.path.join(folder, "meta.json")
     # what is there already: all of it is good, or all of it was made from something else
     found = load_json(meta_path, f"delete {folder}") if os.path.exists(meta_path) else {}
-    os.makedirs(folder, exist_ok=True)
     present = glob.glob(os.path.join(glob.escape(folder), "*.npy"))
     outdated = present if found != meta else []
-    good = [path for path in present if path not in outdated]
-    missing = [shard for shard in shards if shard.path not in good]
-    check_room(folder, meta, missing, len(shards), outdated)
+    if outdated and not alone:
+        raise UserError(
+            f"{folder} holds activations of something else, which another run is reading: "
+            "wait for it, or give another --out_dir"
+        )
+    missing = [shard for shard in shards if shard.path not in present or outdated]
+    check_room(folder, meta, shards, missing, outdated)
 
     # in this order, so that after a kill, too, a shard goes with the meta.json beside it
     if found != meta:
         for path in outdated:
             os.remove(path)
         save_json(meta_path, meta)
+    lock_shared(folder)  # from here on others may join, and write the same files
     for shard in tracked("writing activations", missing, "rows", lambda shard: shard.rows):
-        rows = make(shard.split, shard.rows, (meta["seed"], shard.number)).cpu().numpy()
+        rows = make(shard.split, shard.start, shard.rows).cpu().numpy()
         write_atomic(shard.path, lambda file: np.save(file, rows))
-    train_paths = [shard.path for shard in train_shards]
-    val_paths = [shard.path for shard in val_shards]
-    return [train_paths, val_paths]
+    paths = [shard.path for shard in shards]
+    return paths[:-1], paths[-1:]
 
 
-def check_room(folder, meta, missing, n_shards, outdated):
+def check_room(folder, meta, shards, missing, outdated):
     """
-    Says which of n_shards files are missing. UserError, before anything is touched, when they
-    do not fit on the disk, even when the outdated ones are gone.
+    Says which of the shards are missing. UserError, before anything is touched, when they
+    do not fit on the disk, even when the outdated files are gone.
     """
     needed = sum(shard.rows for shard in missing) * meta["width"] * 2  # bytes of float16
     free = shutil.disk_usage(folder).free + sum(map(os.path.getsize, outdated))
-    n_rows = meta["rows"] + meta["val_rows"]
+    n_rows = sum(shard.rows for shard in shards)
     print(
         f"activations: {n_rows:,} rows of {meta['width']} in {folder}; "
-        f"{n_shards - len(missing)} of {n_shards} files are there, the others need "
+        f"{len(shards) - len(missing)} of {len(shards)} files are there, the others need "
         f"{needed / 1e9:.2f} of {free / 1e9:.1f} GB that are free"
     )
     if needed > free:
@@ -553,7 +603,11 @@ def main():
         raise UserError(f"--pre_bias=yes is not for --recipe={args.recipe}: {reason}")
     machine = setup(args)
     args.batch_size *= machine.ranks  # of all ranks together, here and in the checkpoint
-    path = os.path.join(args.out_dir, "sae", args.name, "sae.pt")
+    folder = os.path.join(args.out_dir, "sae", args.name)
+    os.makedirs(folder, exist_ok=True)
+    if machine.rank == 0 and not lock_alone(folder):
+        raise UserError(f"another run is training {folder}: wait for it, or give another --name")
+    path = os.path.join(folder, "sae.pt")
     checkpoint = resumable(path, args, machine.device)
     with rank_0_first():  # one writes the rows, the others read them
         store, val_store, source = prepare(args, machine.device)

@@ -10,11 +10,13 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+import model
 import train_gpt
 from conftest import ROOT, SMALL_GPT, SMALL_SAE, TEXT, script
 from test_scripts import hashes
@@ -331,12 +333,113 @@ def test_a_model_and_data_that_do_not_belong_together_are_not_used(trained, tmp_
 
 
 # -----------------------------------------------------------------------------
+# side by side
+
+HOLD = "import sys, model; print(getattr(model, sys.argv[1])(sys.argv[2]), flush=True); sys.stdin.read()"
+
+
+@pytest.fixture
+def another_process():
+    """start(function, folder): a process that called model.lock_alone or lock_shared, and lives on."""
+    processes = []
+
+    def start(function, folder):
+        command = [sys.executable, "-c", HOLD, function, str(folder)]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, text=True)
+        processes.append(process)
+        assert process.stdout.readline().strip() in ("True", "None")
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no file locks")
+@pytest.mark.parametrize("command", [("train_sae.py", *SMALL_SAE), ("train_gpt.py", *SMALL_GPT)])
+def test_a_second_run_of_the_same_name_is_refused_until_the_first_has_ended_however_it_ends(
+    trained, tmp_path, another_process, command
+):
+    out = tmp_path / "out"
+    shutil.copytree(trained, out)
+    gpt = command[0] == "train_gpt.py"
+    before = hashes(out)
+    first = another_process("lock_alone", out if gpt else out / "sae/scaling")
+    flags = [f"--dataset={trained.parent / 'text.txt'}"] if gpt else []
+    done = script(*command, f"--out_dir={out}", *flags)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "another run is training" in done.stderr
+    assert hashes(out) == before
+    first.kill()
+    first.wait()
+    done = script(*command, f"--out_dir={out}", *flags)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no file locks")
+def test_activations_that_another_run_may_read_are_kept_and_those_of_the_same_model_shared(
+    trained, tmp_path, another_process
+):
+    out = tmp_path / "out"
+    shutil.copytree(trained, out)
+    another_process("lock_shared", out / "acts/mlp.0")
+    for flags in (["--seed=3"], ["--n_acts=1"], [f"--n_acts={2**17 + 1}"]):
+        done = script("train_sae.py", *SMALL_SAE, f"--out_dir={out}", "--name=other", *flags)
+        assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in out.rglob("*.npy")) == ["train-000.npy", "train-001.npy", "val-000.npy"]
+    before = hashes(out)
+    checkpoint = torch.load(out / "gpt.pt", weights_only=True)
+    checkpoint["model"]["wte.weight"] += 0.01
+    torch.save(checkpoint, out / "gpt.pt")
+    done = script("train_sae.py", *SMALL_SAE, f"--out_dir={out}", "--name=other")
+    assert done.returncode == 2 and "another run is reading" in done.stderr
+    after = hashes(out)
+    assert {name for name in after if after[name] != before[name]} == {"gpt.pt"}
+
+
+def test_runs_of_other_names_that_start_at_once_write_the_activations_together(trained, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    for file in ("gpt.pt", "tokenizer.json", "train.bin", "val.bin", "data.json"):
+        shutil.copy(trained / file, out)
+    runs = []
+    for name in ("a", "b", "scaling"):
+        command = [sys.executable, os.path.join(ROOT, "train_sae.py"), f"--name={name}", f"--out_dir={out}"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        runs.append(subprocess.Popen([*command, *SMALL_SAE], stderr=subprocess.PIPE, text=True, env=environment))
+    for process in runs:
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+    shard = "acts/mlp.0/train-000.npy"
+    assert (out / shard).read_bytes() == (trained / shard).read_bytes()
+    assert sorted(path.name for path in (out / "acts/mlp.0").iterdir()) == sorted(
+        path.name for path in (trained / "acts/mlp.0").iterdir()
+    )
+    expected = torch.load(trained / "sae/scaling/sae.pt", weights_only=True)["weights"]
+    for name in ("a", "b", "scaling"):
+        found = torch.load(out / "sae" / name / "sae.pt", weights_only=True)["weights"]
+        assert same(found, expected)
+
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path):
+    path = tmp_path / "x"
+
+    def write_slowly(file):
+        file.write(b"slow")
+        model.write_atomic(path, lambda other: other.write(b"quick"))  # another one, in between
+        assert path.read_bytes() == b"quick"
+
+    model.write_atomic(path, write_slowly)
+    assert path.read_bytes() == b"slow" and os.listdir(tmp_path) == ["x"]
+
+
+# -----------------------------------------------------------------------------
 # disks that are full, numbers that go wrong
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 @pytest.mark.parametrize("name", ["gpt.pt", "gpt.jsonl", "sae/scaling/sae.pt", "acts/mlp.0/train-000.npy"])
-def test_a_full_disk_is_one_line_and_the_last_checkpoint_stands(trained, tmp_path, name):
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stands(trained, tmp_path, monkeypatch, name):
     out = tmp_path / "out"
     shutil.copytree(trained, out)
     command = ("train_sae.py", *SMALL_SAE)
@@ -345,7 +448,8 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stands(trained, tmp_pat
     if name.startswith("acts"):
         os.remove(out / name)
     before = hashes(out)
-    os.symlink("/dev/full", f"{out / name}.tmp")
+    monkeypatch.setattr("model.uuid.uuid4", lambda: SimpleNamespace(hex="full disk"))
+    os.symlink("/dev/full", f"{out / name}.full dis.tmp")
     done = script(*command, f"--out_dir={out}")
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert os.path.basename(name) in done.stderr and ("space" in done.stderr or "disk" in done.stderr)

@@ -26,12 +26,13 @@ import pytest
 import torch
 
 import analyze
+import model
 import sae as sae_module
 import train_gpt
 import train_sae
 from conftest import ROOT, SMALL_GPT, SMALL_SAE, TEXT, script
 from model import END_OF_TEXT, GPT, GPTConfig, UserError, load_gpt, save_json, save_jsonl
-from sae import ActivationStream, SAEConfig, SparseAutoencoder, load_sae, save_sae
+from sae import SHARD_ROWS, ActivationStream, SAEConfig, SparseAutoencoder, load_sae, save_sae
 
 
 train_save = train_sae.save  # a test puts another in its place
@@ -344,55 +345,71 @@ def tiny_gpt():
     return GPT(GPTConfig(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=8)).eval().requires_grad_(False)
 
 
+@pytest.mark.parametrize("T", [1, 3, 16])
+def test_no_token_gives_a_second_row_before_all_have_given_one(T):
+    n_contexts, n_kept = 40, max(1, T // 2)
+    epoch = n_contexts * n_kept * (T // n_kept)  # with T = 3 one of each context's tokens after the other
+    rows = train_sae.row_places(n_contexts, T, 0, 2 * epoch)
+    for half in (rows[:epoch], rows[epoch:]):
+        assert sorted(half) == list(range(n_contexts * T)) and half.tolist() != sorted(half)
+    assert T == 1 or rows[:epoch].tolist() != rows[epoch:].tolist()  # in another order
+    # in each round every context gives as many
+    for start in range(0, 2 * epoch, n_contexts * n_kept):
+        contexts, counts = np.unique(rows[start : start + n_contexts * n_kept] // T, return_counts=True)
+        assert len(contexts) == n_contexts and set(counts) == {n_kept}
+    for start, n in ((0, 1), (epoch - 7, 20), (3, 2 * epoch - 5)):  # any part, with nothing to remember
+        assert train_sae.row_places(n_contexts, T, start, n).tolist() == rows[start : start + n].tolist()
+
+
+def test_which_tokens_a_context_gives_first_is_drawn_for_each():
+    rows = train_sae.row_places(400, 16, 0, 400 * 8).reshape(400, 8) % 16
+    counts = np.bincount(rows.ravel(), minlength=16)
+    assert counts.min() > 150 and counts.max() < 250  # of 200 expected
+    assert len({tuple(sorted(row)) for row in rows}) > 8
+
+
 @pytest.mark.parametrize("site", ["attn.0", "mlp.1", "resid.1"])
-def test_dumped_rows_are_what_the_hook_gives_each_token_of_a_context_at_most_once(site):
+def test_dumped_rows_are_what_the_hook_gives_at_their_places(site):
     gpt, tokens = tiny_gpt(), np.random.default_rng(0).integers(0, 50, 500).astype(np.uint16)
-    n_contexts, rng, kept = 8192 // 16, np.random.default_rng(3), {}
-    rows = train_sae.gpt_rows(gpt, tokens, site, n_contexts * 16, 3).float()
-    order = rng.permutation(len(rows))  # rows are shuffled: back to the order of the contexts
-    rows, starts = rows[order], rng.integers(0, len(tokens) - 16 + 1, n_contexts)
-    gpt(
-        torch.from_numpy(np.stack([tokens[s : s + 16] for s in starts]).astype(np.int64)),
-        hook=lambda s, x: kept.update({s: x}),
-    )
-    assert rows.shape == (n_contexts * 16, gpt.site_width(site))  # ceil(16 * 250 / 256) = 16 of every context
-    for got, expected in zip(rows.view(n_contexts, 16, -1), kept[site]):
-        distance = torch.cdist(got, expected)
-        assert sorted(distance.argmin(1).tolist()) == list(range(16)) and distance.amin(1).max() < 3e-3
+    start, n, kept = 70, 1200, {}  # two rounds and a half over 31 contexts: several rows of one token
+    rows = train_sae.gpt_rows(gpt, tokens, site, start, n).float()
+    contexts = torch.from_numpy(tokens[: 31 * 16].astype(np.int64)).view(31, 16)
+    gpt(contexts, hook=lambda s, x: kept.update({s: x}))
+    places = train_sae.row_places(31, 16, start, n)
+    expected = kept[site].flatten(0, 1)[torch.from_numpy(places)]
+    order = np.random.default_rng(start).permutation(n)  # they are shuffled
+    assert rows.shape == (n, gpt.site_width(site))
+    torch.testing.assert_close(rows, expected[torch.from_numpy(order)], rtol=1e-3, atol=3e-3)
 
 
-def test_of_long_contexts_250_tokens_in_256_are_taken():
-    """Contexts of 128 tokens that all start at 0: each of the 125 kept tokens of one is another."""
-    torch.manual_seed(0)
-    gpt = GPT(GPTConfig(block_size=128, vocab_size=128, n_layer=1, n_head=2, n_embd=8)).eval().requires_grad_(False)
-    rows = train_sae.gpt_rows(gpt, np.arange(128, dtype=np.uint16), "resid.0", 64 * 125 + 300, 0)
-    counts = rows.unique(dim=0, return_counts=True)[1]
-    assert len(counts) == 128 and counts.sum() == 8300  # 64 contexts, then 300 rows of the next
-    assert counts.max() <= 67 and counts.float().std() > 0.5  # a token is once in a context, and sometimes left out
-
-
-def rows_of(split, n, key):
-    """Stands in for a model: rows that tell their split, shard and place."""
-    place, rest = torch.arange(float(n))[:, None], torch.tensor([float(split == "val"), key[1]])
+def rows_of(split, start, n):
+    """Stands in for a model: rows that tell their split, the shard's first row and their place."""
+    place, rest = torch.arange(float(n))[:, None], torch.tensor([float(split == "val"), start])
     return torch.cat([place, rest.expand(n, 2)], dim=1).half()
 
 
-META = {"width": 3, "seed": 7}
+META = {"width": 3}
 
 
-def test_a_dump_is_its_shards(tmp_path, monkeypatch):
+def test_a_dump_is_whole_shards_whatever_is_asked_for(tmp_path, monkeypatch):
     monkeypatch.setattr(train_sae, "SHARD_ROWS", 1024)
     made = []
 
-    def make(split, n, key):
-        made.append((split, n, key))
-        return rows_of(split, n, key)
+    def make(split, start, n):
+        made.append((split, start, n))
+        return rows_of(split, start, n)
 
     train, val = train_sae.dump(str(tmp_path), META, make, 2500)
-    assert [np.load(path).shape for path in train] == [(1024, 3), (1024, 3), (452, 3)]
-    assert [np.load(path).shape for path in val] == [(1024, 3)] and np.load(val[0])[5].tolist() == [5, 1, 0]
-    assert np.load(train[2]).dtype == np.float16 and np.load(train[2])[1].tolist() == [1, 0, 2]
-    assert made == [("train", 1024, (7, 0)), ("train", 1024, (7, 1)), ("train", 452, (7, 2)), ("val", 1024, (7, 0))]
+    assert [np.load(path).shape for path in train + val] == [(1024, 3)] * 4
+    assert np.load(val[0])[5].tolist() == [5, 1, 0] and np.load(train[2])[1].tolist() == [1, 0, 2048]
+    assert np.load(train[2]).dtype == np.float16
+    assert made == [("train", 0, 1024), ("train", 1024, 1024), ("train", 2048, 1024), ("val", 0, 1024)]
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    # fewer: the others stay for whoever reads them; more: those that are missing are added
+    assert train_sae.dump(str(tmp_path), META, make, 1) == (train[:1], val) and len(made) == 4
+    more, _ = train_sae.dump(str(tmp_path), META, make, 3073)
+    assert more[:3] == train and made[4:] == [("train", 3072, 1024)]
+    assert {path: path.read_bytes() for path in before} == before
 
 
 @pytest.mark.parametrize("found", ["same", "other"])
@@ -403,10 +420,12 @@ def test_shards_are_kept_while_they_go_with_the_rest(tmp_path, monkeypatch, foun
     meta = json.loads((tmp_path / "meta.json").read_text())
     changes = {"gpt": "another"} if found == "other" else {}
     (tmp_path / "meta.json").write_text(json.dumps(meta | changes))
-    (tmp_path / "train-001.npy.tmp").write_bytes(b"half a file")
+    model.LOCKS.clear()  # as if another process had made them, and been killed while it wrote
+    (tmp_path / "train-001.npy.0123abcd.tmp").write_bytes(b"half a file")
     stamps = {path: os.stat(path).st_mtime_ns for path in (train[0], train[2], *val)}
     again = train_sae.dump(str(tmp_path), META, rows_of, 2500)
-    assert again == [train, val] and np.load(train[1]).shape == (1024, 3)
+    assert again == (train, val) and np.load(train[1]).shape == (1024, 3)
+    assert not list(tmp_path.glob("*.tmp"))
     kept = {path for path, stamp in stamps.items() if os.stat(path).st_mtime_ns == stamp}
     assert kept == (set() if found == "other" else set(stamps))
     assert json.loads((tmp_path / "meta.json").read_text()) == meta
@@ -414,7 +433,8 @@ def test_shards_are_kept_while_they_go_with_the_rest(tmp_path, monkeypatch, foun
 
 def test_a_kill_while_old_shards_go_leaves_none_that_pass_as_new(tmp_path, monkeypatch):
     monkeypatch.setattr(train_sae, "SHARD_ROWS", 1024)
-    train_sae.dump(str(tmp_path), META | {"gpt": "another"}, lambda split, n, key: torch.ones(n, 3), 2500)
+    train_sae.dump(str(tmp_path), META | {"gpt": "another"}, lambda split, start, n: torch.ones(n, 3), 2500)
+    model.LOCKS.clear()
     removed = []
 
     def remove(path, really=os.remove):
@@ -426,6 +446,7 @@ def test_a_kill_while_old_shards_go_leaves_none_that_pass_as_new(tmp_path, monke
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(os, "remove", remove)
         train_sae.dump(str(tmp_path), META, rows_of, 2500)
+    model.LOCKS.clear()
     train, val = train_sae.dump(str(tmp_path), META, rows_of, 2500)
     assert all((np.load(path)[:, 1] == (split == "val")).all() for split, paths in (("train", train), ("val", val))
                for path in paths)  # fmt: skip
@@ -434,22 +455,22 @@ def test_a_kill_while_old_shards_go_leaves_none_that_pass_as_new(tmp_path, monke
 def test_an_interrupted_dump_leaves_its_finished_shards(tmp_path, monkeypatch):
     monkeypatch.setattr(train_sae, "SHARD_ROWS", 1024)
 
-    def make(split, n, key):
-        if key[1] == 1:
+    def make(split, start, n):
+        if start == 1024:
             raise KeyboardInterrupt
-        return rows_of(split, n, key)
+        return rows_of(split, start, n)
 
     with pytest.raises(KeyboardInterrupt):
         train_sae.dump(str(tmp_path), META, make, 2500)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["meta.json", "train-000.npy"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "meta.json", "train-000.npy"]
 
 
 def test_a_stream_is_the_shards_of_a_dump_one_after_the_other(monkeypatch):
     monkeypatch.setattr(sae_module, "SHARD_ROWS", 100)
-    stream = ActivationStream(partial(rows_of, "train"), 3, seed=7)
+    stream = ActivationStream(partial(rows_of, "train"), 3)
     rows = torch.cat([stream.batch(position, 70) for position in range(0, 700, 70)])
     assert rows.dtype == torch.float32 and rows[:, 0].tolist() == [i % 100 for i in range(700)]
-    assert rows[:, 2].tolist() == [i // 100 for i in range(700)]
+    assert rows[:, 2].tolist() == [i // 100 * 100 for i in range(700)]
     assert torch.equal(stream.batch(250, 200), rows[250:450])  # any place, with nothing to remember
     assert stream.rows == math.inf and stream.sample(50, (7, 5)).shape == (50, 3)
 
@@ -459,10 +480,11 @@ def test_what_float16_cannot_hold_is_an_error_that_names_the_site(bad):
     gpt = tiny_gpt()
     gpt.blocks[0].attn_proj.bias[3] = bad
     with pytest.raises(UserError, match=r"attn\.0"):
-        train_sae.gpt_rows(gpt, np.arange(40, dtype=np.uint16), "attn.0", 100, 0)
+        train_sae.gpt_rows(gpt, np.arange(40, dtype=np.uint16), "attn.0", 0, 100)
 
 
 def test_a_dump_too_large_for_the_disk_is_refused_before_anything_is_touched(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_sae, "SHARD_ROWS", 1024)
     train_sae.dump(str(tmp_path), META, rows_of, 50)
     before = sorted((p.name, p.read_bytes()) for p in tmp_path.iterdir())
     monkeypatch.setattr(train_sae.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10))
@@ -634,12 +656,8 @@ def test_the_scripts_leave_what_the_interface_promises(trained):
         assert (trained / name).stat().st_size > 0, name
     meta = json.loads((trained / "acts/mlp.0/meta.json").read_text())
     rows = np.load(trained / "acts/mlp.0/train-000.npy", allow_pickle=False)
-    assert rows.dtype == np.float16 and rows.shape == (4000, 64) == (meta["rows"], meta["width"])
-    assert meta["gpt"] == load_gpt(trained)[0].fingerprint() and (meta["site"], meta["layer"], meta["seed"]) == (
-        "mlp",
-        0,
-        1337,
-    )
+    assert rows.dtype == np.float16 and rows.shape == (SHARD_ROWS, 64) and meta["width"] == 64
+    assert meta["gpt"] == load_gpt(trained)[0].fingerprint() and (meta["site"], meta["layer"]) == ("mlp", 0)
     log = [json.loads(line) for line in (trained / "sae/scaling/log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in log] == [20, 40, 60] and log[-1]["rows"] == 60 * 128
     sae = load_sae(trained / "sae/scaling/sae.pt")
