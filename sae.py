@@ -58,6 +58,11 @@ class Recipe:
     # "Sparse Autoencoder Setup").
     pre_bias: bool = False
 
+    # "transposed": rows of W_dec in random directions, W_enc = W_dec^T (Circuits Updates, April
+    # 2024). "kaiming": encoder and decoder apart, each as PyTorch starts a linear layer, entries
+    # uniform in +-1 / sqrt(fan_in) (Bricken et al., appendix on the autoencoder's training).
+    start: str = "transposed"
+
     # b_dec starts at the geometric median of the data, not at 0 (Bricken et al., appendix on the
     # autoencoder's training). All other biases start at 0 everywhere.
     median_start: bool = False
@@ -115,6 +120,7 @@ RECIPES = {
     "towards": Recipe(
         "Bricken et al. 2023, Towards Monosemanticity",
         pre_bias=True,
+        start="kaiming",
         median_start=True,
         unit_rows=True,
         project_gradient=True,
@@ -128,6 +134,9 @@ RECIPES = {
 }
 
 
+STARTS = ("transposed", "kaiming")
+
+
 @dataclass
 class SAEConfig:
     """What one autoencoder is made from. It is saved and restored as a whole."""
@@ -139,6 +148,7 @@ class SAEConfig:
     decoder_norm: float = 0.3     # norm of W_dec's rows at the start, unless unit_rows says 1
     pre_bias: bool | None = None  # None: as the recipe has it; False after fold()
     tied: bool | None = None      # the same
+    start: str | None = None      # None: as the recipe has it
 
     def __post_init__(self):
         check_known(self.recipe, RECIPES)
@@ -147,6 +157,9 @@ class SAEConfig:
             self.pre_bias = RECIPES[self.recipe].pre_bias
         if self.tied is None:
             self.tied = RECIPES[self.recipe].tied
+        if self.start is None:
+            self.start = RECIPES[self.recipe].start
+        check_known(self.start, STARTS)
 
 
 def check_known(value, known):
@@ -167,9 +180,8 @@ class SparseAutoencoder(nn.Module):
     measured; with center, `mean` (d_in,), 0 until fit_to, is taken off before. `extra` holds
     what was saved beside the autoencoder, see load_sae.
 
-    Initialisation: random directions of equal norm, W_enc = W_dec^T, biases 0 (Circuits
-    Updates, April 2024, which suggests norms of 0.05 to 1; the other recipes take the same,
-    with unit rows).
+    Initialisation: see Recipe.start, with rows of W_dec of unit norm or of decoder_norm (Circuits
+    Updates, April 2024, suggests 0.05 to 1); biases 0.
     """
 
     def __init__(self, config):
@@ -178,9 +190,12 @@ class SparseAutoencoder(nn.Module):
         self.recipe = RECIPES[config.recipe]
         self.extra = {}
 
-        directions = F.normalize(torch.randn(config.n_features, config.d_in), dim=1)
+        if config.start == "kaiming":
+            directions = uniform(config.n_features, config.d_in, bound=config.n_features**-0.5)
+        else:
+            directions = torch.randn(config.n_features, config.d_in)
         norm = 1.0 if self.recipe.unit_rows else config.decoder_norm
-        self.W_dec = nn.Parameter(directions * norm)
+        self.W_dec = nn.Parameter(F.normalize(directions, dim=1) * norm)
         self.b_enc = nn.Parameter(torch.zeros(config.n_features))
         if config.tied:
             self.register_buffer("b_dec", torch.zeros(config.d_in), persistent=False)
@@ -188,7 +203,10 @@ class SparseAutoencoder(nn.Module):
             # Ugly: self.W_enc = ... is what one would write, but nn.Module refuses a parameter
             # whose name is a property of the class, as W_enc is below. It is kept transposed,
             # each feature's weights side by side: in that layout SparseStep makes its gradient.
-            self._parameters["W_enc"] = nn.Parameter(self.W_dec.detach().clone().t())
+            rows = self.W_dec.detach().clone()
+            if config.start == "kaiming":
+                rows = uniform(config.n_features, config.d_in, bound=config.d_in**-0.5)
+            self._parameters["W_enc"] = nn.Parameter(rows.t())
             self.b_dec = nn.Parameter(torch.zeros(config.d_in))
 
         # not persistent: save_sae writes them beside the weights, which stay SAELens' four
@@ -496,6 +514,11 @@ class SparseAutoencoder(nn.Module):
         return folded
 
 
+def uniform(*shape, bound):
+    """A tensor of a shape, its entries uniform in +-bound."""
+    return torch.empty(shape).uniform_(-bound, bound)
+
+
 def where_float64_is(x):
     """x where it is, or on the CPU if its device has no float64: Apple's GPUs have none."""
     return x.cpu() if x.device.type == "mps" else x
@@ -506,6 +529,20 @@ def mean_share(x):
     x = where_float64_is(x)
     square = x.mean(0, dtype=torch.float64).square().sum()
     return (square / x.norm(dim=1, dtype=torch.float64).square().mean()).item()
+
+
+MASSIVE = 0.2  # a share of the squared norm that is much for the largest 1 % of the rows
+
+
+def massive_share(x):
+    """
+    The share of E||x||^2 that the largest 1 % of rows x (N, n) hold. It is 1 % where all have
+    one norm; in many language models the first token's is 50 times the others', and it holds
+    nearly all ("massive activations", arXiv 2402.17762).
+    """
+    squares = where_float64_is(x).norm(dim=1, dtype=torch.float64).square()
+    largest = squares.topk(math.ceil(len(x) / 100)).values
+    return (largest.sum() / squares.sum()).item()
 
 
 def geometric_median(x, n_iters=100, tolerance=1e-6):
@@ -556,6 +593,15 @@ def l1_at(step, max_iters, l1_coeff, recipe):
     if not recipe.l1_warmup:
         return l1_coeff
     return l1_coeff * min(1.0, step / (recipe.l1_warmup * max_iters))
+
+
+def paper_lambda(l1_coeff, width, scale):
+    """
+    lambda in the units of Bricken et al., whose loss (appendix on the autoencoder's training) is
+    the mean, not the sum, over the vector's elements of the squared error, and whose activations
+    are raw. What is here s^2 |x - x_hat|^2 + lambda s |f|, divided by n s^2, is theirs.
+    """
+    return l1_coeff / (width * scale)
 
 
 def lr_at(step, max_iters, learning_rate, recipe):

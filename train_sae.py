@@ -29,9 +29,10 @@ from model import (ANEW, Progress, UserError, at_least, average_gradients, check
                    load_json, load_tokens, lock_alone, lock_shared, make_parser, rank_0_first,
                    reading, resumable, run, same_on_all_ranks, save_json, save_jsonl, setup, steps,
                    tracked, write_atomic)
-from sae import (RECIPES, SHARD_ROWS, ActivationStore, ActivationStream, SAEConfig,
-                 SparseAutoencoder, explained_share, l1_at, lr_at, mean_share,
-                 resample_schedule, restore_sae, save_sae, show_explained, variance_of)
+from sae import (MASSIVE, RECIPES, SHARD_ROWS, STARTS, ActivationStore, ActivationStream, SAEConfig,
+                 SparseAutoencoder, explained_share, l1_at, lr_at, massive_share, mean_share,
+                 paper_lambda, resample_schedule, restore_sae, save_sae, show_explained,
+                 variance_of)
 
 # What draws with one seed are for: the second number of their keys, so that no two draw alike.
 TOY_DIRECTIONS = 4
@@ -76,6 +77,9 @@ def parse_args():
     add("--acts", default="gpt",
         help="gpt: dump them from out_dir/gpt.pt; toy: made from known directions; or a "
         "pattern of your own .npy files, quoted (their last twentieth is held out)")
+    add("--toy_offset", type=at_least(0, float), default=0.0,
+        help="toy: norm of a vector that is added to all rows, which have about norm 1 without; "
+        "a pre-encoder bias is for data like this")
     add("--stream", action="store_true",
         help="make them when they are needed, write none to disk")
     add("--input_norm", default="dataset", choices=["dataset", "token", "none"],
@@ -94,8 +98,12 @@ def parse_args():
     add("--pre_bias", default="auto", choices=["auto", "yes", "no"],
         help="subtract b_dec from the activations before they are encoded; auto: as the "
         "recipe has it; not with tied weights, which have no b_dec")
+    add("--start", default="auto", choices=["auto", *STARTS],
+        help="transposed: W_enc is W_dec^T at first; kaiming: encoder and decoder start apart; "
+        "auto: as the recipe has it")
     add("--l1_coeff", type=at_least(0, float), default=5.0,
-        help="lambda, weight of the sparsity")
+        help="lambda, weight of the sparsity; in the units of Bricken et al., which are printed "
+        "at the start, it is lambda / (width x scale)")
 
     add = parser.add_argument_group("training").add_argument
     add("--batch_size", type=at_least(1), default=2048,
@@ -187,18 +195,18 @@ def gpt_rows(gpt, tokens, site, start, n):
     return rows
 
 
-def toy_rows(directions, n, key, n_active=3.0):
+def toy_rows(directions, offset, n, key, n_active=3.0):
     """
     n toy activations with known truth (n, width) float16: direction i of `directions` (k,
     width) is on with a probability that falls by e^2 from the first to the last, n_active of
-    them on average, each with a strength uniform in (0, 1).
+    them on average, each with a strength uniform in (0, 1). offset (width,) is added to all.
     """
     rng = np.random.default_rng(key)
     k = len(directions)
     odds = np.exp(-2 * np.arange(k) / (k - 1))
     on = rng.random((n, k), dtype=np.float32) < odds * n_active / odds.sum()  # (n, k)
     strengths = on * rng.random((n, k), dtype=np.float32)                     # (n, k)
-    return torch.from_numpy(strengths @ directions).half()                    # (n, width)
+    return torch.from_numpy(strengths @ directions + offset).half()           # (n, width)
 
 
 def from_gpt(args, device):
@@ -224,11 +232,14 @@ def from_toy(args, n_directions=256, width=64):
     rng = np.random.default_rng(TOY_DIRECTIONS)
     truth = rng.standard_normal((n_directions, width), dtype=np.float32)
     truth /= np.linalg.norm(truth, axis=1, keepdims=True)
+    offset = rng.standard_normal(width, dtype=np.float32)
+    offset *= args.toy_offset / np.linalg.norm(offset)
 
     def make(split, start, n):
-        return toy_rows(truth, n, (split == "val", start))
+        return toy_rows(truth, offset, n, (split == "val", start))
 
-    return {"site": "toy", "truth": torch.from_numpy(truth)}, width, make
+    source = {"site": "toy", "offset": args.toy_offset, "truth": torch.from_numpy(truth)}
+    return source, width, make
 
 
 def own_stores(args):
@@ -267,6 +278,7 @@ def prepare(args, device):
         "site": args.site,
         "layer": args.layer,
         "gpt": source.get("gpt"),
+        "offset": source.get("offset"),
         "width": width,
         "version": ROWS_VERSION,
     }
@@ -392,6 +404,9 @@ def begin_training(path, source, store, args, device):
         reason = "are all the same, or too large or too small for float32"
         raise UserError(f"the activations {reason}")
     print(mean_note(mean_share(sample), args.center))
+    share = massive_share(sample)
+    if share > MASSIVE:
+        print(massive_note(share, args.input_norm))
 
     pre_bias = {"auto": None, "yes": True, "no": False}[args.pre_bias]
     config = SAEConfig(
@@ -402,6 +417,7 @@ def begin_training(path, source, store, args, device):
         center=args.center,
         decoder_norm=args.decoder_norm,
         pre_bias=pre_bias,
+        start=None if args.start == "auto" else args.start,
     )
     sae = SparseAutoencoder(config).to(device)
     sae.fit_to(sample)
@@ -434,6 +450,14 @@ def mean_note(share, center):
     if share > LARGE_MEAN:
         return f"{note}: features against it never fire, so many may die; try --center"
     return note
+
+
+def massive_note(share, input_norm):
+    """Says what share of the squared norm few rows hold, and what to do."""
+    note = f"the largest 1% of the rows hold {share:.1%} of the activations' squared norm"
+    if input_norm == "token":
+        return f"{note}: each is divided by its own"
+    return f"{note}: little is left for the others; try --input_norm=token, or drop those rows"
 
 
 def restore(training, checkpoint):
@@ -624,6 +648,9 @@ def main():
         f"scale {scale:.4g}, {args.max_iters * args.batch_size:,} rows{total}, "
         f"on {machine.device}"
     )
+    if args.input_norm != "token":
+        papers = paper_lambda(args.l1_coeff, store.width, scale)
+        print(f"lambda {args.l1_coeff:g} is {papers:.3g} in the units of Bricken et al.")
     train(training, store, args, machine)
     if training.step < args.max_iters:
         raise KeyboardInterrupt(f"step {training.step:,}")  # `run` says how to go on

@@ -16,7 +16,8 @@ import torch
 
 from model import UserError
 from sae import (RECIPES, ActivationStore, Recipe, SAEConfig, SparseAutoencoder, SparseStep, explained_share,
-                 geometric_median, l1_at, load_sae, lr_at, mean_share, resample_schedule, save_sae, show_explained, variance_of)
+                 geometric_median, l1_at, load_sae, lr_at, massive_share, mean_share, paper_lambda, resample_schedule,
+                 save_sae, show_explained, variance_of)
 
 needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="the sparse step needs MKL")
 both_steps = pytest.mark.parametrize("sparse", [False, pytest.param(True, marks=needs_mkl)], ids=["dense", "sparse"])
@@ -906,14 +907,57 @@ def test_the_geometric_median_stays_with_the_majority():
 @pytest.mark.parametrize("decoder_norm", [0.05, 1.0])
 @every_recipe
 def test_training_starts_with_transposed_matrices_equal_norms_and_no_bias(recipe, decoder_norm):
-    sae = SparseAutoencoder(SAEConfig(6, 50, recipe, decoder_norm=decoder_norm))
+    sae = SparseAutoencoder(SAEConfig(6, 50, recipe, decoder_norm=decoder_norm, start="transposed"))
     assert torch.equal(sae.W_enc, sae.W_dec.t())
+    assert RECIPES[recipe].start == ("kaiming" if recipe == "towards" else "transposed")
     norm = decoder_norm if recipe == "scaling" else 1.0
     np.testing.assert_allclose(np.linalg.norm(parameters(sae)["W_dec"], axis=1), norm, rtol=1e-6)
     assert not sae.b_enc.any() and not sae.b_dec.any()
     assert sae.scale == 1
     cosines = parameters(sae)["W_dec"] @ parameters(sae)["W_dec"].T / norm ** 2
     assert np.abs(cosines[np.triu_indices(50, 1)].mean()) < 0.1      # random directions point all ways
+
+
+def test_towards_starts_encoder_and_decoder_apart_as_pytorchs_linear_layers_do():
+    """Of torch.nn.Linear itself, 64 -> 2,000 -> 64: the distribution of the entries, rows of the decoder normalised."""
+    sae = SparseAutoencoder(SAEConfig(64, 2000, "towards"))
+    encoder = torch.nn.Linear(64, 2000).weight.detach().double().numpy()        # (2000, 64)
+    decoder = torch.nn.Linear(2000, 64).weight.detach().double().numpy().T      # (2000, 64)
+    decoder /= np.linalg.norm(decoder, axis=1, keepdims=True)
+    quantiles = np.linspace(0.05, 0.95, 19)
+    W_enc, W_dec = parameters(sae)["W_enc"].T, parameters(sae)["W_dec"]
+    for ours, theirs in ((W_enc, encoder), (W_dec, decoder)):
+        expected = np.quantile(theirs, quantiles)
+        np.testing.assert_allclose(np.quantile(ours, quantiles), expected, atol=0.02 * expected.max())
+    assert np.abs(W_enc).max() <= 1 / 8 and not sae.b_enc.any()
+    np.testing.assert_allclose(np.linalg.norm(W_dec, axis=1), 1, rtol=1e-6)
+    cosines = (W_enc * W_dec).sum(1) / np.linalg.norm(W_enc, axis=1)
+    assert abs(cosines.mean()) < 0.02               # nothing in common; transposed they would be 1
+
+
+@every_recipe
+def test_the_start_can_be_chosen_and_an_unknown_one_is_refused(recipe):
+    kaiming = SparseAutoencoder(SAEConfig(6, 50, recipe, start="kaiming"))
+    assert torch.equal(kaiming.W_enc, kaiming.W_dec.t()) == (recipe == "tied")
+    with pytest.raises(UserError, match="one of transposed, kaiming"):
+        SAEConfig(6, 50, recipe, start="xavier")
+
+
+def test_lambda_in_the_papers_units_weighs_the_same_two_terms():
+    """Their loss, on raw activations: the squared error's mean over the elements, and lambda times the sum of f."""
+    sae, x = make("towards", scale=0.7), inputs(9)
+    theirs = paper_lambda(3.0, 5, 0.7)
+    f = sae.encode(x).detach().numpy() / 0.7                                # raw: what is added up to x_hat
+    raw = ((sae(x).detach().numpy() - x.numpy()) ** 2).mean(1) + theirs * f.sum(1)
+    assert sae.loss(x, 3.0)[0].item() == pytest.approx(5 * 0.7 ** 2 * raw.mean(), rel=1e-12)
+
+
+def test_the_share_of_the_largest_rows():
+    x = torch.ones(1000, 4)
+    assert massive_share(x) == pytest.approx(0.01)
+    x[::100] *= 50                                  # 10 rows of 2,500 times the squared norm
+    assert massive_share(x) == pytest.approx(25000 / (25000 + 990)) and massive_share(x[:1]) == 1
+    assert massive_share(x * 1e18) == pytest.approx(massive_share(x))
 
 
 def test_tied_has_one_matrix_and_no_decoder_bias():

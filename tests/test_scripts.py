@@ -495,11 +495,14 @@ def test_a_dump_too_large_for_the_disk_is_refused_before_anything_is_touched(tmp
 
 def test_toy_features_are_as_rare_and_as_strong_as_they_should_be():
     truth = np.eye(256, dtype=np.float32)  # orthogonal directions: the rows show which are on
-    rows = train_sae.toy_rows(truth, 8192, 0).float().numpy()
+    rows = train_sae.toy_rows(truth, 0, 8192, 0).float().numpy()
     on = (rows > 0).mean(0)
     assert on.sum() == pytest.approx(3, rel=0.03)
     assert on[:32].sum() / on[-32:].sum() == pytest.approx(np.exp(2 * 224 / 255), rel=0.1)
     assert rows[rows > 0].mean() == pytest.approx(0.5, abs=0.01) and rows.max() <= 1
+    offset = np.arange(256, dtype=np.float32) / 256
+    moved = train_sae.toy_rows(truth, offset, 8192, 0).float().numpy()  # the same, and the offset
+    np.testing.assert_allclose(moved - rows, np.tile(offset, (8192, 1)), atol=1e-3)
 
 
 # -----------------------------------------------------------------------------
