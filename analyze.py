@@ -40,7 +40,7 @@ from matplotlib.figure import Figure
 from model import GPT, UserError, at_least, load_gpt, load_tokens, make_parser, reading
 from model import run as run_script  # below, a run is an autoencoder with what belongs to it
 from model import save_json, setup, tracked, write_atomic
-from sae import (ActivationStore, SAEConfig, SparseAutoencoder, explained_share, load_sae,
+from sae import (HELD_OUT, ActivationStore, SAEConfig, SparseAutoencoder, explained_share, load_sae,
                  where_float64_is)
 
 ULTRA_LOW = 1e-5  # density that sets apart the "ultra-low density cluster" of Bricken et al.
@@ -96,6 +96,9 @@ class Run:
     contexts: torch.Tensor | None = None
     # what x() has read: site -> activations; runs of one model may share it
     kept: dict = field(default_factory=dict)
+    # only where the activations are somebody's own rows:
+    store: ActivationStore | None = None  # those that were not trained on
+    places: np.ndarray | None = None      # (N,) in the store, for all analyses but the metrics
 
     @property
     def site(self):
@@ -135,8 +138,13 @@ class Run:
             yield batch.to(self.device)
 
     def x(self, site=None):
-        """Activations (N T, n) of the contexts at a site, by default this run's, on the CPU."""
+        """
+        Activations (N T, n) of the contexts at a site, by default this run's, on the CPU; of
+        somebody's own rows those at `places` (N, n).
+        """
         site = site or self.site
+        if site == "own" and site not in self.kept:
+            self.kept[site] = self.store.at(self.places).float()
         if site not in self.kept:
             parts = []
             for batch in self.batches(f"reading {site}", self.contexts):
@@ -146,7 +154,7 @@ class Run:
         return self.kept[site]
 
     def activations(self, features):
-        """What some features (k numbers) do on every token -> (k, N T) float32, numpy."""
+        """What some features (k numbers) do on every token or row -> (k, N T) float32, numpy."""
         x = self.x()
         features = torch.as_tensor(features, dtype=torch.long, device=self.device)
         acts = np.empty((len(features), len(x)), dtype=np.float32)
@@ -199,6 +207,8 @@ def load_run(args, device, name):
     loaded = Run(folder, sae.fold().requires_grad_(False), sae.extra["source"])
     if loaded.kind == "model":
         load_model(loaded, args)
+    if loaded.kind == "own":
+        load_rows(loaded, args)
     return loaded
 
 
@@ -216,6 +226,13 @@ def load_model(loaded, args):
     tokens = torch.from_numpy(tokens.astype(np.int64))
     loaded.held_out = spread_contexts(tokens, loaded.gpt.config.block_size, args.eval_tokens)
     loaded.contexts = spread_contexts(tokens, loaded.gpt.config.block_size, args.read_tokens)
+
+
+def load_rows(loaded, args):
+    """Adds the twentieth of somebody's own rows that was held out to a Run."""
+    loaded.store = ActivationStore(loaded.source["acts"], part=HELD_OUT)
+    loaded.held_out = loaded.store.at(loaded.store.spread(args.eval_tokens))
+    loaded.places = loaded.store.spread(args.read_tokens)
 
 
 def spread_contexts(tokens, T, n_tokens):
@@ -659,10 +676,6 @@ def draw_training(run):
 
 def show_report(run, args):
     """Metrics, their plots, the most important features and some drawn at random, and the page."""
-    if run.kind == "own":  # the twentieth that was held out
-        seed = run.sae.extra["args"]["seed"]
-        store = ActivationStore(run.source["acts"], seed, (0.95, 1))
-        run.held_out = store.sample(args.eval_tokens, args.seed)
     metrics, statistics = measure(run)
 
     # numbers

@@ -618,6 +618,10 @@ def load_sae(path, device="cpu"):
 # -----------------------------------------------------------------------------
 # activations: rows on disk, or made as they are needed
 
+# of somebody's own rows: files may have an order, so what is held out is one piece at the end,
+# not a random part
+TRAINED_ON = (0, 0.95)
+HELD_OUT = (0.95, 1)
 SHARD_ROWS = 2**17  # rows of activations that are made, shuffled and written at a time
 
 
@@ -643,9 +647,9 @@ class ActivationStore:
         self.seed = seed
         arrays = [open_npy(path) for path in paths]
         self.width = arrays[0].shape[1]
-        total = sum(len(rows) for rows in arrays)
-        first = int(part[0] * total)
-        last = int(part[1] * total)
+        self.total = sum(len(rows) for rows in arrays)
+        self.first = first = int(part[0] * self.total)
+        last = int(part[1] * self.total)
         before = 0  # rows of the files before this one
         self.slices = []  # (path, first row, last row + 1)
         for path, rows in zip(paths, arrays):
@@ -665,7 +669,7 @@ class ActivationStore:
         self.rows = int(self.sizes.sum())
         if self.rows == 0:
             raise UserError(
-                f"{paths[0]}: {total} rows are too few to train on some and hold out others"
+                f"{paths[0]}: {self.total} rows are too few to train on some and hold out others"
             )
 
     def read(self, i, indices):
@@ -719,6 +723,29 @@ class ActivationStore:
                 indices = rng.choice(self.sizes[i], count, replace=False)
                 parts.append(self.read(i, np.sort(indices)))
         return torch.from_numpy(np.concatenate(parts))
+
+    def spread(self, n):
+        """Places of n rows, evenly spread, in the order of the files; of all if there are fewer."""
+        n = min(n, self.rows)
+        return np.arange(n) * self.rows // n
+
+    def at(self, places):
+        """The rows at ascending places (k,) -> tensor (k, width) in the files' precision."""
+        parts = []
+        end = 0
+        for i, size in enumerate(self.sizes):
+            start, end = end, end + size
+            inside = places[(places >= start) & (places < end)]
+            if len(inside):
+                parts.append(self.read(i, inside - start))
+        return torch.from_numpy(np.concatenate(parts))
+
+    def file_and_row(self, place):
+        """Where the row at a place lies: a path, and the row's index in that file."""
+        ends = np.cumsum(self.sizes)
+        i = int(np.searchsorted(ends, place, side="right"))
+        path, start, _ = self.slices[i]
+        return path, int(start + place - (ends[i] - self.sizes[i]))
 
 
 class ActivationStream(ActivationStore):

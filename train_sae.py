@@ -28,8 +28,8 @@ import torch.distributed as dist
 from model import (ANEW, Progress, UserError, at_least, average_gradients, check_finite, load_gpt,
                    load_json, load_tokens, make_parser, rank_0_first, reading, resumable, run,
                    same_on_all_ranks, save_json, save_jsonl, setup, steps, tracked, write_atomic)
-from sae import (RECIPES, SHARD_ROWS, ActivationStore, ActivationStream, SAEConfig,
-                 SparseAutoencoder, explained_share, l1_at, lr_at, mean_share,
+from sae import (HELD_OUT, RECIPES, SHARD_ROWS, TRAINED_ON, ActivationStore, ActivationStream,
+                 SAEConfig, SparseAutoencoder, explained_share, l1_at, lr_at, mean_share,
                  resample_schedule, restore_sae, save_sae, show_explained, variance_of)
 
 # What draws with one seed are for: the second number of their keys, so that no two draw alike.
@@ -199,9 +199,8 @@ def own_stores(args):
             "it takes gpt, toy or a quoted pattern of .npy files"
         )
     source = {"site": "own", "acts": [os.path.abspath(path) for path in paths]}
-    # files may have an order, so what is held out is one piece at the end, not a random part
-    store = ActivationStore(paths, args.seed, (0, 0.95))
-    val_store = ActivationStore(paths, args.seed, (0.95, 1))
+    store = ActivationStore(paths, args.seed, TRAINED_ON)
+    val_store = ActivationStore(paths, args.seed, HELD_OUT)
     shape = np.load(paths[0], mmap_mode="r").shape  # the first file's: the others will be alike
     if len(shape) > 2:
         print(f"{paths[0]}: shape {shape} is read as rows of {store.width}, the last dimension")

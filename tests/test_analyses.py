@@ -32,7 +32,8 @@ V = TOKENIZER.n_vocab
 def load(out):
     """What analyze.py's commands are given as their run."""
     given = []
-    with mock.patch.dict(analyze.COMMANDS, feature=analyze.Command(lambda run, args: given.append(run))):
+    command = analyze.Command(lambda run, args: given.append(run), kinds=("model", "own", "toy"))
+    with mock.patch.dict(analyze.COMMANDS, feature=command):
         done = script("analyze.py", "feature", f"--out_dir={out}", "--device=cpu")
     assert done.returncode == 0, done.stderr
     return given[0]
@@ -543,7 +544,9 @@ def out(trained, tmp_path_factory):
     sae.config.center = True
     save_sae(out / "sae/centred/sae.pt", sae, **sae.extra)
     sae.config.center = False
-    save_sae(out / "sae/own/sae.pt", sae, **sae.extra | {"source": {"site": "own", "acts": []}})
+    np.save(out.parent / "own.npy", np.ones((40, 64), dtype=np.float32))
+    source = {"site": "own", "acts": [str(out.parent / "own.npy")]}
+    save_sae(out / "sae/own/sae.pt", sae, **sae.extra | {"source": source})
     order = torch.randperm(96, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         sae.W_enc.copy_(sae.W_enc[:, order].clone())
