@@ -40,8 +40,8 @@ from matplotlib.figure import Figure
 from model import GPT, UserError, at_least, load_gpt, load_tokens, make_parser, reading
 from model import run as run_script  # below, a run is an autoencoder with what belongs to it
 from model import save_json, setup, tracked, write_atomic
-from sae import (HELD_OUT, ActivationStore, SAEConfig, SparseAutoencoder, explained_share, load_sae,
-                 where_float64_is)
+from sae import (HELD_OUT, ActivationStore, SAEConfig, SparseAutoencoder, explained_share,
+                 find_files, load_sae, where_float64_is)
 
 ULTRA_LOW = 1e-5  # density that sets apart the "ultra-low density cluster" of Bricken et al.
 
@@ -230,7 +230,8 @@ def load_model(loaded, args):
 
 def load_rows(loaded, args):
     """Adds the twentieth of somebody's own rows that was held out to a Run."""
-    loaded.store = ActivationStore(loaded.source["acts"], part=HELD_OUT)
+    paths = find_files(loaded.source, loaded.folder)
+    loaded.store = ActivationStore(paths, part=HELD_OUT)
     loaded.held_out = loaded.store.at(loaded.store.spread(args.eval_tokens))
     loaded.places = loaded.store.spread(args.read_tokens)
 

@@ -16,7 +16,7 @@ import torch
 import analyze
 from conftest import SMALL_GPT, SMALL_SAE, script
 from model import GPT, GPTConfig, bpe_tokenizer, save_checkpoint, save_tokenizer
-from sae import SAEConfig, SparseAutoencoder, load_sae, save_sae
+from sae import SAEConfig, SparseAutoencoder, load_sae, own_source, save_sae
 from test_scripts import hashes
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # a user would see numpy's warnings, too
@@ -545,7 +545,7 @@ def out(trained, tmp_path_factory):
     save_sae(out / "sae/centred/sae.pt", sae, **sae.extra)
     sae.config.center = False
     np.save(out.parent / "own.npy", np.ones((40, 64), dtype=np.float32))
-    source = {"site": "own", "acts": [str(out.parent / "own.npy")]}
+    source = own_source([str(out.parent / "own.npy")], out / "sae/own")
     save_sae(out / "sae/own/sae.pt", sae, **sae.extra | {"source": source})
     order = torch.randperm(96, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

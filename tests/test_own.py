@@ -1,12 +1,18 @@
 """Somebody's own activations: which rows are held out, where they are found again, what is shown of them."""
 
+import os
+import shutil
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
 
+import train_sae
 from conftest import SMALL_SAE, script
 from sae import HELD_OUT, ActivationStore, load_sae
 from test_analyses import load
+from test_scripts import hashes
 
 # files of several lengths, of which 0 1 2 are trained on, the end of 3, 4 and 5 is held out: 5 % of 800 rows
 LENGTHS = {"a": 300, "b": 1, "c": 439, "d": 29, "e": 7, "f": 24}
@@ -66,3 +72,107 @@ def test_every_command_is_given_the_held_out_rows_and_what_features_do_there(tmp
     expected = np.maximum(x @ W_enc.numpy() + b_enc.numpy(), 0).T
     assert (expected > 0).any(1).mean() > 0.5
     np.testing.assert_allclose(this.activations([5, 0, 95]), expected[[5, 0, 95]], atol=1e-5)
+
+
+def interrupted(pattern, out, *flags):
+    """Trains on somebody's own rows for 20 of 60 steps."""
+    with mock.patch.object(train_sae, "steps", lambda first, *_: range(first, 20)):
+        done = script("train_sae.py", f"--acts={pattern}", f"--out_dir={out}", *SMALL_SAE, *flags)
+    assert done.returncode == 130, done.stderr
+
+
+def weights(out):
+    return torch.load(out / "sae/scaling/sae.pt", weights_only=True)["weights"]
+
+
+@pytest.mark.parametrize("change", ["no", "spelled", "moved", "renamed", "touched"])
+def test_the_same_rows_are_resumed_wherever_they_lie(tmp_path, monkeypatch, change):
+    drawn_files(tmp_path / "my")
+    train_on(f"{tmp_path}/my/*.npy", tmp_path / "whole")
+    interrupted(f"{tmp_path}/my/*.npy", tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    pattern = {"spelled": "./my/../my/?.npy", "moved": "other/*.npy"}.get(change, "my/*.npy")
+    if change == "moved":
+        os.rename("my", "other")
+    if change == "renamed":
+        for name in LENGTHS:
+            os.rename(f"my/{name}.npy", f"my/z{name}.npy")
+    if change == "touched":
+        os.utime("my/a.npy", (1, 1))
+    assert "going on from" in train_on(pattern, tmp_path / "out", "--resume")
+    resumed, whole = weights(tmp_path / "out"), weights(tmp_path / "whole")
+    assert all(torch.equal(value, whole[name]) for name, value in resumed.items())
+    load(tmp_path / "out")  # at the place where they were read last
+
+
+@pytest.mark.parametrize("change", ["a value", "another order", "one less", "gpt", "toy"])
+def test_other_rows_of_the_same_shape_are_not_resumed(trained, tmp_path, change):
+    """In another order of the files other rows are held out."""
+    out, pattern = tmp_path / "out", f"{tmp_path}/my/*.npy"
+    shutil.copytree(trained, out)
+    shutil.rmtree(out / "acts")
+    rows = drawn_files(tmp_path / "my")
+    interrupted(pattern, out, "--name=mine")
+    if change == "a value":
+        rows[5, 7] += 1
+        np.save(tmp_path / "my/a.npy", rows[:300])
+    elif change == "another order":
+        (tmp_path / "my/a.npy").rename(tmp_path / "my/z.npy")
+    elif change == "one less":
+        (tmp_path / "my/b.npy").unlink()
+    else:
+        pattern = change
+    before = hashes(out)
+    done = script("train_sae.py", f"--acts={pattern}", f"--out_dir={out}", *SMALL_SAE, "--name=mine", "--resume")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "other activations" in done.stderr and "without --resume" in done.stderr
+    assert hashes(out) == before  # nor are the model's activations written to disk
+
+
+def test_another_model_is_refused_before_its_activations_are_written(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "out")
+    path = tmp_path / "out/sae/scaling/sae.pt"
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["source"]["gpt"], checkpoint["step"] = "another", 40
+    torch.save(checkpoint, path)
+    shutil.rmtree(tmp_path / "out/acts")
+    done = script("train_sae.py", f"--out_dir={tmp_path / 'out'}", *SMALL_SAE, "--resume")
+    assert done.returncode == 2 and "other activations" in done.stderr
+    assert not (tmp_path / "out/acts").exists()
+
+
+def test_rows_are_found_where_they_moved_with_the_autoencoder_and_else_where_they_were(tmp_path):
+    rows, there = drawn_files(tmp_path / "here/my"), tmp_path / "there"
+    train_on(f"{tmp_path}/here/my/*.npy", tmp_path / "here/out")
+
+    def files_of(out):
+        this = load(out)
+        np.testing.assert_array_equal(this.x(), rows[760:])
+        return {os.path.dirname(path) for path, _, _ in this.store.slices}
+
+    shutil.copytree(tmp_path / "here", there)
+    assert files_of(there / "out") == {str(there / "my")}
+    shutil.rmtree(there / "my")
+    assert files_of(there / "out") == {str(tmp_path / "here/my")}
+    drawn_files(there / "my", seed=1)  # others that happen to lie there
+    assert files_of(there / "out") == {str(tmp_path / "here/my")}
+    (tmp_path / "here/my").rename(there / "your")
+    os.symlink(there / "your", tmp_path / "here/my")
+    assert files_of(there / "out") == {str(tmp_path / "here/my")}
+    os.symlink(tmp_path / "here/out", tmp_path / "link")
+    assert files_of(tmp_path / "link") == {str(tmp_path / "here/my")}
+
+
+@pytest.mark.parametrize("change, words", [("gone", "d.npy is gone"), ("other", "d.npy has changed")])
+def test_rows_that_are_gone_or_others_are_said_to_be_so(tmp_path, change, words):
+    drawn_files(tmp_path / "my")
+    train_on(f"{tmp_path}/my/*.npy", tmp_path / "out")
+    if change == "gone":
+        (tmp_path / "my/d.npy").unlink()
+    else:
+        np.save(tmp_path / "my/d.npy", np.ones((29, 12), dtype=np.float32))
+    before = hashes(tmp_path)
+    done = script("analyze.py", f"--out_dir={tmp_path / 'out'}")
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert words in done.stderr and "--acts" in done.stderr
+    assert hashes(tmp_path) == before

@@ -30,7 +30,7 @@ import sae as sae_module
 import train_gpt
 import train_sae
 from conftest import ROOT, SMALL_GPT, SMALL_SAE, TEXT, script
-from model import END_OF_TEXT, GPT, GPTConfig, UserError, load_gpt, save_json, save_jsonl
+from model import END_OF_TEXT, GPT, GPTConfig, UserError, content_hash, load_gpt, save_json, save_jsonl
 from sae import ActivationStream, SAEConfig, SparseAutoencoder, load_sae, save_sae
 
 
@@ -142,7 +142,7 @@ def test_a_file_is_told_by_what_it_holds_and_a_large_one_by_samples(tmp_path):
     path, other = tmp_path / "a", tmp_path / "b"
     path.write_bytes(bytes(2**20))
     other.write_bytes(bytes(2**20))
-    assert train_gpt.content_hash(path) == train_gpt.content_hash(other)
+    assert content_hash(path) == content_hash(other)
     for size in (1, 2**20, 2**20 + 1, 2**24):
         seen = set()
         for changed in (None, 0, size // 2 if size <= 2**20 else 1000, size - 1):
@@ -150,10 +150,10 @@ def test_a_file_is_told_by_what_it_holds_and_a_large_one_by_samples(tmp_path):
             if changed is not None:
                 content[changed] = 1
             path.write_bytes(content)
-            seen.add(train_gpt.content_hash(path))
+            seen.add(content_hash(path))
         assert len(seen) == min(size + 1, 4)
         path.write_bytes(bytes(size + 1))
-        assert train_gpt.content_hash(path) not in seen
+        assert content_hash(path) not in seen
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".xz"])
