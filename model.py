@@ -693,6 +693,9 @@ def resumable(path, args, device):
         return None
     with reading(path, ANEW):
         checkpoint = load_checkpoint(path, device)
+        if "step" not in checkpoint:  # somebody's own, not to be trained over
+            raise UserError("training did not save it, so there is nothing to go on from: "
+                            "choose another --out_dir (of train_sae.py, or another --name)")
         step = checkpoint["step"]
         saved_args = dict(checkpoint["args"])
         more_steps = args.max_iters - saved_args["max_iters"]

@@ -609,7 +609,9 @@ def restore_sae(sae, checkpoint):
 
 def load_sae(path, device="cpu"):
     """Loads what save_sae wrote; the attribute `extra` of the SparseAutoencoder holds the extra."""
-    with reading(path, "run python train_sae.py first"):
+    if not os.path.exists(path):
+        raise UserError(f"{path} not found: run python train_sae.py first")
+    with reading(path, "put a good one there, or move it away before you run train_sae.py"):
         checkpoint = load_checkpoint(path, device)
         sae = SparseAutoencoder(SAEConfig(**checkpoint.pop("config"))).to(device)
         restore_sae(sae, checkpoint)

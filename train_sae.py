@@ -391,7 +391,7 @@ def check_source(source, checkpoint):
     keys = source.keys() - {"truth", "paths"}
     if any(source_then.get(key) != source[key] for key in keys):
         reason = "the checkpoint was trained on other activations than there are now"
-        raise UserError(f"{reason}: {ANEW}")
+        raise UserError(f"{reason}: {ANEW}, with another --name to keep this one")
 
 
 def restore(training, checkpoint):

@@ -747,7 +747,7 @@ def test_a_mistake_is_one_line_and_harms_nothing(out, tmp_path, monkeypatch, arg
 def test_a_command_that_is_added_changes_no_other(out):
     own = ("--name=own", f"--out_dir={out}", "--device=cpu")
     before = script("analyze.py", "neurons", *own).stderr
-    assert before.endswith("choose from report, scaling\n")
+    assert before.endswith("choose from report, feature, scaling\n")
     given = []
     count = analyze.Command(lambda run, args: given.append((run.n_features, args.arguments)), takes="texts")
     with mock.patch.dict(analyze.COMMANDS, count=count):

@@ -589,7 +589,7 @@ def test_logit_effects_are_the_directions_pushed_through_a_layernorm_linearised_
 
 def test_interval_examples_are_evenly_spaced_in_activation_not_in_rank():
     rng = np.random.default_rng(0)
-    this = SimpleNamespace(tokens=rng.integers(0, 1000, 10_000))
+    this = SimpleNamespace(tokens=rng.integers(0, 1000, 10_000), gpt=True)
     acts = np.where(rng.random(10_000) < 0.3, rng.exponential(1.0, 10_000), 0).astype(np.float32)
     chosen = analyze.examples(this, acts, n_top=5, n_intervals=4, each=3, rng=rng)
     top, rest = chosen[:5], chosen[5:]
@@ -711,7 +711,7 @@ def test_anybodys_own_activations_train_without_a_model(tmp_path, dtype):
     done = script("analyze.py", f"--out_dir={tmp_path / 'out'}")
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "out/sae/scaling/metrics.json").read_text())["tokens"] == 30
-    assert script("analyze.py", "feature", "1", f"--out_dir={tmp_path / 'out'}").returncode == 2
+    assert script("analyze.py", "steer", "--feature=1", f"--out_dir={tmp_path / 'out'}").returncode == 2
 
 
 @pytest.mark.parametrize("recipe", ["scaling", "towards", "tied"])
