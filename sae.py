@@ -26,7 +26,9 @@ Notable:
 - on a CPU the step is several times faster than the equations written down as they are, and as
   exact; a first reader may skip how (SparseStep, at the end)
 """
+import glob
 import math
+import os
 import warnings
 from dataclasses import asdict, dataclass, replace
 from typing import Callable
@@ -36,7 +38,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import UserError, load_checkpoint, reading, save_checkpoint
+from model import UserError, content_hash, load_checkpoint, reading, save_checkpoint
 
 # -----------------------------------------------------------------------------
 # what the papers differ in
@@ -653,7 +655,9 @@ def restore_sae(sae, checkpoint):
 
 def load_sae(path, device="cpu"):
     """Loads what save_sae wrote; the attribute `extra` of the SparseAutoencoder holds the extra."""
-    with reading(path, "run python train_sae.py first"):
+    if not os.path.exists(path):
+        raise UserError(f"{path} not found: run python train_sae.py first")
+    with reading(path, "put a good one there, or move it away before you run train_sae.py"):
         checkpoint = load_checkpoint(path, device)
         sae = SparseAutoencoder(SAEConfig(**checkpoint.pop("config"))).to(device)
         restore_sae(sae, checkpoint)
@@ -664,6 +668,10 @@ def load_sae(path, device="cpu"):
 # -----------------------------------------------------------------------------
 # activations: rows on disk, or made as they are needed
 
+# of somebody's own rows: files may have an order, so what is held out is one piece at the end,
+# not a random part
+TRAINED_ON = (0, 0.95)
+HELD_OUT = (0.95, 1)
 SHARD_ROWS = 2**17  # rows of activations that are made, shuffled and written at a time
 
 
@@ -689,9 +697,9 @@ class ActivationStore:
         self.seed = seed
         arrays = [open_npy(path) for path in paths]
         self.width = arrays[0].shape[1]
-        total = sum(len(rows) for rows in arrays)
-        first = int(part[0] * total)
-        last = int(part[1] * total)
+        self.total = sum(len(rows) for rows in arrays)
+        self.first = first = int(part[0] * self.total)
+        last = int(part[1] * self.total)
         before = 0  # rows of the files before this one
         self.slices = []  # (path, first row, last row + 1)
         for path, rows in zip(paths, arrays):
@@ -711,7 +719,7 @@ class ActivationStore:
         self.rows = int(self.sizes.sum())
         if self.rows == 0:
             raise UserError(
-                f"{paths[0]}: {total} rows are too few to train on some and hold out others"
+                f"{paths[0]}: {self.total} rows are too few to train on some and hold out others"
             )
 
     def read(self, i, indices):
@@ -766,6 +774,29 @@ class ActivationStore:
                 parts.append(self.read(i, np.sort(indices)))
         return torch.from_numpy(np.concatenate(parts))
 
+    def spread(self, n):
+        """Places of n rows, evenly spread, in the order of the files; of all if there are fewer."""
+        n = min(n, self.rows)
+        return np.arange(n) * self.rows // n
+
+    def at(self, places):
+        """The rows at ascending places (k,) -> tensor (k, width) in the files' precision."""
+        parts = []
+        end = 0
+        for i, size in enumerate(self.sizes):
+            start, end = end, end + size
+            inside = places[(places >= start) & (places < end)]
+            if len(inside):
+                parts.append(self.read(i, inside - start))
+        return torch.from_numpy(np.concatenate(parts))
+
+    def file_and_row(self, place):
+        """Where the row at a place lies: a path, and the row's index in that file."""
+        ends = np.cumsum(self.sizes)
+        i = int(np.searchsorted(ends, place, side="right"))
+        path, start, _ = self.slices[i]
+        return path, int(start + place - (ends[i] - self.sizes[i]))
+
 
 class ActivationStream(ActivationStore):
     """
@@ -816,6 +847,55 @@ def open_npy(path):
             found += " (bfloat16? save it as float32)"
     expected = "floats (float16, 32 or 64) of shape (rows, width)"
     raise UserError(f"{path} holds {found}: give {expected}")
+
+
+def matching_files(pattern):
+    """The paths that match --acts, sorted: the order of somebody's own rows."""
+    paths = sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
+    if not paths:
+        raise UserError(
+            f"no file matches --acts={pattern}: "
+            "give a quoted pattern of .npy files (to train_sae.py gpt or toy, too)"
+        )
+    return paths
+
+
+def own_source(paths, folder):
+    """
+    What the autoencoder in a folder keeps of the files it is trained on: what they hold, which
+    alone tells whether they are the same, and where they lie, for `find_files`.
+    """
+    contents = []
+    both = []  # of each file the path relative to the folder and the absolute one
+    for path in paths:
+        contents.append(content_hash(path))
+        real = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
+        try:
+            relative = os.path.relpath(real, os.path.realpath(folder))
+        except ValueError:  # Windows has no way from one drive to another
+            relative = real
+        both.append([relative, os.path.abspath(path)])
+    return {"site": "own", "contents": contents, "paths": both}
+
+
+def find_files(source, folder):
+    """
+    The paths of the files of own_source, now that the autoencoder is in this folder: where they
+    are if they moved with it, else where they were. UserError when one holds something else.
+    """
+    paths = []
+    for content, (relative, absolute) in zip(source["contents"], source["paths"]):
+        moved = os.path.normpath(os.path.join(os.path.realpath(folder), relative))
+        there = [path for path in (moved, absolute) if os.path.isfile(path)]
+        same = next((path for path in there if content_hash(path) == content), None)
+        if not same:
+            state = f"{there[0]} has changed" if there else f"{absolute} is gone"
+            raise UserError(
+                f"{state} since {folder}/sae.pt was trained on it: put it back, or name others "
+                "to judge it on, as --acts='my/*.npy'"
+            )
+        paths.append(same)
+    return paths
 
 
 # -----------------------------------------------------------------------------

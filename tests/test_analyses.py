@@ -16,7 +16,7 @@ import torch
 import analyze
 from conftest import SMALL_GPT, SMALL_SAE, script
 from model import GPT, GPTConfig, bpe_tokenizer, save_checkpoint, save_tokenizer
-from sae import SAEConfig, SparseAutoencoder, load_sae, save_sae
+from sae import SAEConfig, SparseAutoencoder, load_sae, own_source, save_sae
 from test_scripts import hashes
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # a user would see numpy's warnings, too
@@ -32,7 +32,8 @@ V = TOKENIZER.n_vocab
 def load(out):
     """What analyze.py's commands are given as their run."""
     given = []
-    with mock.patch.dict(analyze.COMMANDS, feature=analyze.Command(lambda run, args: given.append(run))):
+    command = analyze.Command(lambda run, args: given.append(run), kinds=("model", "own", "toy"))
+    with mock.patch.dict(analyze.COMMANDS, feature=command):
         done = script("analyze.py", "feature", f"--out_dir={out}", "--device=cpu")
     assert done.returncode == 0, done.stderr
     return given[0]
@@ -543,7 +544,9 @@ def out(trained, tmp_path_factory):
     sae.config.center = True
     save_sae(out / "sae/centred/sae.pt", sae, **sae.extra)
     sae.config.center = False
-    save_sae(out / "sae/own/sae.pt", sae, **sae.extra | {"source": {"site": "own", "acts": []}})
+    np.save(out.parent / "own.npy", np.ones((40, 64), dtype=np.float32))
+    source = own_source([str(out.parent / "own.npy")], out / "sae/own")
+    save_sae(out / "sae/own/sae.pt", sae, **sae.extra | {"source": source})
     order = torch.randperm(96, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         sae.W_enc.copy_(sae.W_enc[:, order].clone())
@@ -744,7 +747,7 @@ def test_a_mistake_is_one_line_and_harms_nothing(out, tmp_path, monkeypatch, arg
 def test_a_command_that_is_added_changes_no_other(out):
     own = ("--name=own", f"--out_dir={out}", "--device=cpu")
     before = script("analyze.py", "neurons", *own).stderr
-    assert before.endswith("choose from report, scaling\n")
+    assert before.endswith("choose from report, feature, scaling\n")
     given = []
     count = analyze.Command(lambda run, args: given.append((run.n_features, args.arguments)), takes="texts")
     with mock.patch.dict(analyze.COMMANDS, count=count):
