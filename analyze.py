@@ -45,6 +45,12 @@ from sae import (ActivationStore, SAEConfig, SparseAutoencoder, explained_share,
 
 ULTRA_LOW = 1e-5  # density that sets apart the "ultra-low density cluster" of Bricken et al.
 
+# Tokens that occur less often in the training text are in no list of raised or lowered ones.
+# Their row of the unembedding is arbitrary: on the default run, rows of tokens that never occur
+# are all alike (cosine 0.999), with logit weights three times as spread as others'. From 100
+# occurrences on they are as spread as those of frequent tokens.
+RARE = 100
+
 
 def parse_args():
     parser = make_parser(__doc__)
@@ -121,6 +127,20 @@ class Run:
     def T(self):
         """The length of a context in tokens, without the one that is only a target."""
         return self.contexts.shape[1] - 1
+
+    @property
+    def out_dir(self):
+        """Where the model and its text are: the folder is out_dir/sae/<name>."""
+        return os.path.dirname(os.path.dirname(os.path.abspath(self.folder)))
+
+    @cached_property
+    def token_counts(self):
+        """How often each token occurs in the training text -> (vocab_size,), numpy."""
+        text = load_tokens(self.out_dir, "train", self.gpt.config)
+        counts = np.zeros(self.gpt.config.vocab_size, dtype=int)
+        for start in range(0, len(text), 2**22):  # bincount takes 8 bytes a token
+            counts += np.bincount(text[start:start + 2**22], minlength=len(counts))
+        return counts
 
     @cached_property
     def tokens(self):
@@ -204,8 +224,7 @@ def load_run(args, device, name):
 
 def load_model(loaded, args):
     """Adds the model, its tokenizer and the held-out text to a Run."""
-    sae_folder = os.path.dirname(os.path.abspath(loaded.folder))  # out_dir/sae
-    out_dir = os.path.dirname(sae_folder)
+    out_dir = loaded.out_dir
     loaded.gpt, loaded.tokenizer = load_gpt(out_dir, loaded.device)
     if loaded.gpt.fingerprint() != loaded.source["gpt"]:
         raise UserError(
@@ -330,8 +349,8 @@ def blocks(n, size=256):
 def logit_effects(run, directions):
     """
     What directions (k, n) at the site do to the logits (k, vocab_size) per unit of
-    activation, about their mean over the vocabulary (Bricken et al., logit weights in the
-    feature browser).
+    activation, about their median over the vocabulary (Bricken et al., logit weights in the
+    feature browser), which a few extreme ones do not move.
 
     A direction goes through the site's output matrix and along the residual stream to the
     last LayerNorm, which is taken as linear: centred, its gain, and the mean 1 / sigma of
@@ -345,7 +364,10 @@ def logit_effects(run, directions):
         directions = directions @ W_out.t()                 # (k, n_embd)
     centred = directions - directions.mean(1, keepdim=True)
     logits = run.gpt.lm_head(centred * run.gpt.ln_f.weight * inverse_sigma(run))
-    return logits - logits.mean(1, keepdim=True)
+    # torch's median of an even number is the lower of the two in the middle
+    lower = logits.median(1, keepdim=True).values
+    upper = -(-logits).median(1, keepdim=True).values
+    return logits - (lower + upper) / 2
 
 
 def inverse_sigma(run):
@@ -535,28 +557,32 @@ def examples(run, acts, n_top, n_intervals, each, rng):
     return chosen
 
 
-def ranked_pairs(values, by, n):
-    """values, by: (k,) -> [(index, value)] of the n entries that are largest in `by`."""
+def ranked_pairs(numbers, values, by, n):
+    """numbers, values, by: (k,) -> [(number, value)] of the n entries largest in `by`."""
     best = by.topk(min(n, len(by))).indices.tolist()
-    return [(j, values[j].item()) for j in best]
+    return [(int(numbers[j]), values[j].item()) for j in best]
 
 
 def related(run, i, largest, n):
     """
     Returns the n tokens that feature i at its largest activation raises most, the n that it
-    lowers most, and its n nearest neurons: three lists of (number, logit or cosine).
+    lowers most (rare ones left out: see RARE), and its n nearest neurons: three lists of
+    (number, logit or cosine).
     """
     kind, layer = run.site.split(".")
     direction = run.sae.W_dec[i]
     logits = logit_effects(run, direction[None])[0] * largest  # (vocab_size,)
+    frequent = np.flatnonzero(run.token_counts >= RARE)
+    logits = logits[torch.from_numpy(frequent)]  # (k,): of these alone
     if kind == "mlp":
         cosines = direction  # the neurons are the axes
     else:
         W_out = run.gpt.blocks[int(layer)].mlp_proj.weight  # (n_embd, n_neurons)
         cosines = direction @ F.normalize(W_out, dim=0)     # with what each neuron writes
-    raised = ranked_pairs(logits, logits, n)
-    lowered = ranked_pairs(logits, -logits, n)
-    return raised, lowered, ranked_pairs(cosines, cosines.abs(), n)
+    raised = ranked_pairs(frequent, logits, logits, n)
+    lowered = ranked_pairs(frequent, logits, -logits, n)
+    nearest = ranked_pairs(range(len(cosines)), cosines, cosines.abs(), n)
+    return raised, lowered, nearest
 
 
 def print_feature(run, i, acts, n_top=5, n_intervals=4, each=1, n_tokens=8, note=""):

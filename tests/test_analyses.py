@@ -39,10 +39,11 @@ def load(out):
 
 
 def made_run(out, gpt, sae, site, tokens):
-    """Writes an out_dir with this model, autoencoder and held-out tokens, and loads it."""
+    """Writes an out_dir with this model, autoencoder and held-out tokens, and loads it. No token is rare in training."""
     (out / "sae/scaling").mkdir(parents=True)
     save_tokenizer(out / "tokenizer.json", TOKENIZER)
     np.asarray(tokens, dtype=np.uint16).tofile(out / "val.bin")
+    np.tile(np.arange(V, dtype=np.uint16), 100).tofile(out / "train.bin")
     (out / "data.json").write_text("{}")
     save_checkpoint(out / "gpt.pt", model=gpt.state_dict(), config=asdict(gpt.config))
     save_sae(out / "sae/scaling/sae.pt", sae, source={"site": site, "gpt": gpt.fingerprint()}, args={"seed": 0})
@@ -451,6 +452,43 @@ def test_a_character_of_several_tokens_is_shown_whole(tmp_path):
     parts = TOKENIZER.encode_ordinary("漢")
     assert [analyze.token_text(this, part) for part in parts] == ["\\xe6", "\\xbc", "\\xa2"]
     assert analyze.snippet(this, 4, 40).strip().startswith("é \\xe6«\\xbc»\\xa2字 foo")
+
+
+@pytest.mark.parametrize("site", ["attn.1", "mlp.1", "resid.0"])
+def test_raised_and_lowered_are_the_extremes_about_the_median_among_tokens_that_occur_in_training(tmp_path, site):
+    """Tokens occur 99 or 100 times in training; those of 99 have the largest weights and are left out."""
+    this, _ = random_run(tmp_path, site)
+    text = np.repeat(np.arange(V, dtype=np.uint16), 100)
+    rare = np.arange(0, V, 3)
+    text = np.delete(text, 100 * rare)  # one of each
+    np.random.default_rng(0).permutation(text).tofile(tmp_path / "train.bin")
+    np.testing.assert_array_equal(this.token_counts, np.where(np.arange(V) % 3 == 0, 99, 100))
+    this.gpt.lm_head.weight[rare] *= 20
+    for i in (0, 5):
+        weights = this.sae.W_dec[i].double().numpy()
+        if site == "mlp.1":
+            weights = this.gpt.blocks[1].mlp_proj.weight.double().numpy() @ weights
+        weights = (weights - weights.mean()) * this.gpt.ln_f.weight.double().numpy()
+        weights = this.gpt.lm_head.weight.double().numpy() @ weights * analyze.inverse_sigma(this)
+        weights = 2.5 * (weights - np.median(weights))
+        order = [t for t in weights.argsort() if t % 3]
+        assert not {*np.abs(weights).argsort()[-16:]} & {*order}  # all of these are rare
+        raised, lowered, _ = analyze.related(this, i, 2.5, 8)
+        for found, expected in ((raised, order[:-9:-1]), (lowered, order[:8])):
+            assert [token for token, _ in found] == expected
+            np.testing.assert_allclose([value for _, value in found], weights[expected], rtol=1e-3, atol=1e-4)
+
+
+def test_what_a_short_training_text_has_too_little_of_is_in_no_list_and_without_one_it_is_said(tmp_path):
+    this = lookup_run(tmp_path, "bar foo\n" * 60, fires({7: {" foo": 1.0}}))
+    often = [t for t in TOKENIZER.encode_ordinary(" foo bar\n")]
+    np.array(often * 100 + [V - 1] * 99, dtype=np.uint16).tofile(tmp_path / "train.bin")
+    for pairs in analyze.related(this, 7, 1.0, 8)[:2]:
+        assert sorted(token for token, _ in pairs) == sorted(often)
+    (tmp_path / "train.bin").unlink()
+    done = script("analyze.py", "feature", "7", f"--out_dir={tmp_path}", "--device=cpu")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "train.bin" in done.stderr and "train_gpt.py" in done.stderr
 
 
 def test_the_bytes_that_a_feature_raises_are_told_apart_in_the_terminal_and_on_the_page(tmp_path, capsys):
