@@ -70,6 +70,8 @@ def parse_args():
         help="how many features to print (report: of each kind)")
     add("--prompt", default="", help="cause, steer: text to start from")
     add("--target", default="", help="cause: token to explain; default: the most likely one")
+    add("--baseline", default="",
+        help="cause: explain the target's logit less this token's, not less the mean logit")
     add("--feature", default="", help="steer: which feature")
     add("--value", default="-2,0,1,2,4",
         help="steer: clamp to these multiples of its maximum, as --value=-2,0,1")
@@ -783,55 +785,68 @@ def logits_at(run, contexts, places, x=None):
 
 @dataclass
 class Effects:
-    """What features that are active at some tokens do there: arrays (k,), one entry a pair."""
+    """What active features do to a later prediction: arrays (k,), one entry a token and feature."""
     row: np.ndarray          # which of the contexts
+    position: np.ndarray     # at which of its tokens the feature is active
     feature: np.ndarray      # its number
     activation: np.ndarray   # f_i there, in raw units
     attribution: np.ndarray  # logits: the estimate of the next
     ablation: np.ndarray     # logits: what the target loses without the feature
 
 
-def effects(run, contexts, places, targets):
+def effects(run, contexts, places, targets, baselines=None, everywhere=False):
     """
-    What each feature that is active at token places[k] of contexts[k] (b, T) does there to
-    the logit of targets[k], measured against the mean logit -> Effects (Templeton et al.,
-    "Features as Computational Intermediates").
+    What active features do to the logit of targets[k] after token places[k] of contexts[k]
+    (b, T), measured against the logit of baselines[k], by default against the mean logit
+    -> Effects (Templeton et al., "Features as Computational Intermediates").
 
-    ablation: that logit minus the logit without the feature, its f_i W_dec_i subtracted from x.
+    Features count where they are active at that token itself; with everywhere=True at any token
+    up to it, each token on its own.
+
+    ablation: that difference minus the one without the feature, its f_i W_dec_i subtracted from
+    x at the one token.
 
     attribution: the first-order estimate of that, f_i W_dec_i . gradient. One backward pass
     serves all features.
     """
-    everything = torch.arange(len(contexts), device=contexts.device)
     x = run.gpt.activations(contexts, run.site)  # (b, T, n)
 
     def contrast(rows, x):  # of contexts[rows], with x at the site: (len(rows),)
         logits = logits_at(run, contexts[rows], places[rows], x)
-        return logits.gather(1, targets[rows, None])[:, 0] - logits.mean(1)
+        of_target = logits.gather(1, targets[rows, None])[:, 0]
+        if baselines is None:
+            return of_target - logits.mean(1)
+        return of_target - logits.gather(1, baselines[rows, None])[:, 0]
 
     # one backward pass gives the gradient at every token of every context
     with torch.enable_grad():
+        everything = torch.arange(len(contexts), device=contexts.device)
         before = contrast(everything, x.requires_grad_())
         gradient, = torch.autograd.grad(before.sum(), x)  # (b, T, n)
     x = x.detach()
     before = before.detach()
 
     # every pair of a token and a feature that is active on it
-    f = run.sae.encode(x[everything, places])           # (b, m)
-    scale = run.sae.input_scale(x[everything, places])  # (b, 1)
-    row, feature = f.nonzero(as_tuple=True)             # (k,) each: active pairs
-    activation = f[row, feature]
-    parts = activation[:, None] * run.sae.W_dec[feature] / scale[row]  # (k, n), in raw units
-    attribution = (parts * gradient[everything, places][row]).sum(1)
+    positions = torch.arange(contexts.shape[1], device=contexts.device)
+    last = places[:, None]
+    counted = positions <= last if everywhere else positions == last  # (b, T)
+    tokens = x[counted]                              # (tokens, n)
+    f = run.sae.encode(tokens)                       # (tokens, m)
+    token, feature = f.nonzero(as_tuple=True)        # (k,) each: active pairs
+    row, position = counted.nonzero()[token].t()     # (k,) each
+    activation = f[token, feature]
+    scale = run.sae.input_scale(tokens)[token]                   # (k, 1)
+    parts = activation[:, None] * run.sae.W_dec[feature] / scale  # (k, n), in raw units
+    attribution = (parts * gradient[row, position]).sum(1)
 
     # one forward pass for each pair, with the feature's part taken out at that token alone
     ablation = torch.zeros(len(row), device=contexts.device)
     for block in tracked("ablating", blocks(len(row)), "features"):
         rows = row[block]
         changed = x[rows]  # a copy
-        changed[torch.arange(len(block)), places[rows]] -= parts[block]
+        changed[torch.arange(len(block)), position[block]] -= parts[block]
         ablation[block] = before[rows] - contrast(rows, changed)
-    arrays = (row, feature, activation, attribution, ablation)
+    arrays = (row, position, feature, activation, attribution, ablation)
     return Effects(*(array.cpu().numpy() for array in arrays))
 
 
@@ -844,11 +859,49 @@ def drawn_effects(run, seed, n_tokens):
     return effects(run, contexts[:, :-1], places, targets)
 
 
+def mean_ranks(values):
+    """The place of each of values (k,) among them when sorted; equal ones share their mean."""
+    _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = counts.cumsum() - 1  # place of the last one of each distinct value
+    return (last - (counts - 1) / 2)[which]
+
+
 def correlations(a, b):
-    """Pearson's and the rank correlation of two arrays (k,)."""
-    pearson = float(np.corrcoef(a, b)[0, 1])
-    ranks = [values.argsort().argsort() for values in (a, b)]  # the place of each when sorted
-    return pearson, float(np.corrcoef(*ranks)[0, 1])
+    """Pearson's and the rank (Spearman's) correlation of a, b (k,): None where one is constant."""
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        return None, None
+    pearson = np.corrcoef(a, b)[0, 1]
+    rank = np.corrcoef(mean_ranks(a), mean_ranks(b))[0, 1]
+    return float(pearson), float(rank)
+
+
+def top_overlaps(found, n=10):
+    """
+    How many of a token's n features with the strongest effects by ablation are among its n
+    strongest by attribution, by activation, and (on average) among n drawn at random.
+
+    Returns these as means over the tokens of Effects where more than n features are active, and
+    the number of such tokens. Without any the means are None. Strong is what is far from 0.
+    """
+    def strongest(values):
+        return set(np.argsort(-np.abs(values), kind="stable")[:n].tolist())
+
+    shared = {"attribution": [], "activation": [], "chance": []}
+    for row in np.unique(found.row):
+        here = found.row == row
+        if here.sum() > n:
+            ablated = strongest(found.ablation[here])
+            shared["attribution"].append(len(ablated & strongest(found.attribution[here])))
+            shared["activation"].append(len(ablated & strongest(found.activation[here])))
+            shared["chance"].append(n * n / here.sum())
+    n_tokens = len(shared["chance"])
+    means = {kind: float(np.mean(of)) if of else None for kind, of in shared.items()}
+    return {"tokens": n_tokens, **means}
+
+
+def or_undefined(number, form):
+    """A number in a format such as "+.3f"; what has no meaning, None, as a word."""
+    return "undefined" if number is None else f"{number:{form}}"
 
 
 def show_cause(run, args, n_tokens=400):
@@ -856,6 +909,8 @@ def show_cause(run, args, n_tokens=400):
     if args.prompt:
         show_cause_of_prompt(run, args)
         return
+    if args.target or args.baseline:
+        raise UserError("--target and --baseline are of one prediction: give --prompt as well")
     found = drawn_effects(run, args.seed, n_tokens)
     if len(found.row) == 0:
         raise run.all_dead()
@@ -865,11 +920,25 @@ def show_cause(run, args, n_tokens=400):
             values = getattr(found, name)
             pearson, rank = correlations(values, found.ablation)
             numbers[name] = {"pearson": pearson, "rank": rank}
-            print(f"{name:>12} with ablation effect: Pearson {pearson:+.3f}, rank {rank:+.3f}")
+            both = f"Pearson {or_undefined(pearson, '+.3f')}, rank {or_undefined(rank, '+.3f')}"
+            print(f"{name:>12} with ablation effect: {both}")
             ax.scatter(values, found.ablation, s=4, alpha=0.4, color=BLUE)
-            ax.set(xlabel=name, ylabel="ablation effect", title=f"rank correlation {rank:.2f}")
+            ax.set(xlabel=name, ylabel="ablation effect", title=both)
     print(f"{len(found.row):,} active features at {n_tokens} held-out tokens")
-    save(run, "cause", **numbers)
+    overlaps = top_overlaps(found)
+    print(
+        "of a token's ten strongest by ablation: "
+        f"{or_undefined(overlaps['attribution'], '.1f')} among attribution's ten, "
+        f"{or_undefined(overlaps['activation'], '.1f')} among activation's, "
+        f"{or_undefined(overlaps['chance'], '.1f')} by chance\n"
+        f"(means over the {overlaps['tokens']} tokens with more than ten active features)"
+    )
+    save(run, "cause", **numbers, top_ten=overlaps)
+
+
+def first_token(run, text):
+    """The first token of a user's text -> (1,)."""
+    return encode_text(run, text)[0, :1]
 
 
 def show_cause_of_prompt(run, args):
@@ -877,25 +946,36 @@ def show_cause_of_prompt(run, args):
     idx = encode_text(run, args.prompt)
     last = torch.tensor([idx.shape[1] - 1], device=run.device)  # the place of the last token
     probabilities = logits_at(run, idx, last).softmax(1)[0]
+    target = probabilities.argmax(keepdim=True)
     if args.target:
-        target = encode_text(run, args.target)[0, :1]
-    else:
-        target = probabilities.argmax(keepdim=True)
-    found = effects(run, idx, last, target)
+        target = first_token(run, args.target)
+    baseline = None
+    against = "the mean logit"
+    if args.baseline:
+        baseline = first_token(run, args.baseline)
+        against = f"{quoted(run, baseline)} with {probabilities[baseline].item():.3f}"
+        if torch.equal(baseline, target):
+            raise UserError(f"--baseline is the target, {quoted(run, target)}: give another")
     print(
         f"after {args.prompt!r}: {quoted(run, target)} "
         f"with probability {probabilities[target].item():.3f}"
     )
+    # earlier tokens reach the last one through the attention of later blocks alone
+    _, layer = run.site.split(".")
+    everywhere = int(layer) < run.gpt.config.n_layer - 1
+    found = effects(run, idx, last, target, baseline, everywhere)
     if len(found.row) == 0:
         print("no feature is active")
         return
-    print("its logit, by feature: activation, attribution, ablation")
+    print(f"its logit, against {against}, by feature: activation, attribution, ablation, token")
     top = np.argsort(-np.abs(found.ablation))[:args.show]
     for k, acts in zip(top, run.activations(found.feature[top])):
         numbers = (
             f"{found.activation[k]:6.2f}  {found.attribution[k]:+7.3f}  {found.ablation[k]:+7.3f}"
         )
-        print(f"  {numbers}  {title(run, int(found.feature[k]), acts)}")
+        place = found.position[k]
+        token = f"{place:3} {quoted(run, idx[0, place]):<10}"
+        print(f"  {numbers}  {token}  {title(run, int(found.feature[k]), acts)}")
 
 
 # -----------------------------------------------------------------------------

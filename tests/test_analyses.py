@@ -123,15 +123,18 @@ IDX = torch.randint(V, (3, 8), generator=torch.Generator().manual_seed(0))
 P, TARGETS = torch.tensor([7, 0, 4]), torch.tensor([5, 250, 31])
 
 
-def contrast_by_hand(gpt, site, b, changes):
-    """Logit of TARGETS[b] over the mean logit at token P[b] of IDX[b] after each of changes (k, n) to it -> (k,)."""
+def contrast_by_hand(gpt, site, b, changes, at=None, baseline=None):
+    """
+    Logit of TARGETS[b] over the mean logit (or a baseline's) at token P[b] of IDX[b] after each of changes (k, n) to it
+    (or to the token `at`) -> (k,).
+    """
     def hook(name, x):
         if name == site:
             x = x.clone()
-            x[:, P[b]] += torch.from_numpy(changes)
+            x[:, P[b] if at is None else at] += torch.from_numpy(changes)
             return x
     logits = gpt(IDX[b].expand(len(changes), -1), hook=hook)[0][:, P[b]].numpy()
-    return logits[:, TARGETS[b]] - logits.mean(1)
+    return logits[:, TARGETS[b]] - (logits.mean(1) if baseline is None else logits[:, baseline])
 
 
 @pytest.mark.parametrize("recipe, input_norm", [("scaling", "dataset"), ("towards", "token")])
@@ -155,6 +158,88 @@ def test_ablation_is_a_pass_without_the_feature_and_attribution_its_slope(tmp_pa
         np.testing.assert_allclose(e.attribution[mine], slope, rtol=1e-3, atol=1e-4 * np.abs(slope).max())
         n_active += len(on)
     assert 0 < n_active == len(e.row) < 3 * sae.config.n_features
+
+
+@pytest.mark.parametrize("site", ["attn.0", "mlp.0", "resid.0", "mlp.1"])
+def test_ablation_is_that_of_the_difference_of_two_logits_from_every_earlier_token(tmp_path, site):
+    """Each pair of a token up to P[b] and a feature once; what is active after the last block at another token: 0."""
+    this, sae = random_run(tmp_path, site)
+    baselines = torch.tensor([9, 3, 200])
+    e = analyze.effects(this, IDX, P, TARGETS, baselines, everywhere=True)
+    exact, pairs = copy.deepcopy(this.gpt).double(), []
+    x = activations_at(exact, IDX, site)
+    for b in range(3):
+        for at in range(P[b] + 1):
+            f, directions, unit = by_hand(sae, x[b, at])
+            on = np.flatnonzero(f)
+            mine = np.flatnonzero((e.row == b) & (e.position == at))
+            mine = mine[np.argsort(e.feature[mine])]
+            assert e.feature[mine].tolist() == on.tolist()
+            parts = f[on, None] * directions[on] * unit
+            def after(changes):
+                return contrast_by_hand(exact, site, b, changes, at, baselines[b])
+            ablation, slope = after(0 * parts) - after(-parts), (after(1e-4 * parts) - after(-1e-4 * parts)) / 2e-4
+            np.testing.assert_allclose(e.activation[mine], f[on], rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(e.ablation[mine], ablation, rtol=1e-3, atol=1e-5)
+            np.testing.assert_allclose(e.attribution[mine], slope, rtol=1e-3, atol=1e-5)
+            assert len(on) and (np.abs(ablation) > 1e-3).any() == (site != "mlp.1" or at == P[b])
+            pairs += [(b, at, i) for i in on]
+    assert sorted(zip(e.row, e.position, e.feature)) == sorted(pairs) and len(pairs) > 40
+
+
+@pytest.mark.parametrize("site, first", [("mlp.0", 0), ("mlp.1", 3)])
+def test_cause_of_a_prompt_lists_every_token_that_can_reach_the_last(tmp_path, site, first):
+    """From the last block none but the last token can. The logits are those of the two tokens that were named."""
+    this, _ = random_run(tmp_path, site, tokens=TOKENIZER.encode_ordinary(LINE * 33))
+    prompt, target, baseline = (TOKENIZER.encode_ordinary(text) for text in ("foo bar, baz", " foo", "\n"))
+    done = script("analyze.py", "cause", "--prompt=foo bar, baz", "--target= foo", "--baseline=\n", "--show=999",
+                  f"--out_dir={tmp_path}", "--device=cpu")
+    assert done.returncode == 0 and len(prompt) == 4, done.stderr
+    chances = this.gpt(torch.tensor([prompt]))[0][0, -1].softmax(0)
+    assert f"' foo' with probability {chances[target[0]]:.3f}\n" in done.stdout
+    assert f"against '⏎' with {chances[baseline[0]]:.3f}, by feature" in done.stdout
+    last, target, baseline = torch.tensor([3]), torch.tensor(target), torch.tensor(baseline)
+    e = analyze.effects(this, torch.tensor([prompt]), last, target, baseline, everywhere=True)
+    expected = {(at, i): [f, a, effect] for _, at, i, f, a, effect in zip(*vars(e).values()) if at >= first}
+    rows = re.findall(r"(\S+) +(\S+) +(\S+) +(\d) '(.*)' +feature (\d+) ", done.stdout)
+    assert [token for *_, token, _ in rows] == [["foo", " bar", ",", " baz"][int(row[3])] for row in rows]
+    printed = {(int(row[3]), int(row[5])): [float(value) for value in row[:3]] for row in rows}
+    assert printed.keys() == expected.keys() and len(printed) == len(rows) and {at for at, _ in printed} == {*range(first, 4)}
+    for pair in printed:
+        assert printed[pair] == pytest.approx(expected[pair], abs=6e-3)
+    sizes = [abs(float(row[2])) for row in rows]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_correlations_are_pearsons_and_spearmans_with_shared_ranks():
+    """Equal values share the mean of their ranks; what is constant correlates with nothing."""
+    rng = np.random.default_rng(0)
+    a = rng.integers(0, 6, 50).astype(np.float32)
+    b = a**5 + rng.integers(0, 60, 50)
+    pearson, rank = analyze.correlations(a, b)
+    assert pearson == pytest.approx(np.corrcoef(a, b)[0, 1])
+    ranks = [[(v < value).sum() + (v == value).sum() / 2 for value in v] for v in (a, b)]
+    assert rank == pytest.approx(np.corrcoef(*ranks)[0, 1]) and abs(rank - pearson) > 0.01
+    assert analyze.correlations(a, 0 * b) == analyze.correlations(a[:1], b[:1]) == (None, None)
+
+
+def test_the_strongest_features_in_common_are_counted_token_by_token():
+    """
+    Of 12 features those with effects 12, -11, ..., 3 are the ten strongest. Attribution has the same magnitudes, but for
+    the weakest that is its strongest; activation has the opposite order. The second token has only ten features.
+    """
+    sizes = np.arange(12.0, 0, -1)
+    ablation = sizes * np.where(np.arange(12) % 2, -1, 1)
+    attribution = -ablation
+    attribution[11] = 99
+    columns = [np.append(a, np.ones(10)) for a in (13 - sizes, attribution, ablation)]
+    order = np.random.default_rng(0).permutation(22)
+    row, feature = np.append(np.full(12, 4), np.full(10, 7)), np.arange(22)
+    found = analyze.Effects(*(a[order] for a in (row, 0 * row, feature, *columns)))
+    assert analyze.top_overlaps(found) == pytest.approx(
+        {"tokens": 1, "attribution": 9.0, "activation": 8.0, "chance": 100 / 12})
+    few = analyze.Effects(*(a[row == 7] for a in (row, 0 * row, feature, *columns)))
+    assert analyze.top_overlaps(few) == {"tokens": 0, "attribution": None, "activation": None, "chance": None}
 
 
 @pytest.mark.parametrize("site", ["mlp.1", "resid.1"])
@@ -625,6 +710,19 @@ def test_cause_measures_how_well_attribution_stands_for_ablation(out):
         for kind, a, b in (("pearson", values, e.ablation), ("rank", ranks(values), ranks(e.ablation))):
             assert numbers[name][kind] == pytest.approx(np.corrcoef(a, b)[0, 1], abs=1e-3)
             assert f"{kind} {numbers[name][kind]:+.3f}" in printed.lower()
+    shares = {"attribution": [], "activation": [], "chance": []}
+    for row in range(len(idx)):
+        here = [k for k in range(len(e.row)) if e.row[k] == row]
+        if len(here) > 10:
+            tops = {name: set(sorted(here, key=lambda k: -abs(getattr(e, name)[k]))[:10])
+                    for name in ("attribution", "activation", "ablation")}
+            for name in ("attribution", "activation"):
+                shares[name].append(len(tops[name] & tops["ablation"]))
+            shares["chance"].append(10 * 10 / len(here))
+    assert numbers["top_ten"].pop("tokens") == len(shares["chance"]) > 10
+    for name, values in shares.items():
+        assert numbers["top_ten"][name] == pytest.approx(np.mean(values), abs=0.02)
+        assert f"{numbers['top_ten'][name]:.1f} {'by' if name == 'chance' else 'among ' + name}" in printed
     assert (out / "sae/scaling/cause.png").stat().st_size > 1000
 
 
@@ -750,6 +848,9 @@ def test_two_models_are_compared_by_activation_features_beside_neurons(out):
     (("search",), ["search", "texts"]),
     (("search", ""), ["0 tokens"]),
     (("cause", "--prompt=" + "word " * 50), ["tokens", "1 to 32"]),
+    (("cause", "--target=x"), ["--target", "--prompt"]),
+    (("cause", "--baseline=x"), ["--baseline", "--prompt"]),
+    (("cause", "--prompt=def", "--target=x", "--baseline=x"), ["--baseline", "'x'", "another"]),
     (("complete", "--names=scaling,nobody"), ["nobody", "train_sae.py"]),
     (("complete", "--names=scaling,own"), ["own", "model"]),
     (("complete", "--words=nowhere.txt"), ["words", "held-out"]),
