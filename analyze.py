@@ -6,6 +6,7 @@ features.
     python analyze.py feature 1407                    # one feature in full
     python analyze.py cause --prompt="def __init__("  # which features cause the next token?
     python analyze.py steer --feature=304             # text with a feature held at some value
+    python analyze.py steer --features=3,17,304       # ... and a table, beside random directions
     python analyze.py search "import numpy as" --without "import os"
     python analyze.py neurons                         # do features differ from neurons?
     python analyze.py complete --names=small,large    # which words have a feature of their own?
@@ -69,10 +70,14 @@ def parse_args():
     add("--show", type=at_least(1), default=10,
         help="how many features to print (report: of each kind)")
     add("--prompt", default="", help="cause, steer: text to start from")
-    add("--target", default="", help="cause: token to explain; default: the most likely one")
+    add("--target", default="",
+        help="cause: token to explain, by default the most likely one; steer: token whose "
+        "probability is measured, by default the one that most often follows the feature's "
+        "top examples")
     add("--baseline", default="",
         help="cause: explain the target's logit less this token's, not less the mean logit")
-    add("--feature", default="", help="steer: which feature")
+    add("--feature", "--features", default="",
+        help="steer: which feature, or several with commas between")
     add("--value", default="-2,0,1,2,4",
         help="steer: clamp to these multiples of its maximum, as --value=-2,0,1")
     add("--without", nargs="*", default=[], help="search: texts that lack the concept")
@@ -982,23 +987,25 @@ def show_cause_of_prompt(run, args):
 # steer: a feature held at a value
 
 
-def clamp(run, features, value):
+def clamp(run, features, value, directions=None):
     """
     A hook that holds features[k] in context k (or one feature in all contexts) at `value` on
     every token and keeps the reconstruction error (Templeton et al., methods: steering).
 
     x + (value - f_i) W_dec_i is SAE(x) with f_i clamped, plus x - SAE(x). value None: f_i's
     own, which changes nothing. With 0 it is the ablation of Bricken et al.'s feature browser.
+
+    As a control, directions (b, n) of unit norm take the place of W_dec_i: pushes as long.
     """
     features = torch.as_tensor(features, device=run.device)[:, None]  # (b, 1)
-    directions = run.sae.W_dec[features]                              # (b, 1, n)
+    along = run.sae.W_dec[features] if directions is None else directions[:, None]  # (b, 1, n)
 
     def hook(site, x):  # (b, T, n)
         if site != run.site:
             return None
         f = run.sae.encode(x, features)  # (b, T, 1)
         held = f if value is None else value
-        return x + (held - f) * directions / run.sae.input_scale(x)
+        return x + (held - f) * along / run.sae.input_scale(x)
 
     return hook
 
@@ -1019,36 +1026,129 @@ def parse_multiples(text):
         )
 
 
-def show_steer(run, args):
-    """Text with a feature clamped to multiples of its maximum, and how likely its token becomes."""
-    i = run.feature_number(args.feature)
+def random_directions(run, n, seed):
+    """n directions of unit norm at the site, drawn evenly from all -> (n, width)."""
+    generator = torch.Generator().manual_seed(seed)  # on the CPU: the same on every device
+    drawn = torch.randn(n, run.sae.config.d_in, generator=generator)
+    return F.normalize(drawn, dim=1).to(run.device)
+
+
+def following_token(run, acts, n=50):
+    """The token that most often comes after the n top examples of a feature, acts (N T,)."""
+    following = run.contexts[:, 1:].flatten().numpy()  # of each position the token after it
+    after = following[top_examples(run, acts, n)]
+    return Counter(after.tolist()).most_common(1)[0][0]
+
+
+def steered(run, i, acts, token, multiples, contexts, directions):
+    """
+    The mean probability of a token over all places of contexts (b, T) with feature i, of
+    activations acts (N T,), clamped to multiples of its maximum; and with the same pushes along
+    each of directions (k, n) in its place, as mean and standard deviation -> dict, to be saved
+    """
+    clamped = []
+    for multiple in tracked(f"feature {i}", multiples, "values", lambda _: 1):
+        value = multiple * acts.max().item()
+        hooks = [clamp(run, [i], value, direction[None]) for direction in directions]
+        control = [mean_probability(run, contexts, token, hook) for hook in hooks]
+        clamped.append({
+            "multiple": multiple,
+            "probability": mean_probability(run, contexts, token, clamp(run, [i], value)),
+            "random_mean": float(np.mean(control)),
+            "random_spread": float(np.std(control, ddof=1)),
+        })
+    return {
+        "feature": i,
+        "token": token_text(run, token),
+        "unsteered": mean_probability(run, contexts, token),
+        "clamped": clamped,
+    }
+
+
+def beyond_random(results):
+    """
+    For how many features of `steered` the token is likelier, and for how many less likely, than
+    along random directions by over two standard deviations -> a dict for each multiple
+    """
+    counts = []
+    for rows in zip(*[result["clamped"] for result in results]):  # one row a feature
+        away = [row["probability"] - row["random_mean"] for row in rows]
+        spreads = [2 * row["random_spread"] for row in rows]
+        higher = sum(a > spread for a, spread in zip(away, spreads))
+        lower = sum(-a > spread for a, spread in zip(away, spreads))
+        counts.append({"multiple": rows[0]["multiple"], "higher": higher, "lower": lower})
+    return counts
+
+
+def print_steered(results, counts, n_directions):
+    """The table of what `steered` found of each feature and `beyond_random` of several."""
+    print(
+        f"\nfeature  token          clamped to  probability  "
+        f"along {n_directions} random directions"
+    )
+    for result in results:
+        token = f"'{result['token']}'"
+        print(f"{result['feature']:7}  {token:<14} unsteered  {result['unsteered']:11.5f}")
+        for row in result["clamped"]:
+            value = f"{row['multiple']:+g} x max"
+            print(
+                f"{value:>33}  {row['probability']:11.5f}  "
+                f"{row['random_mean']:.5f} ± {row['random_spread']:.5f}"
+            )
+    if len(results) > 1:
+        print(f"\nfurther than 2 standard deviations from these, of {len(results)} features:")
+        for row in counts:
+            value = f"{row['multiple']:+g} x max"
+            print(f"{value:>12}  likelier {row['higher']}, less likely {row['lower']}")
+
+
+def show_steer(run, args, n_directions=20):
+    """
+    How likely a token becomes when a feature is clamped to multiples of its maximum, beside
+    pushes of equal norm along random directions. Of a single feature texts as well.
+
+    The feature's own logit weights must not choose the token, or any direction would be seen to
+    work: it is the one that follows in the text where the feature is active, or the user's.
+    """
+    features = [run.feature_number(text) for text in args.feature.split(",")]
     multiples = parse_multiples(args.value)
-    acts = run.activations([i])[0]
+    all_acts = run.activations(features)
     # beyond that LayerNorm, which squares, leaves float32: it would make NaN, or 0 of everything
-    if max(map(abs, multiples)) * acts.max().item() > 1e15:
+    if max(map(abs, multiples)) * all_acts.max().item() > 1e15:
         raise UserError(f"--value={args.value} is more than the model can hold: give less")
-    print(title(run, i, acts))
-    if not acts.any():
-        return
-    token = logit_effects(run, run.sae.W_dec[i:i + 1]).argmax().item()  # what it raises most
+    target = first_token(run, args.target).item() if args.target else None
+    for i, acts in zip(features, all_acts):
+        print(title(run, i, acts))
     stride = max(1, len(run.contexts) // 16)  # some 16 contexts from all of the text
     contexts = run.contexts[::stride, :-1].to(run.device)
     start = encode_text(run, args.prompt) if args.prompt else contexts[:1, :16]
-    clamped = []
+    directions = random_directions(run, n_directions, args.seed)
+    results = []
+    for i, acts in zip(features, all_acts):
+        if acts.any():  # of a dead one the title says so
+            token = following_token(run, acts) if target is None else target
+            results.append(steered(run, i, acts, token, multiples, contexts, directions))
+    if not results:
+        return
+    counts = beyond_random(results)
+    print_steered(results, counts, n_directions)
+    if len(features) == 1:
+        print_steered_texts(run, features[0], all_acts[0], multiples, start, args.seed)
+    save(run, "steer", random_directions=n_directions, features=results, beyond_random=counts)
+
+
+def print_steered_texts(run, i, acts, multiples, start, seed):
+    """What the model writes after token ids start (1, T), feature i clamped and not."""
     for multiple in [None] + multiples:
+        name = "unsteered"
         hook = None
         if multiple is not None:
+            name = f"{multiple:+g} x max"
             hook = clamp(run, [i], multiple * acts.max().item())
-        probability = mean_probability(run, contexts, token, hook)
-        clamped.append({"multiple": multiple, "probability": probability})
         # the same draws for all, so that two texts differ by the feature alone
-        generator = torch.Generator(run.device).manual_seed(args.seed)
+        generator = torch.Generator(run.device).manual_seed(seed)
         ids = run.gpt.generate(start, 60, hook=hook, generator=generator)
-        written = token_text(run, *ids[0, start.shape[1]:])
-        name = "unsteered" if multiple is None else f"{multiple:+g} x max"
-        print(f"\n{name:>12}  {quoted(run, token)} has probability {probability:.4f}")
-        print(f"{'':14}{written}")
-    save(run, "steer", feature=i, token=token_text(run, token), clamped=clamped)
+        print(f"\n{name:>12}  {token_text(run, *ids[0, start.shape[1]:])}")
 
 
 # -----------------------------------------------------------------------------

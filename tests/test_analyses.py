@@ -339,6 +339,37 @@ def test_search_prints_the_planted_feature_first_and_says_when_there_is_none(tmp
     assert done.stdout.startswith("no feature is active there\n") and "feature 0" not in done.stdout
 
 
+def test_steer_measures_what_follows_in_the_text_not_what_the_feature_writes(tmp_path):
+    """
+    Feature 7 is on " foo" alone, which " bar" follows, and writes "~". So " bar" becomes no likelier, "~" does, and
+    random directions do neither.
+    """
+    this = lookup_run(tmp_path, "foo bar foo bar baz foo, " * 40, fires({7: {" foo": 1.0}}))
+    bar, tilde = (TOKENIZER.encode_ordinary(text)[0] for text in (" bar", "~"))
+    this.sae.W_dec[7] = torch.nn.functional.one_hot(torch.tensor(tilde), V)
+    this.gpt.lm_head.weight.copy_(3 * torch.eye(V))
+    assert analyze.logit_effects(this, this.sae.W_dec[7:8]).argmax() == tilde
+    acts = this.activations([7])[0]
+    assert analyze.following_token(this, acts) == bar
+    contexts, directions = this.contexts[:2, :-1], analyze.random_directions(this, 20, 0)
+    for token, raised in ((bar, False), (tilde, True)):
+        result = analyze.steered(this, 7, acts, token, [0, 20], contexts, directions)
+        nothing, much = result["clamped"]
+        assert nothing["multiple"] == 0 and much["multiple"] == 20 and result["feature"] == 7
+        assert (much["probability"] > 10 * result["unsteered"]) == raised
+        assert (much["probability"] > much["random_mean"] + 5 * much["random_spread"]) == raised
+
+
+def test_features_are_counted_that_move_their_token_further_than_random_directions_do():
+    """Two standard deviations are 0.2 about 0.5, and 0.02 about 0.1."""
+    def row(probability, mean, spread):
+        return {"multiple": 2, "probability": probability, "random_mean": mean, "random_spread": spread}
+    rows = [row(0.71, 0.5, 0.1), row(0.69, 0.5, 0.1), row(0.13, 0.1, 0.01), row(0.29, 0.5, 0.1), row(0.31, 0.5, 0.1)]
+    results = [{"clamped": [row(0.5, 0.5, 0.0) | {"multiple": 0}, chosen]} for chosen in rows]
+    assert analyze.beyond_random(results) == [
+        {"multiple": 0, "higher": 0, "lower": 0}, {"multiple": 2, "higher": 2, "lower": 1}]
+
+
 # -----------------------------------------------------------------------------
 # correlations, and what tokens explain
 
@@ -738,22 +769,65 @@ def test_cause_lists_the_active_features_at_the_end_of_a_prompt_by_their_ablatio
     assert sizes == sorted(sizes, reverse=True) and "','" in printed
 
 
-def test_steer_clamps_to_multiples_of_the_maximum(out):
-    """The probability is that of the token which the feature raises most, over all their tokens."""
+def test_steer_clamps_to_multiples_of_the_maximum_beside_pushes_of_equal_norm_along_random_directions(out):
+    """The mean probability over all tokens of the one that follows the feature's examples most often, or of another."""
     this = load(out)
     f, _ = all_by_hand(this)
-    i = int(f.max(1).argmax())
-    printed = analyzed(out, "steer", f"--feature={i}", "--value=-1,0.5,3", "--prompt=def add")
+    dead = int(f.max(1).argmin())
+    assert not f[dead].any()
+    best = [int(i) for i in f.max(1).argsort()[:-3:-1]]
+    printed = analyzed(out, "steer", f"--features={best[0]},{dead},{best[1]}", "--value=-1,0.5,3", "--read_tokens=700")
     numbers = numbers_in(out / "sae/scaling/steer.json")
-    assert numbers["feature"] == i and f"feature {i} " in printed
-    assert [row["multiple"] for row in numbers["clamped"]] == [None, -1, 0.5, 3]
-    raised = int(analyze.logit_effects(this, this.sae.W_dec[i:i + 1]).argmax())
-    own, direction = torch.from_numpy(f[i].reshape(-1, 32, 1)).float(), this.sae.W_dec[i]
-    for row in numbers["clamped"]:
-        change = 0 if row["multiple"] is None else (row["multiple"] * own.max() - own) * direction
-        logits, _ = this.gpt(this.contexts[:, :-1], hook=lambda site, x: x + change if site == this.site else None)
-        chance = logits.softmax(2)[..., raised].mean().item()
-        assert row["probability"] == pytest.approx(chance, rel=1e-3) and f"{row['probability']:.4f}" in printed
+    assert [row["feature"] for row in numbers["features"]] == best and f"feature {dead}  not active" in printed
+    assert printed.count("+3 x max") == 3  # in the table and below it: of several there are no texts
+    this.contexts = analyze.spread_contexts(torch.from_numpy(np.fromfile(out / "val.bin", np.uint16).astype(int)), 32, 700)
+    f, _ = all_by_hand(this)
+    directions = analyze.random_directions(this, 20, 1337)
+    assert numbers["random_directions"] == len(directions) == 20
+    np.testing.assert_allclose(directions.norm(dim=1), 1, rtol=1e-5)
+    counts = []
+    for k, multiple in enumerate((-1, 0.5, 3)):
+        rows = [result["clamped"][k] for result in numbers["features"]]
+        z = np.array([(row["probability"] - row["random_mean"]) / row["random_spread"] for row in rows])
+        counts.append({"multiple": multiple, "higher": (z > 2).sum(), "lower": (z < -2).sum()})
+        assert f"{multiple:+g} x max  likelier {(z > 2).sum()}, less likely {(z < -2).sum()}\n" in printed
+    assert numbers["beyond_random"] == counts
+    for result in numbers["features"]:
+        i = result["feature"]
+        token = analyze.following_token(this, f[i].astype(np.float32))
+        assert result["token"] == analyze.token_text(this, token) and f"{i}  '{result['token']}'" in printed
+        own = torch.from_numpy(f[i].reshape(-1, 32, 1)).float()
+
+        def chance(multiple, direction):
+            def hook(site, x):
+                return x + (multiple * own.max() - own) * direction if site == this.site else None
+            logits, _ = this.gpt(this.contexts[:, :-1], hook=hook if multiple is not None else None)
+            return logits.softmax(2)[..., token].mean().item()
+        assert result["unsteered"] == pytest.approx(chance(None, None), rel=1e-3)
+        assert [row["multiple"] for row in result["clamped"]] == [-1, 0.5, 3]
+        for row in result["clamped"]:
+            assert row["probability"] == pytest.approx(chance(row["multiple"], this.sae.W_dec[i]), rel=1e-3)
+            control = [chance(row["multiple"], direction) for direction in directions]
+            assert row["random_mean"] == pytest.approx(np.mean(control), rel=1e-3)
+            assert row["random_spread"] == pytest.approx(np.std(control, ddof=1), rel=1e-2)
+            assert f"{row['probability']:.5f}  {row['random_mean']:.5f} ± {row['random_spread']:.5f}" in printed
+
+
+def test_steer_of_one_feature_writes_texts_as_well(out):
+    """Sampled from the prompt with the same draws, clamped and not; --target is measured, its first token."""
+    i = int(all_by_hand(load(out))[0].max(1).argmax())
+    printed = analyzed(out, "steer", f"--feature={i}", "--value=0,2", "--prompt=def add", "--target= return")
+    result, = numbers_in(out / "sae/scaling/steer.json")["features"]
+    this = load(out)
+    assert result["token"] == analyze.token_text(this, this.tokenizer.encode_ordinary(" return")[0])
+    written = dict(re.findall(r"\n\n +(unsteered|\S+ x max)  (.*)", printed))
+    start = torch.tensor([this.tokenizer.encode_ordinary("def add")])
+    largest = float(this.activations([i]).max())
+    for name, value in (("unsteered", None), ("+0 x max", 0.0), ("+2 x max", 2 * largest)):
+        generator = torch.Generator().manual_seed(1337)
+        ids = this.gpt.generate(start, 60, hook=analyze.clamp(this, [i], value), generator=generator)
+        assert written[name] == analyze.token_text(this, *ids[0, start.shape[1]:])
+    assert len(written) == 3 and written["unsteered"] != written["+2 x max"]
 
 
 def test_neurons_counts_the_features_that_no_neuron_is_like(out):
@@ -837,6 +911,8 @@ def test_two_models_are_compared_by_activation_features_beside_neurons(out):
 
 @pytest.mark.parametrize("arguments, words", [
     (("steer", "--feature=96"), ["96", "0 to 95"]),
+    (("steer", "--features=1,96"), ["'96'", "0 to 95"]),
+    (("steer", "--features=1,,2"), ["''", "0 to 95"]),
     (("steer",), ["feature"]),
     (("steer", "--feature=ALIVE", "--value=much"), ["--value", "much"]),
     (("steer", "--feature=ALIVE", "--value=1,,2"), ["--value"]),
