@@ -6,6 +6,7 @@ features.
     python analyze.py feature 1407                    # one feature in full
     python analyze.py cause --prompt="def __init__("  # which features cause the next token?
     python analyze.py steer --feature=304             # text with a feature held at some value
+    python analyze.py steer --features=3,17,304       # ... and a table, beside random directions
     python analyze.py search "import numpy as" --without "import os"
     python analyze.py neurons                         # do features differ from neurons?
     python analyze.py complete --names=small,large    # which words have a feature of their own?
@@ -47,6 +48,12 @@ from sae import (HELD_OUT, ActivationStore, SAEConfig, SparseAutoencoder, explai
 
 ULTRA_LOW = 1e-5  # density that sets apart the "ultra-low density cluster" of Bricken et al.
 
+# Tokens that occur less often in the training text are in no list of raised or lowered ones.
+# Their row of the unembedding is arbitrary: on the default run, rows of tokens that never occur
+# are all alike (cosine 0.999), with logit weights three times as spread as others'. From 100
+# occurrences on they are as spread as those of frequent tokens.
+RARE = 100
+
 
 def parse_args():
     parser = make_parser(__doc__)
@@ -71,8 +78,14 @@ def parse_args():
     add("--show", type=at_least(1), default=10,
         help="how many features to print (report: of each kind)")
     add("--prompt", default="", help="cause, steer: text to start from")
-    add("--target", default="", help="cause: token to explain; default: the most likely one")
-    add("--feature", default="", help="steer: which feature")
+    add("--target", default="",
+        help="cause: token to explain, by default the most likely one; steer: token whose "
+        "probability is measured, by default the one that most often follows the feature's "
+        "top examples")
+    add("--baseline", default="",
+        help="cause: explain the target's logit less this token's, not less the mean logit")
+    add("--feature", "--features", default="",
+        help="steer: which feature, or several with commas between")
     add("--value", default="-2,0,1,2,4",
         help="steer: clamp to these multiples of its maximum, as --value=-2,0,1")
     add("--without", nargs="*", default=[], help="search: texts that lack the concept")
@@ -138,6 +151,20 @@ class Run:
     def T(self):
         """The length of a context in tokens, without the one that is only a target."""
         return self.contexts.shape[1] - 1
+
+    @property
+    def out_dir(self):
+        """Where the model and its text are: the folder is out_dir/sae/<name>."""
+        return os.path.dirname(os.path.dirname(os.path.abspath(self.folder)))
+
+    @cached_property
+    def token_counts(self):
+        """How often each token occurs in the training text -> (vocab_size,), numpy."""
+        text = load_tokens(self.out_dir, "train", self.gpt.config)
+        counts = np.zeros(self.gpt.config.vocab_size, dtype=int)
+        for start in range(0, len(text), 2**22):  # bincount takes 8 bytes a token
+            counts += np.bincount(text[start:start + 2**22], minlength=len(counts))
+        return counts
 
     @cached_property
     def tokens(self):
@@ -234,8 +261,7 @@ def load_run(args, device, name):
 
 def load_model(loaded, args):
     """Adds the model, its tokenizer and the held-out text to a Run."""
-    sae_folder = os.path.dirname(os.path.abspath(loaded.folder))  # out_dir/sae
-    out_dir = os.path.dirname(sae_folder)
+    out_dir = loaded.out_dir
     loaded.gpt, loaded.tokenizer = load_gpt(out_dir, loaded.device)
     if loaded.gpt.fingerprint() != loaded.source["gpt"]:
         raise UserError(
@@ -406,8 +432,8 @@ def blocks(n, size=256):
 def logit_effects(run, directions):
     """
     What directions (k, n) at the site do to the logits (k, vocab_size) per unit of
-    activation, about their mean over the vocabulary (Bricken et al., logit weights in the
-    feature browser).
+    activation, about their median over the vocabulary (Bricken et al., logit weights in the
+    feature browser), which a few extreme ones do not move.
 
     A direction goes through the site's output matrix and along the residual stream to the
     last LayerNorm, which is taken as linear: centred, its gain, and the mean 1 / sigma of
@@ -421,7 +447,10 @@ def logit_effects(run, directions):
         directions = directions @ W_out.t()                 # (k, n_embd)
     centred = directions - directions.mean(1, keepdim=True)
     logits = run.gpt.lm_head(centred * run.gpt.ln_f.weight * inverse_sigma(run))
-    return logits - logits.mean(1, keepdim=True)
+    # torch's median of an even number is the lower of the two in the middle
+    lower = logits.median(1, keepdim=True).values
+    upper = -(-logits).median(1, keepdim=True).values
+    return logits - (lower + upper) / 2
 
 
 def inverse_sigma(run):
@@ -632,28 +661,32 @@ def examples(run, acts, n_top, n_intervals, each, rng):
     return chosen
 
 
-def ranked_pairs(values, by, n):
-    """values, by: (k,) -> [(index, value)] of the n entries that are largest in `by`."""
+def ranked_pairs(numbers, values, by, n):
+    """numbers, values, by: (k,) -> [(number, value)] of the n entries largest in `by`."""
     best = by.topk(min(n, len(by))).indices.tolist()
-    return [(j, values[j].item()) for j in best]
+    return [(int(numbers[j]), values[j].item()) for j in best]
 
 
 def related(run, i, largest, n):
     """
     Returns the n tokens that feature i at its largest activation raises most, the n that it
-    lowers most, and its n nearest neurons: three lists of (number, logit or cosine).
+    lowers most (rare ones left out: see RARE), and its n nearest neurons: three lists of
+    (number, logit or cosine).
     """
     kind, layer = run.site.split(".")
     direction = run.sae.W_dec[i]
     logits = logit_effects(run, direction[None])[0] * largest  # (vocab_size,)
+    frequent = np.flatnonzero(run.token_counts >= RARE)
+    logits = logits[torch.from_numpy(frequent)]  # (k,): of these alone
     if kind == "mlp":
         cosines = direction  # the neurons are the axes
     else:
         W_out = run.gpt.blocks[int(layer)].mlp_proj.weight  # (n_embd, n_neurons)
         cosines = direction @ F.normalize(W_out, dim=0)     # with what each neuron writes
-    raised = ranked_pairs(logits, logits, n)
-    lowered = ranked_pairs(logits, -logits, n)
-    return raised, lowered, ranked_pairs(cosines, cosines.abs(), n)
+    raised = ranked_pairs(frequent, logits, logits, n)
+    lowered = ranked_pairs(frequent, logits, -logits, n)
+    nearest = ranked_pairs(range(len(cosines)), cosines, cosines.abs(), n)
+    return raised, lowered, nearest
 
 
 def print_feature(run, i, acts, n_top=5, n_intervals=4, each=1, n_tokens=8, note=""):
@@ -865,55 +898,68 @@ def logits_at(run, contexts, places, x=None):
 
 @dataclass
 class Effects:
-    """What features that are active at some tokens do there: arrays (k,), one entry a pair."""
+    """What active features do to a later prediction: arrays (k,), one entry a token and feature."""
     row: np.ndarray          # which of the contexts
+    position: np.ndarray     # at which of its tokens the feature is active
     feature: np.ndarray      # its number
     activation: np.ndarray   # f_i there, in raw units
     attribution: np.ndarray  # logits: the estimate of the next
     ablation: np.ndarray     # logits: what the target loses without the feature
 
 
-def effects(run, contexts, places, targets):
+def effects(run, contexts, places, targets, baselines=None, everywhere=False):
     """
-    What each feature that is active at token places[k] of contexts[k] (b, T) does there to
-    the logit of targets[k], measured against the mean logit -> Effects (Templeton et al.,
-    "Features as Computational Intermediates").
+    What active features do to the logit of targets[k] after token places[k] of contexts[k]
+    (b, T), measured against the logit of baselines[k], by default against the mean logit
+    -> Effects (Templeton et al., "Features as Computational Intermediates").
 
-    ablation: that logit minus the logit without the feature, its f_i W_dec_i subtracted from x.
+    Features count where they are active at that token itself; with everywhere=True at any token
+    up to it, each token on its own.
+
+    ablation: that difference minus the one without the feature, its f_i W_dec_i subtracted from
+    x at the one token.
 
     attribution: the first-order estimate of that, f_i W_dec_i . gradient. One backward pass
     serves all features.
     """
-    everything = torch.arange(len(contexts), device=contexts.device)
     x = run.gpt.activations(contexts, run.site)  # (b, T, n)
 
     def contrast(rows, x):  # of contexts[rows], with x at the site: (len(rows),)
         logits = logits_at(run, contexts[rows], places[rows], x)
-        return logits.gather(1, targets[rows, None])[:, 0] - logits.mean(1)
+        of_target = logits.gather(1, targets[rows, None])[:, 0]
+        if baselines is None:
+            return of_target - logits.mean(1)
+        return of_target - logits.gather(1, baselines[rows, None])[:, 0]
 
     # one backward pass gives the gradient at every token of every context
     with torch.enable_grad():
+        everything = torch.arange(len(contexts), device=contexts.device)
         before = contrast(everything, x.requires_grad_())
         gradient, = torch.autograd.grad(before.sum(), x)  # (b, T, n)
     x = x.detach()
     before = before.detach()
 
     # every pair of a token and a feature that is active on it
-    f = run.sae.encode(x[everything, places])           # (b, m)
-    scale = run.sae.input_scale(x[everything, places])  # (b, 1)
-    row, feature = f.nonzero(as_tuple=True)             # (k,) each: active pairs
-    activation = f[row, feature]
-    parts = activation[:, None] * run.sae.W_dec[feature] / scale[row]  # (k, n), in raw units
-    attribution = (parts * gradient[everything, places][row]).sum(1)
+    positions = torch.arange(contexts.shape[1], device=contexts.device)
+    last = places[:, None]
+    counted = positions <= last if everywhere else positions == last  # (b, T)
+    tokens = x[counted]                              # (tokens, n)
+    f = run.sae.encode(tokens)                       # (tokens, m)
+    token, feature = f.nonzero(as_tuple=True)        # (k,) each: active pairs
+    row, position = counted.nonzero()[token].t()     # (k,) each
+    activation = f[token, feature]
+    scale = run.sae.input_scale(tokens)[token]                   # (k, 1)
+    parts = activation[:, None] * run.sae.W_dec[feature] / scale  # (k, n), in raw units
+    attribution = (parts * gradient[row, position]).sum(1)
 
     # one forward pass for each pair, with the feature's part taken out at that token alone
     ablation = torch.zeros(len(row), device=contexts.device)
     for block in tracked("ablating", blocks(len(row)), "features"):
         rows = row[block]
         changed = x[rows]  # a copy
-        changed[torch.arange(len(block)), places[rows]] -= parts[block]
+        changed[torch.arange(len(block)), position[block]] -= parts[block]
         ablation[block] = before[rows] - contrast(rows, changed)
-    arrays = (row, feature, activation, attribution, ablation)
+    arrays = (row, position, feature, activation, attribution, ablation)
     return Effects(*(array.cpu().numpy() for array in arrays))
 
 
@@ -926,11 +972,49 @@ def drawn_effects(run, seed, n_tokens):
     return effects(run, contexts[:, :-1], places, targets)
 
 
+def mean_ranks(values):
+    """The place of each of values (k,) among them when sorted; equal ones share their mean."""
+    _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = counts.cumsum() - 1  # place of the last one of each distinct value
+    return (last - (counts - 1) / 2)[which]
+
+
 def correlations(a, b):
-    """Pearson's and the rank correlation of two arrays (k,)."""
-    pearson = float(np.corrcoef(a, b)[0, 1])
-    ranks = [values.argsort().argsort() for values in (a, b)]  # the place of each when sorted
-    return pearson, float(np.corrcoef(*ranks)[0, 1])
+    """Pearson's and the rank (Spearman's) correlation of a, b (k,): None where one is constant."""
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        return None, None
+    pearson = np.corrcoef(a, b)[0, 1]
+    rank = np.corrcoef(mean_ranks(a), mean_ranks(b))[0, 1]
+    return float(pearson), float(rank)
+
+
+def top_overlaps(found, n=10):
+    """
+    How many of a token's n features with the strongest effects by ablation are among its n
+    strongest by attribution, by activation, and (on average) among n drawn at random.
+
+    Returns these as means over the tokens of Effects where more than n features are active, and
+    the number of such tokens. Without any the means are None. Strong is what is far from 0.
+    """
+    def strongest(values):
+        return set(np.argsort(-np.abs(values), kind="stable")[:n].tolist())
+
+    shared = {"attribution": [], "activation": [], "chance": []}
+    for row in np.unique(found.row):
+        here = found.row == row
+        if here.sum() > n:
+            ablated = strongest(found.ablation[here])
+            shared["attribution"].append(len(ablated & strongest(found.attribution[here])))
+            shared["activation"].append(len(ablated & strongest(found.activation[here])))
+            shared["chance"].append(n * n / here.sum())
+    n_tokens = len(shared["chance"])
+    means = {kind: float(np.mean(of)) if of else None for kind, of in shared.items()}
+    return {"tokens": n_tokens, **means}
+
+
+def or_undefined(number, form):
+    """A number in a format such as "+.3f"; what has no meaning, None, as a word."""
+    return "undefined" if number is None else f"{number:{form}}"
 
 
 def show_cause(run, args, n_tokens=400):
@@ -938,6 +1022,8 @@ def show_cause(run, args, n_tokens=400):
     if args.prompt:
         show_cause_of_prompt(run, args)
         return
+    if args.target or args.baseline:
+        raise UserError("--target and --baseline are of one prediction: give --prompt as well")
     found = drawn_effects(run, args.seed, n_tokens)
     if len(found.row) == 0:
         raise run.all_dead()
@@ -947,11 +1033,25 @@ def show_cause(run, args, n_tokens=400):
             values = getattr(found, name)
             pearson, rank = correlations(values, found.ablation)
             numbers[name] = {"pearson": pearson, "rank": rank}
-            print(f"{name:>12} with ablation effect: Pearson {pearson:+.3f}, rank {rank:+.3f}")
+            both = f"Pearson {or_undefined(pearson, '+.3f')}, rank {or_undefined(rank, '+.3f')}"
+            print(f"{name:>12} with ablation effect: {both}")
             ax.scatter(values, found.ablation, s=4, alpha=0.4, color=BLUE)
-            ax.set(xlabel=name, ylabel="ablation effect", title=f"rank correlation {rank:.2f}")
+            ax.set(xlabel=name, ylabel="ablation effect", title=both)
     print(f"{len(found.row):,} active features at {n_tokens} held-out tokens")
-    save(run, "cause", **numbers)
+    overlaps = top_overlaps(found)
+    print(
+        "of a token's ten strongest by ablation: "
+        f"{or_undefined(overlaps['attribution'], '.1f')} among attribution's ten, "
+        f"{or_undefined(overlaps['activation'], '.1f')} among activation's, "
+        f"{or_undefined(overlaps['chance'], '.1f')} by chance\n"
+        f"(means over the {overlaps['tokens']} tokens with more than ten active features)"
+    )
+    save(run, "cause", **numbers, top_ten=overlaps)
+
+
+def first_token(run, text):
+    """The first token of a user's text -> (1,)."""
+    return encode_text(run, text)[0, :1]
 
 
 def show_cause_of_prompt(run, args):
@@ -959,48 +1059,61 @@ def show_cause_of_prompt(run, args):
     idx = encode_text(run, args.prompt)
     last = torch.tensor([idx.shape[1] - 1], device=run.device)  # the place of the last token
     probabilities = logits_at(run, idx, last).softmax(1)[0]
+    target = probabilities.argmax(keepdim=True)
     if args.target:
-        target = encode_text(run, args.target)[0, :1]
-    else:
-        target = probabilities.argmax(keepdim=True)
-    found = effects(run, idx, last, target)
+        target = first_token(run, args.target)
+    baseline = None
+    against = "the mean logit"
+    if args.baseline:
+        baseline = first_token(run, args.baseline)
+        against = f"{quoted(run, baseline)} with {probabilities[baseline].item():.3f}"
+        if torch.equal(baseline, target):
+            raise UserError(f"--baseline is the target, {quoted(run, target)}: give another")
     print(
         f"after {args.prompt!r}: {quoted(run, target)} "
         f"with probability {probabilities[target].item():.3f}"
     )
+    # earlier tokens reach the last one through the attention of later blocks alone
+    _, layer = run.site.split(".")
+    everywhere = int(layer) < run.gpt.config.n_layer - 1
+    found = effects(run, idx, last, target, baseline, everywhere)
     if len(found.row) == 0:
         print("no feature is active")
         return
-    print("its logit, by feature: activation, attribution, ablation")
+    print(f"its logit, against {against}, by feature: activation, attribution, ablation, token")
     top = np.argsort(-np.abs(found.ablation))[:args.show]
     for k, acts in zip(top, run.activations(found.feature[top])):
         numbers = (
             f"{found.activation[k]:6.2f}  {found.attribution[k]:+7.3f}  {found.ablation[k]:+7.3f}"
         )
-        print(f"  {numbers}  {title(run, int(found.feature[k]), acts)}")
+        place = found.position[k]
+        token = f"{place:3} {quoted(run, idx[0, place]):<10}"
+        print(f"  {numbers}  {token}  {title(run, int(found.feature[k]), acts)}")
 
 
 # -----------------------------------------------------------------------------
 # steer: a feature held at a value
 
 
-def clamp(run, features, value):
+def clamp(run, features, value, directions=None):
     """
     A hook that holds features[k] in context k (or one feature in all contexts) at `value` on
     every token and keeps the reconstruction error (Templeton et al., methods: steering).
 
     x + (value - f_i) W_dec_i is SAE(x) with f_i clamped, plus x - SAE(x). value None: f_i's
     own, which changes nothing. With 0 it is the ablation of Bricken et al.'s feature browser.
+
+    As a control, directions (b, n) of unit norm take the place of W_dec_i: pushes as long.
     """
     features = torch.as_tensor(features, device=run.device)[:, None]  # (b, 1)
-    directions = run.sae.W_dec[features]                              # (b, 1, n)
+    along = run.sae.W_dec[features] if directions is None else directions[:, None]  # (b, 1, n)
 
     def hook(site, x):  # (b, T, n)
         if site != run.site:
             return None
         f = run.sae.encode(x, features)  # (b, T, 1)
         held = f if value is None else value
-        return x + (held - f) * directions / run.sae.input_scale(x)
+        return x + (held - f) * along / run.sae.input_scale(x)
 
     return hook
 
@@ -1021,36 +1134,129 @@ def parse_multiples(text):
         )
 
 
-def show_steer(run, args):
-    """Text with a feature clamped to multiples of its maximum, and how likely its token becomes."""
-    i = run.feature_number(args.feature)
+def random_directions(run, n, seed):
+    """n directions of unit norm at the site, drawn evenly from all -> (n, width)."""
+    generator = torch.Generator().manual_seed(seed)  # on the CPU: the same on every device
+    drawn = torch.randn(n, run.sae.config.d_in, generator=generator)
+    return F.normalize(drawn, dim=1).to(run.device)
+
+
+def following_token(run, acts, n=50):
+    """The token that most often comes after the n top examples of a feature, acts (N T,)."""
+    following = run.contexts[:, 1:].flatten().numpy()  # of each position the token after it
+    after = following[top_examples(run, acts, n)]
+    return Counter(after.tolist()).most_common(1)[0][0]
+
+
+def steered(run, i, acts, token, multiples, contexts, directions):
+    """
+    The mean probability of a token over all places of contexts (b, T) with feature i, of
+    activations acts (N T,), clamped to multiples of its maximum; and with the same pushes along
+    each of directions (k, n) in its place, as mean and standard deviation -> dict, to be saved
+    """
+    clamped = []
+    for multiple in tracked(f"feature {i}", multiples, "values", lambda _: 1):
+        value = multiple * acts.max().item()
+        hooks = [clamp(run, [i], value, direction[None]) for direction in directions]
+        control = [mean_probability(run, contexts, token, hook) for hook in hooks]
+        clamped.append({
+            "multiple": multiple,
+            "probability": mean_probability(run, contexts, token, clamp(run, [i], value)),
+            "random_mean": float(np.mean(control)),
+            "random_spread": float(np.std(control, ddof=1)),
+        })
+    return {
+        "feature": i,
+        "token": token_text(run, token),
+        "unsteered": mean_probability(run, contexts, token),
+        "clamped": clamped,
+    }
+
+
+def beyond_random(results):
+    """
+    For how many features of `steered` the token is likelier, and for how many less likely, than
+    along random directions by over two standard deviations -> a dict for each multiple
+    """
+    counts = []
+    for rows in zip(*[result["clamped"] for result in results]):  # one row a feature
+        away = [row["probability"] - row["random_mean"] for row in rows]
+        spreads = [2 * row["random_spread"] for row in rows]
+        higher = sum(a > spread for a, spread in zip(away, spreads))
+        lower = sum(-a > spread for a, spread in zip(away, spreads))
+        counts.append({"multiple": rows[0]["multiple"], "higher": higher, "lower": lower})
+    return counts
+
+
+def print_steered(results, counts, n_directions):
+    """The table of what `steered` found of each feature and `beyond_random` of several."""
+    print(
+        f"\nfeature  token          clamped to  probability  "
+        f"along {n_directions} random directions"
+    )
+    for result in results:
+        token = f"'{result['token']}'"
+        print(f"{result['feature']:7}  {token:<14} unsteered  {result['unsteered']:11.5f}")
+        for row in result["clamped"]:
+            value = f"{row['multiple']:+g} x max"
+            print(
+                f"{value:>33}  {row['probability']:11.5f}  "
+                f"{row['random_mean']:.5f} ± {row['random_spread']:.5f}"
+            )
+    if len(results) > 1:
+        print(f"\nfurther than 2 standard deviations from these, of {len(results)} features:")
+        for row in counts:
+            value = f"{row['multiple']:+g} x max"
+            print(f"{value:>12}  likelier {row['higher']}, less likely {row['lower']}")
+
+
+def show_steer(run, args, n_directions=20):
+    """
+    How likely a token becomes when a feature is clamped to multiples of its maximum, beside
+    pushes of equal norm along random directions. Of a single feature texts as well.
+
+    The feature's own logit weights must not choose the token, or any direction would be seen to
+    work: it is the one that follows in the text where the feature is active, or the user's.
+    """
+    features = [run.feature_number(text) for text in args.feature.split(",")]
     multiples = parse_multiples(args.value)
-    acts = run.activations([i])[0]
+    all_acts = run.activations(features)
     # beyond that LayerNorm, which squares, leaves float32: it would make NaN, or 0 of everything
-    if max(map(abs, multiples)) * acts.max().item() > 1e15:
+    if max(map(abs, multiples)) * all_acts.max().item() > 1e15:
         raise UserError(f"--value={args.value} is more than the model can hold: give less")
-    print(title(run, i, acts))
-    if not acts.any():
-        return
-    token = logit_effects(run, run.sae.W_dec[i:i + 1]).argmax().item()  # what it raises most
+    target = first_token(run, args.target).item() if args.target else None
+    for i, acts in zip(features, all_acts):
+        print(title(run, i, acts))
     stride = max(1, len(run.contexts) // 16)  # some 16 contexts from all of the text
     contexts = run.contexts[::stride, :-1].to(run.device)
     start = encode_text(run, args.prompt) if args.prompt else contexts[:1, :16]
-    clamped = []
+    directions = random_directions(run, n_directions, args.seed)
+    results = []
+    for i, acts in zip(features, all_acts):
+        if acts.any():  # of a dead one the title says so
+            token = following_token(run, acts) if target is None else target
+            results.append(steered(run, i, acts, token, multiples, contexts, directions))
+    if not results:
+        return
+    counts = beyond_random(results)
+    print_steered(results, counts, n_directions)
+    if len(features) == 1:
+        print_steered_texts(run, features[0], all_acts[0], multiples, start, args.seed)
+    save(run, "steer", random_directions=n_directions, features=results, beyond_random=counts)
+
+
+def print_steered_texts(run, i, acts, multiples, start, seed):
+    """What the model writes after token ids start (1, T), feature i clamped and not."""
     for multiple in [None] + multiples:
+        name = "unsteered"
         hook = None
         if multiple is not None:
+            name = f"{multiple:+g} x max"
             hook = clamp(run, [i], multiple * acts.max().item())
-        probability = mean_probability(run, contexts, token, hook)
-        clamped.append({"multiple": multiple, "probability": probability})
         # the same draws for all, so that two texts differ by the feature alone
-        generator = torch.Generator(run.device).manual_seed(args.seed)
+        generator = torch.Generator(run.device).manual_seed(seed)
         ids = run.gpt.generate(start, 60, hook=hook, generator=generator)
-        written = token_text(run, *ids[0, start.shape[1]:])
-        name = "unsteered" if multiple is None else f"{multiple:+g} x max"
-        print(f"\n{name:>12}  {quoted(run, token)} has probability {probability:.4f}")
-        print(f"{'':14}{written}")
-    save(run, "steer", feature=i, token=token_text(run, token), clamped=clamped)
+        print(f"\n{name:>12}  {token_text(run, *ids[0, start.shape[1]:])}")
 
 
 # -----------------------------------------------------------------------------

@@ -40,10 +40,11 @@ def load(out):
 
 
 def made_run(out, gpt, sae, site, tokens):
-    """Writes an out_dir with this model, autoencoder and held-out tokens, and loads it."""
+    """Writes an out_dir with this model, autoencoder and held-out tokens, and loads it. No token is rare in training."""
     (out / "sae/scaling").mkdir(parents=True)
     save_tokenizer(out / "tokenizer.json", TOKENIZER)
     np.asarray(tokens, dtype=np.uint16).tofile(out / "val.bin")
+    np.tile(np.arange(V, dtype=np.uint16), 100).tofile(out / "train.bin")
     (out / "data.json").write_text("{}")
     save_checkpoint(out / "gpt.pt", model=gpt.state_dict(), config=asdict(gpt.config))
     save_sae(out / "sae/scaling/sae.pt", sae, source={"site": site, "gpt": gpt.fingerprint()}, args={"seed": 0})
@@ -123,15 +124,18 @@ IDX = torch.randint(V, (3, 8), generator=torch.Generator().manual_seed(0))
 P, TARGETS = torch.tensor([7, 0, 4]), torch.tensor([5, 250, 31])
 
 
-def contrast_by_hand(gpt, site, b, changes):
-    """Logit of TARGETS[b] over the mean logit at token P[b] of IDX[b] after each of changes (k, n) to it -> (k,)."""
+def contrast_by_hand(gpt, site, b, changes, at=None, baseline=None):
+    """
+    Logit of TARGETS[b] over the mean logit (or a baseline's) at token P[b] of IDX[b] after each of changes (k, n) to it
+    (or to the token `at`) -> (k,).
+    """
     def hook(name, x):
         if name == site:
             x = x.clone()
-            x[:, P[b]] += torch.from_numpy(changes)
+            x[:, P[b] if at is None else at] += torch.from_numpy(changes)
             return x
     logits = gpt(IDX[b].expand(len(changes), -1), hook=hook)[0][:, P[b]].numpy()
-    return logits[:, TARGETS[b]] - logits.mean(1)
+    return logits[:, TARGETS[b]] - (logits.mean(1) if baseline is None else logits[:, baseline])
 
 
 @pytest.mark.parametrize("recipe, input_norm", [("scaling", "dataset"), ("towards", "token")])
@@ -155,6 +159,88 @@ def test_ablation_is_a_pass_without_the_feature_and_attribution_its_slope(tmp_pa
         np.testing.assert_allclose(e.attribution[mine], slope, rtol=1e-3, atol=1e-4 * np.abs(slope).max())
         n_active += len(on)
     assert 0 < n_active == len(e.row) < 3 * sae.config.n_features
+
+
+@pytest.mark.parametrize("site", ["attn.0", "mlp.0", "resid.0", "mlp.1"])
+def test_ablation_is_that_of_the_difference_of_two_logits_from_every_earlier_token(tmp_path, site):
+    """Each pair of a token up to P[b] and a feature once; what is active after the last block at another token: 0."""
+    this, sae = random_run(tmp_path, site)
+    baselines = torch.tensor([9, 3, 200])
+    e = analyze.effects(this, IDX, P, TARGETS, baselines, everywhere=True)
+    exact, pairs = copy.deepcopy(this.gpt).double(), []
+    x = activations_at(exact, IDX, site)
+    for b in range(3):
+        for at in range(P[b] + 1):
+            f, directions, unit = by_hand(sae, x[b, at])
+            on = np.flatnonzero(f)
+            mine = np.flatnonzero((e.row == b) & (e.position == at))
+            mine = mine[np.argsort(e.feature[mine])]
+            assert e.feature[mine].tolist() == on.tolist()
+            parts = f[on, None] * directions[on] * unit
+            def after(changes):
+                return contrast_by_hand(exact, site, b, changes, at, baselines[b])
+            ablation, slope = after(0 * parts) - after(-parts), (after(1e-4 * parts) - after(-1e-4 * parts)) / 2e-4
+            np.testing.assert_allclose(e.activation[mine], f[on], rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(e.ablation[mine], ablation, rtol=1e-3, atol=1e-5)
+            np.testing.assert_allclose(e.attribution[mine], slope, rtol=1e-3, atol=1e-5)
+            assert len(on) and (np.abs(ablation) > 1e-3).any() == (site != "mlp.1" or at == P[b])
+            pairs += [(b, at, i) for i in on]
+    assert sorted(zip(e.row, e.position, e.feature)) == sorted(pairs) and len(pairs) > 40
+
+
+@pytest.mark.parametrize("site, first", [("mlp.0", 0), ("mlp.1", 3)])
+def test_cause_of_a_prompt_lists_every_token_that_can_reach_the_last(tmp_path, site, first):
+    """From the last block none but the last token can. The logits are those of the two tokens that were named."""
+    this, _ = random_run(tmp_path, site, tokens=TOKENIZER.encode_ordinary(LINE * 33))
+    prompt, target, baseline = (TOKENIZER.encode_ordinary(text) for text in ("foo bar, baz", " foo", "\n"))
+    done = script("analyze.py", "cause", "--prompt=foo bar, baz", "--target= foo", "--baseline=\n", "--show=999",
+                  f"--out_dir={tmp_path}", "--device=cpu")
+    assert done.returncode == 0 and len(prompt) == 4, done.stderr
+    chances = this.gpt(torch.tensor([prompt]))[0][0, -1].softmax(0)
+    assert f"' foo' with probability {chances[target[0]]:.3f}\n" in done.stdout
+    assert f"against '⏎' with {chances[baseline[0]]:.3f}, by feature" in done.stdout
+    last, target, baseline = torch.tensor([3]), torch.tensor(target), torch.tensor(baseline)
+    e = analyze.effects(this, torch.tensor([prompt]), last, target, baseline, everywhere=True)
+    expected = {(at, i): [f, a, effect] for _, at, i, f, a, effect in zip(*vars(e).values()) if at >= first}
+    rows = re.findall(r"(\S+) +(\S+) +(\S+) +(\d) '(.*)' +feature (\d+) ", done.stdout)
+    assert [token for *_, token, _ in rows] == [["foo", " bar", ",", " baz"][int(row[3])] for row in rows]
+    printed = {(int(row[3]), int(row[5])): [float(value) for value in row[:3]] for row in rows}
+    assert printed.keys() == expected.keys() and len(printed) == len(rows) and {at for at, _ in printed} == {*range(first, 4)}
+    for pair in printed:
+        assert printed[pair] == pytest.approx(expected[pair], abs=6e-3)
+    sizes = [abs(float(row[2])) for row in rows]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_correlations_are_pearsons_and_spearmans_with_shared_ranks():
+    """Equal values share the mean of their ranks; what is constant correlates with nothing."""
+    rng = np.random.default_rng(0)
+    a = rng.integers(0, 6, 50).astype(np.float32)
+    b = a**5 + rng.integers(0, 60, 50)
+    pearson, rank = analyze.correlations(a, b)
+    assert pearson == pytest.approx(np.corrcoef(a, b)[0, 1])
+    ranks = [[(v < value).sum() + (v == value).sum() / 2 for value in v] for v in (a, b)]
+    assert rank == pytest.approx(np.corrcoef(*ranks)[0, 1]) and abs(rank - pearson) > 0.01
+    assert analyze.correlations(a, 0 * b) == analyze.correlations(a[:1], b[:1]) == (None, None)
+
+
+def test_the_strongest_features_in_common_are_counted_token_by_token():
+    """
+    Of 12 features those with effects 12, -11, ..., 3 are the ten strongest. Attribution has the same magnitudes, but for
+    the weakest that is its strongest; activation has the opposite order. The second token has only ten features.
+    """
+    sizes = np.arange(12.0, 0, -1)
+    ablation = sizes * np.where(np.arange(12) % 2, -1, 1)
+    attribution = -ablation
+    attribution[11] = 99
+    columns = [np.append(a, np.ones(10)) for a in (13 - sizes, attribution, ablation)]
+    order = np.random.default_rng(0).permutation(22)
+    row, feature = np.append(np.full(12, 4), np.full(10, 7)), np.arange(22)
+    found = analyze.Effects(*(a[order] for a in (row, 0 * row, feature, *columns)))
+    assert analyze.top_overlaps(found) == pytest.approx(
+        {"tokens": 1, "attribution": 9.0, "activation": 8.0, "chance": 100 / 12})
+    few = analyze.Effects(*(a[row == 7] for a in (row, 0 * row, feature, *columns)))
+    assert analyze.top_overlaps(few) == {"tokens": 0, "attribution": None, "activation": None, "chance": None}
 
 
 @pytest.mark.parametrize("site", ["mlp.1", "resid.1"])
@@ -252,6 +338,37 @@ def test_search_prints_the_planted_feature_first_and_says_when_there_is_none(tmp
     done = script("analyze.py", "search", "xyz", f"--out_dir={tmp_path}")
     assert done.returncode == 0 and done.stderr == ""
     assert done.stdout.startswith("no feature is active there\n") and "feature 0" not in done.stdout
+
+
+def test_steer_measures_what_follows_in_the_text_not_what_the_feature_writes(tmp_path):
+    """
+    Feature 7 is on " foo" alone, which " bar" follows, and writes "~". So " bar" becomes no likelier, "~" does, and
+    random directions do neither.
+    """
+    this = lookup_run(tmp_path, "foo bar foo bar baz foo, " * 40, fires({7: {" foo": 1.0}}))
+    bar, tilde = (TOKENIZER.encode_ordinary(text)[0] for text in (" bar", "~"))
+    this.sae.W_dec[7] = torch.nn.functional.one_hot(torch.tensor(tilde), V)
+    this.gpt.lm_head.weight.copy_(3 * torch.eye(V))
+    assert analyze.logit_effects(this, this.sae.W_dec[7:8]).argmax() == tilde
+    acts = this.activations([7])[0]
+    assert analyze.following_token(this, acts) == bar
+    contexts, directions = this.contexts[:2, :-1], analyze.random_directions(this, 20, 0)
+    for token, raised in ((bar, False), (tilde, True)):
+        result = analyze.steered(this, 7, acts, token, [0, 20], contexts, directions)
+        nothing, much = result["clamped"]
+        assert nothing["multiple"] == 0 and much["multiple"] == 20 and result["feature"] == 7
+        assert (much["probability"] > 10 * result["unsteered"]) == raised
+        assert (much["probability"] > much["random_mean"] + 5 * much["random_spread"]) == raised
+
+
+def test_features_are_counted_that_move_their_token_further_than_random_directions_do():
+    """Two standard deviations are 0.2 about 0.5, and 0.02 about 0.1."""
+    def row(probability, mean, spread):
+        return {"multiple": 2, "probability": probability, "random_mean": mean, "random_spread": spread}
+    rows = [row(0.71, 0.5, 0.1), row(0.69, 0.5, 0.1), row(0.13, 0.1, 0.01), row(0.29, 0.5, 0.1), row(0.31, 0.5, 0.1)]
+    results = [{"clamped": [row(0.5, 0.5, 0.0) | {"multiple": 0}, chosen]} for chosen in rows]
+    assert analyze.beyond_random(results) == [
+        {"multiple": 0, "higher": 0, "lower": 0}, {"multiple": 2, "higher": 2, "lower": 1}]
 
 
 # -----------------------------------------------------------------------------
@@ -454,6 +571,43 @@ def test_a_character_of_several_tokens_is_shown_whole(tmp_path):
     assert analyze.snippet(this, 4, 40).strip().startswith("é \\xe6«\\xbc»\\xa2字 foo")
 
 
+@pytest.mark.parametrize("site", ["attn.1", "mlp.1", "resid.0"])
+def test_raised_and_lowered_are_the_extremes_about_the_median_among_tokens_that_occur_in_training(tmp_path, site):
+    """Tokens occur 99 or 100 times in training; those of 99 have the largest weights and are left out."""
+    this, _ = random_run(tmp_path, site)
+    text = np.repeat(np.arange(V, dtype=np.uint16), 100)
+    rare = np.arange(0, V, 3)
+    text = np.delete(text, 100 * rare)  # one of each
+    np.random.default_rng(0).permutation(text).tofile(tmp_path / "train.bin")
+    np.testing.assert_array_equal(this.token_counts, np.where(np.arange(V) % 3 == 0, 99, 100))
+    this.gpt.lm_head.weight[rare] *= 20
+    for i in (0, 5):
+        weights = this.sae.W_dec[i].double().numpy()
+        if site == "mlp.1":
+            weights = this.gpt.blocks[1].mlp_proj.weight.double().numpy() @ weights
+        weights = (weights - weights.mean()) * this.gpt.ln_f.weight.double().numpy()
+        weights = this.gpt.lm_head.weight.double().numpy() @ weights * analyze.inverse_sigma(this)
+        weights = 2.5 * (weights - np.median(weights))
+        order = [t for t in weights.argsort() if t % 3]
+        assert not {*np.abs(weights).argsort()[-16:]} & {*order}  # all of these are rare
+        raised, lowered, _ = analyze.related(this, i, 2.5, 8)
+        for found, expected in ((raised, order[:-9:-1]), (lowered, order[:8])):
+            assert [token for token, _ in found] == expected
+            np.testing.assert_allclose([value for _, value in found], weights[expected], rtol=1e-3, atol=1e-4)
+
+
+def test_what_a_short_training_text_has_too_little_of_is_in_no_list_and_without_one_it_is_said(tmp_path):
+    this = lookup_run(tmp_path, "bar foo\n" * 60, fires({7: {" foo": 1.0}}))
+    often = [t for t in TOKENIZER.encode_ordinary(" foo bar\n")]
+    np.array(often * 100 + [V - 1] * 99, dtype=np.uint16).tofile(tmp_path / "train.bin")
+    for pairs in analyze.related(this, 7, 1.0, 8)[:2]:
+        assert sorted(token for token, _ in pairs) == sorted(often)
+    (tmp_path / "train.bin").unlink()
+    done = script("analyze.py", "feature", "7", f"--out_dir={tmp_path}", "--device=cpu")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "train.bin" in done.stderr and "train_gpt.py" in done.stderr
+
+
 def test_the_bytes_that_a_feature_raises_are_told_apart_in_the_terminal_and_on_the_page(tmp_path, capsys):
     """A feature that raises the three tokens of a character and a backslash, each by another amount."""
     this = lookup_run(tmp_path, "bar foo\n" * 60, fires({7: {" foo": 1.0}}))
@@ -590,6 +744,19 @@ def test_cause_measures_how_well_attribution_stands_for_ablation(out):
         for kind, a, b in (("pearson", values, e.ablation), ("rank", ranks(values), ranks(e.ablation))):
             assert numbers[name][kind] == pytest.approx(np.corrcoef(a, b)[0, 1], abs=1e-3)
             assert f"{kind} {numbers[name][kind]:+.3f}" in printed.lower()
+    shares = {"attribution": [], "activation": [], "chance": []}
+    for row in range(len(idx)):
+        here = [k for k in range(len(e.row)) if e.row[k] == row]
+        if len(here) > 10:
+            tops = {name: set(sorted(here, key=lambda k: -abs(getattr(e, name)[k]))[:10])
+                    for name in ("attribution", "activation", "ablation")}
+            for name in ("attribution", "activation"):
+                shares[name].append(len(tops[name] & tops["ablation"]))
+            shares["chance"].append(10 * 10 / len(here))
+    assert numbers["top_ten"].pop("tokens") == len(shares["chance"]) > 10
+    for name, values in shares.items():
+        assert numbers["top_ten"][name] == pytest.approx(np.mean(values), abs=0.02)
+        assert f"{numbers['top_ten'][name]:.1f} {'by' if name == 'chance' else 'among ' + name}" in printed
     assert (out / "sae/scaling/cause.png").stat().st_size > 1000
 
 
@@ -605,22 +772,65 @@ def test_cause_lists_the_active_features_at_the_end_of_a_prompt_by_their_ablatio
     assert sizes == sorted(sizes, reverse=True) and "','" in printed
 
 
-def test_steer_clamps_to_multiples_of_the_maximum(out):
-    """The probability is that of the token which the feature raises most, over all their tokens."""
+def test_steer_clamps_to_multiples_of_the_maximum_beside_pushes_of_equal_norm_along_random_directions(out):
+    """The mean probability over all tokens of the one that follows the feature's examples most often, or of another."""
     this = load(out)
     f, _ = all_by_hand(this)
-    i = int(f.max(1).argmax())
-    printed = analyzed(out, "steer", f"--feature={i}", "--value=-1,0.5,3", "--prompt=def add")
+    dead = int(f.max(1).argmin())
+    assert not f[dead].any()
+    best = [int(i) for i in f.max(1).argsort()[:-3:-1]]
+    printed = analyzed(out, "steer", f"--features={best[0]},{dead},{best[1]}", "--value=-1,0.5,3", "--read_tokens=700")
     numbers = numbers_in(out / "sae/scaling/steer.json")
-    assert numbers["feature"] == i and f"feature {i} " in printed
-    assert [row["multiple"] for row in numbers["clamped"]] == [None, -1, 0.5, 3]
-    raised = int(analyze.logit_effects(this, this.sae.W_dec[i:i + 1]).argmax())
-    own, direction = torch.from_numpy(f[i].reshape(-1, 32, 1)).float(), this.sae.W_dec[i]
-    for row in numbers["clamped"]:
-        change = 0 if row["multiple"] is None else (row["multiple"] * own.max() - own) * direction
-        logits, _ = this.gpt(this.contexts[:, :-1], hook=lambda site, x: x + change if site == this.site else None)
-        chance = logits.softmax(2)[..., raised].mean().item()
-        assert row["probability"] == pytest.approx(chance, rel=1e-3) and f"{row['probability']:.4f}" in printed
+    assert [row["feature"] for row in numbers["features"]] == best and f"feature {dead}  not active" in printed
+    assert printed.count("+3 x max") == 3  # in the table and below it: of several there are no texts
+    this.contexts = analyze.spread_contexts(torch.from_numpy(np.fromfile(out / "val.bin", np.uint16).astype(int)), 32, 700)
+    f, _ = all_by_hand(this)
+    directions = analyze.random_directions(this, 20, 1337)
+    assert numbers["random_directions"] == len(directions) == 20
+    np.testing.assert_allclose(directions.norm(dim=1), 1, rtol=1e-5)
+    counts = []
+    for k, multiple in enumerate((-1, 0.5, 3)):
+        rows = [result["clamped"][k] for result in numbers["features"]]
+        z = np.array([(row["probability"] - row["random_mean"]) / row["random_spread"] for row in rows])
+        counts.append({"multiple": multiple, "higher": (z > 2).sum(), "lower": (z < -2).sum()})
+        assert f"{multiple:+g} x max  likelier {(z > 2).sum()}, less likely {(z < -2).sum()}\n" in printed
+    assert numbers["beyond_random"] == counts
+    for result in numbers["features"]:
+        i = result["feature"]
+        token = analyze.following_token(this, f[i].astype(np.float32))
+        assert result["token"] == analyze.token_text(this, token) and f"{i}  '{result['token']}'" in printed
+        own = torch.from_numpy(f[i].reshape(-1, 32, 1)).float()
+
+        def chance(multiple, direction):
+            def hook(site, x):
+                return x + (multiple * own.max() - own) * direction if site == this.site else None
+            logits, _ = this.gpt(this.contexts[:, :-1], hook=hook if multiple is not None else None)
+            return logits.softmax(2)[..., token].mean().item()
+        assert result["unsteered"] == pytest.approx(chance(None, None), rel=1e-3)
+        assert [row["multiple"] for row in result["clamped"]] == [-1, 0.5, 3]
+        for row in result["clamped"]:
+            assert row["probability"] == pytest.approx(chance(row["multiple"], this.sae.W_dec[i]), rel=1e-3)
+            control = [chance(row["multiple"], direction) for direction in directions]
+            assert row["random_mean"] == pytest.approx(np.mean(control), rel=1e-3)
+            assert row["random_spread"] == pytest.approx(np.std(control, ddof=1), rel=1e-2)
+            assert f"{row['probability']:.5f}  {row['random_mean']:.5f} ± {row['random_spread']:.5f}" in printed
+
+
+def test_steer_of_one_feature_writes_texts_as_well(out):
+    """Sampled from the prompt with the same draws, clamped and not; --target is measured, its first token."""
+    i = int(all_by_hand(load(out))[0].max(1).argmax())
+    printed = analyzed(out, "steer", f"--feature={i}", "--value=0,2", "--prompt=def add", "--target= return")
+    result, = numbers_in(out / "sae/scaling/steer.json")["features"]
+    this = load(out)
+    assert result["token"] == analyze.token_text(this, this.tokenizer.encode_ordinary(" return")[0])
+    written = dict(re.findall(r"\n\n +(unsteered|\S+ x max)  (.*)", printed))
+    start = torch.tensor([this.tokenizer.encode_ordinary("def add")])
+    largest = float(this.activations([i]).max())
+    for name, value in (("unsteered", None), ("+0 x max", 0.0), ("+2 x max", 2 * largest)):
+        generator = torch.Generator().manual_seed(1337)
+        ids = this.gpt.generate(start, 60, hook=analyze.clamp(this, [i], value), generator=generator)
+        assert written[name] == analyze.token_text(this, *ids[0, start.shape[1]:])
+    assert len(written) == 3 and written["unsteered"] != written["+2 x max"]
 
 
 def test_neurons_counts_the_features_that_no_neuron_is_like(out):
@@ -704,6 +914,8 @@ def test_two_models_are_compared_by_activation_features_beside_neurons(out):
 
 @pytest.mark.parametrize("arguments, words", [
     (("steer", "--feature=96"), ["96", "0 to 95"]),
+    (("steer", "--features=1,96"), ["'96'", "0 to 95"]),
+    (("steer", "--features=1,,2"), ["''", "0 to 95"]),
     (("steer",), ["feature"]),
     (("steer", "--feature=ALIVE", "--value=much"), ["--value", "much"]),
     (("steer", "--feature=ALIVE", "--value=1,,2"), ["--value"]),
@@ -715,6 +927,9 @@ def test_two_models_are_compared_by_activation_features_beside_neurons(out):
     (("search",), ["search", "texts"]),
     (("search", ""), ["0 tokens"]),
     (("cause", "--prompt=" + "word " * 50), ["tokens", "1 to 32"]),
+    (("cause", "--target=x"), ["--target", "--prompt"]),
+    (("cause", "--baseline=x"), ["--baseline", "--prompt"]),
+    (("cause", "--prompt=def", "--target=x", "--baseline=x"), ["--baseline", "'x'", "another"]),
     (("complete", "--names=scaling,nobody"), ["nobody", "train_sae.py"]),
     (("complete", "--names=scaling,own"), ["own", "model"]),
     (("complete", "--words=nowhere.txt"), ["words", "held-out"]),

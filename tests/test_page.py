@@ -368,8 +368,8 @@ def test_a_feature_shows_its_effects_neurons_and_histogram(page):
     line = "[...line.childNodes].map(part => part.textContent).concat(+line.style.getPropertyValue('--share'))"
     panels = page.js(f"""Object.fromEntries([...feature.querySelectorAll("section")].map(panel => [
         panel.querySelector("h2").textContent, [...panel.querySelectorAll(".ranked")].map(line => {line})]))""")
-    assert panels["raised tokens, logits"] == [["Return", "+2.50", 1], ["&lt;", "+1.25", 0.5]]
-    assert panels["lowered tokens, logits"] == [["def", "−3.00", 1], ["Return", "−0.00", pytest.approx(0.004 / 3)]]
+    assert panels["raised tokens, logits about median"] == [["Return", "+2.50", 1], ["&lt;", "+1.25", 0.5]]
+    assert panels["lowered tokens, logits about median"] == [["def", "−3.00", 1], ["Return", "−0.00", pytest.approx(0.004 / 3)]]
     assert panels["neurons, cosine"] == [["77", "−0.50", 1], ["8", "+0.25", 0.5]]
     heights = page.js("[...document.querySelectorAll('.bars .bar')].map(bar => bar.getBoundingClientRect().height)")
     assert heights[0] > 100 and heights[:8] == pytest.approx([heights[0] / 2**k for k in range(8)], abs=0.5)  # a root
