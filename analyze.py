@@ -43,10 +43,15 @@ from matplotlib.figure import Figure
 from model import GPT, UserError, at_least, content_hash, load_gpt, load_tokens, make_parser
 from model import run as run_script  # below, a run is an autoencoder with what belongs to it
 from model import reading, save_json, setup, tracked, write_atomic
-from sae import (HELD_OUT, ActivationStore, SAEConfig, SparseAutoencoder, explained_share,
-                 find_files, load_sae, matching_files, where_float64_is)
+from sae import (HELD_OUT, MASSIVE, TRAINED_ON, ActivationStore, SAEConfig, SparseAutoencoder,
+                 explained_share, find_files, load_sae, massive_share, matching_files,
+                 where_float64_is)
 
-ULTRA_LOW = 1e-5  # density that sets apart the "ultra-low density cluster" of Bricken et al.
+# Bricken et al. ("feature density histograms") set apart an "ultra-low density cluster": features
+# that are active on fewer than one token in a million.
+ULTRA_LOW = 1e-6
+ENOUGH = 10 / ULTRA_LOW  # tokens on which a feature of that density is active ten times
+DENSITY_WORK = 5e11      # multiplications that two CPU cores do in some 20 s
 
 # Tokens that occur less often in the training text are in no list of raised or lowered ones.
 # Their row of the unembedding is arbitrary: on the default run, rows of tokens that never occur
@@ -72,6 +77,9 @@ def parse_args():
         "in order, to be shown beside the rows")
     add("--eval_tokens", type=at_least(1), default=2**18,
         help="report: held-out tokens, or rows, of its metrics")
+    add("--density_tokens", type=at_least(1),
+        help="report: tokens of the training text, or rows trained on, on which dead features "
+        "are never active; None: as many as take some 20 s on two CPU cores")
     add("--read_tokens", type=at_least(1), default=2**17,
         help="held-out tokens, or rows, whose activations are kept in memory, for examples and "
         "all other analyses")
@@ -119,6 +127,7 @@ class Run:
     kept: dict = field(default_factory=dict)
     # only where the activations are somebody's own rows:
     store: ActivationStore | None = None  # those that were not trained on
+    trained_on: ActivationStore | None = None  # the others, or the same where there are none
     places: np.ndarray | None = None      # (N,) in the store, for all analyses but the metrics
     texts: list | None = None             # the line of text that goes with each of these rows
 
@@ -177,6 +186,27 @@ class Run:
         unit = "contexts" if self.gpt else "rows"
         for batch in tracked(label, contexts.split(size), unit):
             yield batch.to(self.device)
+
+    def trained_x(self, n_tokens):
+        """
+        Yields activations (b, n) of some n_tokens tokens of the training text, from all of it, or
+        of as many rows that were trained on; of all if there are fewer. Prints progress.
+        """
+        if not self.gpt:
+            n = min(n_tokens, self.trained_on.rows)
+            starts = range(0, n, 4096)
+            for start in tracked("counting activity", starts, "pieces", lambda start: 1):
+                yield self.trained_on.batch(start, min(4096, n - start)).to(self.device)
+            return
+        text = load_tokens(self.out_dir, "train", self.gpt.config)
+        T = self.gpt.config.block_size
+        n_contexts = len(text) // T
+        n = min(n_contexts, max(1, n_tokens // T))
+        starts = T * (np.arange(n) * n_contexts // n)  # evenly spread
+        pieces = np.array_split(starts, math.ceil(n * T / 4096))
+        for piece in tracked("counting activity", pieces, "contexts"):
+            idx = torch.from_numpy(text[piece[:, None] + np.arange(T)].astype(np.int64))
+            yield self.gpt.activations(idx.to(self.device), self.site).flatten(0, 1)
 
     def x(self, site=None):
         """
@@ -293,6 +323,8 @@ def load_rows(loaded, args):
             f"{paths[0]} has rows of width {loaded.store.width}, "
             f"{loaded.folder}/sae.pt takes {loaded.sae.config.d_in}: give other --acts"
         )
+    others = TRAINED_ON if part == HELD_OUT else part
+    loaded.trained_on = ActivationStore(paths, part=others)
     loaded.held_out = loaded.store.at(loaded.store.spread(args.eval_tokens))
     loaded.places = loaded.store.spread(args.read_tokens)
     if args.texts:
@@ -335,7 +367,7 @@ def spread_contexts(tokens, T, n_tokens):
 @dataclass
 class FeatureStatistics:
     """What was measured of each feature, arrays (m,)."""
-    density: np.ndarray  # share of the tokens it is active on
+    density: np.ndarray  # share of the held-out tokens it is active on
     energy: np.ndarray   # mean of its squared activation: what it carries of x_hat
 
 
@@ -383,20 +415,76 @@ def measure(run):
     n_tokens = len(run.held_out) * (run.held_out.shape[1] - 1 if run.gpt else 1)
     means = [torch.stack(parts).sum(0).numpy() / n_tokens for parts in zip(*sums)]
     density, energy, center, square, error = means
-    ultra_low = (density > 0) & (density < ULTRA_LOW)
     variance = (square - center**2).sum()  # about the mean, not about the origin
     metrics = {
         "tokens": n_tokens,
         "l0": density.sum(),
         "variance_explained": explained_share(error.sum(), variance),
         "n_features": run.n_features,
-        "dead": (density == 0).mean(),
-        "ultra_low": ultra_low.mean(),
         **losses,
     }
     if run.gpt:
         metrics["loss_recovered"] = loss_recovered(losses)
     return metrics, FeatureStatistics(density, energy)
+
+
+def count_active(run, n_tokens=None):
+    """
+    On what share of some n_tokens tokens of the training text each feature is active (m,), and
+    how many tokens these were. It takes no more than the model up to the site and the encoder,
+    so ten million are a matter of minutes. None: as many as DENSITY_WORK allows.
+    """
+    if n_tokens is None:
+        work = run.sae.W_enc.numel()  # of one token
+        if run.gpt:
+            work += sum(p.numel() for p in run.gpt.blocks.parameters())
+        faster = 1 if run.device.type == "cpu" else 100
+        n_tokens = int(faster * DENSITY_WORK / work)
+    counts = np.zeros(run.n_features, dtype=np.int64)
+    n_seen = 0
+    for x in run.trained_x(n_tokens):
+        active = run.sae.encode(x) > 0  # (b, m)
+        if run.device.type == "cpu":
+            counts += np.count_nonzero(active.numpy(), axis=0)  # torch takes ten times as long
+        else:
+            counts += active.sum(0).cpu().numpy()
+        n_seen += len(x)
+    return counts / n_seen, n_seen
+
+
+def density_metrics(density, n_tokens):
+    """
+    What shares of the features are dead (never active) and of ultra-low density. Templeton et al.
+    call dead what is not active on 10^7 tokens, Bricken et al. on 10^8. The second share is None
+    where the tokens are too few to tell.
+    """
+    ultra_low = (density > 0) & (density < ULTRA_LOW)
+    return {
+        "density_tokens": n_tokens,
+        "dead": (density == 0).mean(),
+        "ultra_low": ultra_low.mean() if n_tokens >= ENOUGH else None,
+    }
+
+
+def massive_metrics(run):
+    """
+    What share of the squared norm the largest 1 % of the rows of run.x() hold and, where it is
+    more than MASSIVE, the variance explained of the others: an autoencoder may explain the few
+    and nothing else.
+    """
+    x = run.x()
+    share = massive_share(x)
+    if share <= MASSIVE:
+        return {"massive_share": share}
+    norms = x.norm(dim=1)
+    ordinary = x[norms < norms.topk(math.ceil(len(x) / 100)).values[-1]]
+    mean = ordinary.mean(0, dtype=torch.float64)
+    variance = error = 0.0
+    for piece in ordinary.split(8192):
+        x_hat = run.sae(piece.to(run.device)).cpu()
+        error += (x_hat - piece).double().square().sum().item()
+        variance += (piece.double() - mean).square().sum().item()
+    return {"massive_share": share, "explained_without": explained_share(error, variance)}
 
 
 def loss_recovered(losses):
@@ -738,13 +826,22 @@ def summary(run, metrics):
 
     m = metrics["n_features"]
     n_dead = round(metrics["dead"] * m)
+    training = f"{metrics['density_tokens']:,} training {run.unit}s"
     rows = [
         ("L0", f"{metrics['l0']:.1f}", f"active features a {run.unit}"),
         row("variance explained", "variance_explained", "about the mean", "no two rows differ"),
-        ("dead", f"{metrics['dead']:.2%}", f"{n_dead:,} of {m:,} never active here"),
-        ("ultra-low density", f"{metrics['ultra_low']:.2%}",
-         f"on at fewer than 1 in {1 / ULTRA_LOW:,.0f} {run.unit}s"),
+        ("dead", f"{metrics['dead']:.2%}", f"{n_dead:,} of {m:,} never active on {training}"),
     ]
+    note = f"on fewer than 1 in {1 / ULTRA_LOW:,.0f} of them"
+    if metrics["ultra_low"] is None:
+        too_few = f"{note}: too few, give --density_tokens={ENOUGH:.0f} and as much text"
+        rows.append(("ultra-low density", "undefined", too_few))
+    else:
+        rows.append(("ultra-low density", f"{metrics['ultra_low']:.2%}", note))
+    if "explained_without" in metrics:
+        note = f"but the largest 1% of the {run.unit}s, {metrics['massive_share']:.1%} of the norm"
+        others = row("explained, all", "explained_without", f"{note}^2", "no two rows differ")
+        rows.insert(2, others)
     if run.gpt:
         others = (
             f"spliced {metrics['loss_spliced']:.3f}, "
@@ -760,18 +857,19 @@ def summary(run, metrics):
 def draw_density(run, density, n_tokens):
     """The histogram of log10 density that Bricken et al. watch, the ultra-low features apart."""
     alive = density[density > 0]
-    lowest = min(math.log10(ULTRA_LOW) - 0.5, np.log10(alive.min(initial=1)) - 0.1)
+    lowest = np.log10(alive.min(initial=ULTRA_LOW if n_tokens >= ENOUGH else 1)) - 0.1
     bins = np.linspace(lowest, 0, 60)
     ordinary = alive[alive >= ULTRA_LOW]
     ultra_low = alive[alive < ULTRA_LOW]
     with figure(os.path.join(run.folder, "density.png")) as ax:
         ax.hist(np.log10(ordinary), bins=bins, color=BLUE, label=f"alive: {len(ordinary):,}")
-        label = f"ultra-low: {len(ultra_low):,}"
-        ax.hist(np.log10(ultra_low), bins=bins, color=RED, label=label)
-        ax.axvline(math.log10(ULTRA_LOW), color=RED, lw=1, ls=":")
+        if n_tokens >= ENOUGH:
+            label = f"ultra-low: {len(ultra_low):,}"
+            ax.hist(np.log10(ultra_low), bins=bins, color=RED, label=label)
+            ax.axvline(math.log10(ULTRA_LOW), color=RED, lw=1, ls=":")
         n_dead = len(density) - len(alive)
         ax.plot([], [], " ", label=f"dead: {n_dead:,}")  # no log10 of 0: in the legend alone
-        ax.set_xlabel(f"log10 of feature density on {n_tokens:,} held-out {run.unit}s")
+        ax.set_xlabel(f"log10 of feature density on {n_tokens:,} training {run.unit}s")
         ax.set_ylabel("features")
 
 
@@ -806,6 +904,8 @@ def draw_training(run):
 def show_report(run, args):
     """Metrics, their plots, the most important features and some drawn at random, and the page."""
     metrics, statistics = measure(run)
+    density, n_tokens = count_active(run, args.density_tokens)
+    metrics |= density_metrics(density, n_tokens) | massive_metrics(run)
 
     # numbers
     name = os.path.basename(run.folder)
@@ -817,7 +917,7 @@ def show_report(run, args):
         print(f"  {row_name:<20}{value:>9}   {note}")
 
     # pictures
-    draw_density(run, statistics.density, metrics["tokens"])
+    draw_density(run, density, n_tokens)
     draw_training(run)
 
     # features
