@@ -12,8 +12,10 @@ features.
     python analyze.py scaling --names=a,b,c           # loss against compute, from many runs' logs
     python analyze.py compare small large             # splitting; across two models: universality
     python analyze.py toy --name=toy                  # how many known directions were found?
+    python analyze.py feature 5 --name=own --texts=lines.txt  # of activations without a model
 
-Everything is measured on held-out tokens (val.bin). Numbers and plots go to out_dir/sae/<name>/.
+Everything is measured on held-out tokens (val.bin), or on the last twentieth of somebody's own
+rows. Numbers and plots go to out_dir/sae/<name>/.
 
 What a command computes comes from functions that return it, for those who import them; a
 function show_... prints, draws and saves it. To add a command, write these and append a line to
@@ -37,11 +39,11 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 
-from model import GPT, UserError, at_least, load_gpt, load_tokens, make_parser, reading
+from model import GPT, UserError, at_least, content_hash, load_gpt, load_tokens, make_parser
 from model import run as run_script  # below, a run is an autoencoder with what belongs to it
-from model import save_json, setup, tracked, write_atomic
-from sae import (HELD_OUT, ActivationStore, SAEConfig, SparseAutoencoder, explained_share, load_sae,
-                 where_float64_is)
+from model import reading, save_json, setup, tracked, write_atomic
+from sae import (HELD_OUT, ActivationStore, SAEConfig, SparseAutoencoder, explained_share,
+                 find_files, load_sae, matching_files, where_float64_is)
 
 ULTRA_LOW = 1e-5  # density that sets apart the "ultra-low density cluster" of Bricken et al.
 
@@ -55,11 +57,17 @@ def parse_args():
     add = parser.add_argument_group("analysis").add_argument
     add("--name", default=SAEConfig.recipe, help="folder under out_dir/sae")
     add("--names", default="", help="complete, scaling: several names, with commas between")
+    add("--acts", default="",
+        help="judge it on your own activations, a quoted pattern of .npy files: on all their "
+        "rows, or the last twentieth where they are what it was trained on")
+    add("--texts", default="",
+        help="of your own activations: a text file with a line for each row of all their files "
+        "in order, to be shown beside the rows")
     add("--eval_tokens", type=at_least(1), default=2**18,
-        help="report: held-out tokens of its metrics")
+        help="report: held-out tokens, or rows, of its metrics")
     add("--read_tokens", type=at_least(1), default=2**17,
-        help="held-out tokens whose activations are kept in memory, for examples and all "
-        "other analyses")
+        help="held-out tokens, or rows, whose activations are kept in memory, for examples and "
+        "all other analyses")
     add("--show", type=at_least(1), default=10,
         help="how many features to print (report: of each kind)")
     add("--prompt", default="", help="cause, steer: text to start from")
@@ -99,6 +107,7 @@ class Run:
     # only where the activations are somebody's own rows:
     store: ActivationStore | None = None  # those that were not trained on
     places: np.ndarray | None = None      # (N,) in the store, for all analyses but the metrics
+    texts: list | None = None             # the line of text that goes with each of these rows
 
     @property
     def site(self):
@@ -219,13 +228,19 @@ def load_run(args, device, name):
     """A name or folder -> Run. UserError where files are missing or do not belong together."""
     folder = folder_of(args, name)
     sae = load_sae(os.path.join(folder, "sae.pt"), device)
-    # what another program wrote, or save_sae without it, cannot be put beside its model
-    if "source" not in sae.extra:
+    source = sae.extra.get("source")
+    if not isinstance(source, dict):  # somebody else's note, or none
+        source = {}
+    if args.acts:
+        source = source | {"site": "own"}
+    elif not source.keys() & {"gpt", "truth", "contents"}:  # another program or version wrote it
         raise UserError(
             f"{folder}/sae.pt does not say what it was trained on: "
-            "only train_sae.py's can be analyzed"
+            "name activations to judge it on, as --acts='my/*.npy'"
         )
-    loaded = Run(folder, sae.fold().requires_grad_(False), sae.extra["source"])
+    loaded = Run(folder, sae.fold().requires_grad_(False), source)
+    if COMMANDS[args.command].logs_only:
+        return loaded
     if loaded.kind == "model":
         load_model(loaded, args)
     if loaded.kind == "own":
@@ -241,7 +256,7 @@ def load_model(loaded, args):
     if loaded.gpt.fingerprint() != loaded.source["gpt"]:
         raise UserError(
             f"{loaded.folder}/sae.pt was trained on another gpt.pt than {out_dir} has now: "
-            "run train_sae.py again"
+            "put that one back, or train on this one with another --name"
         )
     tokens = load_tokens(out_dir, "val", loaded.gpt.config)
     tokens = torch.from_numpy(tokens.astype(np.int64))
@@ -250,10 +265,49 @@ def load_model(loaded, args):
 
 
 def load_rows(loaded, args):
-    """Adds the twentieth of somebody's own rows that was held out to a Run."""
-    loaded.store = ActivationStore(loaded.source["acts"], part=HELD_OUT)
+    """
+    Adds somebody's own rows to a Run, those that it was not trained on: the last twentieth of its
+    own files, or all of other ones, which --acts names. UserError when they are of another width.
+    """
+    part = HELD_OUT
+    if args.acts:
+        paths = matching_files(args.acts)
+        contents = [content_hash(path) for path in paths]
+        if contents != loaded.source.get("contents"):
+            part = (0, 1)
+    else:
+        paths = find_files(loaded.source, loaded.folder)
+    loaded.store = ActivationStore(paths, part=part)
+    if loaded.store.width != loaded.sae.config.d_in:
+        raise UserError(
+            f"{paths[0]} has rows of width {loaded.store.width}, "
+            f"{loaded.folder}/sae.pt takes {loaded.sae.config.d_in}: give other --acts"
+        )
     loaded.held_out = loaded.store.at(loaded.store.spread(args.eval_tokens))
     loaded.places = loaded.store.spread(args.read_tokens)
+    if args.texts:
+        loaded.texts = read_lines(args.texts, loaded.store, loaded.places)
+
+
+def read_lines(path, store, places):
+    """
+    A text file with a line for each row of all files of a store -> the lines of the rows at
+    places (k,), a list of str. UserError when there are more lines than rows, or fewer.
+    """
+    wanted = set((store.first + places).tolist())
+    lines = []
+    n_lines = 0
+    with open(path, encoding="utf-8-sig", errors="backslashreplace", newline="\n") as file:
+        for line in file:  # not all are kept
+            if n_lines in wanted:
+                lines.append(line.rstrip("\r\n"))
+            n_lines += 1
+    if n_lines != store.total:
+        raise UserError(
+            f"{path} has {n_lines:,} lines for {store.total:,} rows: "
+            "--texts takes a line for each row of all files in order"
+        )
+    return lines
 
 
 def spread_contexts(tokens, T, n_tokens):
@@ -492,11 +546,14 @@ def save(run, name, **numbers):
 
 def token_text(run, *tokens):
     """
-    Tokens as one printable line: ⏎ and ⇥ for white space, · for other control characters,
-    \\xe2 for a byte of a character that they hold in part.
+    Tokens as one printable line, with \\xe2 for a byte of a character that they hold in part.
     """
     raw = run.tokenizer.decode_bytes([int(token) for token in tokens])
-    text = raw.decode(errors="backslashreplace")
+    return printable(raw.decode(errors="backslashreplace"))
+
+
+def printable(text):
+    """Text as one line: ⏎ and ⇥ for white space, · for other control characters."""
     text = text.replace("\n", "⏎").replace("\t", "⇥")
     # a terminal must not obey what a text holds: escape codes, marks that turn its direction
     return "".join(character if character.isprintable() else "·" for character in text)
@@ -507,8 +564,21 @@ def quoted(run, *tokens):
     return repr(token_text(run, *tokens)).replace("\\\\", "\\")  # repr doubles backslashes
 
 
+def place_name(run, position):
+    """The file of somebody's own row, less the folders that all files are in, and its index."""
+    path, index = run.store.file_and_row(run.places[position])
+    common = os.path.commonprefix([other for other, _, _ in run.store.slices])
+    return f"{printable(path[common.rfind(os.sep) + 1:])} {index}"
+
+
 def snippet(run, position, width):
-    """The token at a position, «marked», with what stands around it in its context."""
+    """
+    The token at a position, «marked», with what stands around it in its context. Of somebody's
+    own rows the row's name and its text, if there is one.
+    """
+    if not run.gpt:
+        text = run.texts[position][:width] if run.texts else ""
+        return f"{place_name(run, position):<20}  {printable(text)}"[:width].rstrip()
     context = run.contexts[position // run.T]
     t = position % run.T
     left = token_text(run, *context[:t])
@@ -550,6 +620,8 @@ def top_examples(run, acts, n):
     """Positions of the n largest activations, each with other tokens just before and after it."""
     on = np.flatnonzero(acts)
     ranked = on[np.argsort(-acts[on], kind="stable")][:200].tolist()  # enough to choose from
+    if not run.gpt:  # rows have no tokens
+        return ranked[:n]
     seen = set()
     positions = []
     for position in ranked:
@@ -605,8 +677,8 @@ def related(run, i, largest, n):
 
 def print_feature(run, i, acts, n_top=5, n_intervals=4, each=1, n_tokens=8, note=""):
     """
-    Prints feature i with activations acts (N T,): density, histogram, examples, tokens that
-    it raises and lowers, nearest neurons.
+    Prints feature i with activations acts (N T,): density, histogram, examples, and what
+    print_related prints.
     """
     print(f"\n{title(run, i, acts)}{note}")
     if not acts.any():
@@ -619,12 +691,25 @@ def print_feature(run, i, acts, n_top=5, n_intervals=4, each=1, n_tokens=8, note
         shown = label if label != previous else ""  # a label once for all its examples
         print(f"  {shown:>8} {acts[position]:8.2f}  {snippet(run, position, width)}")
         previous = label
-    raised, lowered, nearest = related(run, i, acts.max().item(), n_tokens)
-    for label, pairs in (("raises", raised), ("lowers", lowered)):
-        texts = [f"{quoted(run, token)} {logit:+.1f}" for token, logit in pairs]
-        print(f"  {label:>8}  " + "  ".join(texts))
+    print_related(run, i, acts.max().item(), n_tokens)
+
+
+def print_related(run, i, largest, n):
+    """
+    Prints n tokens that feature i at its largest activation raises most, n that it lowers most,
+    and its n nearest neurons; without a model the n largest columns of its direction.
+    """
+    axes = "neurons" if run.gpt else "columns"
+    if run.gpt:
+        raised, lowered, nearest = related(run, i, largest, n)
+        for label, pairs in (("raises", raised), ("lowers", lowered)):
+            texts = [f"{quoted(run, token)} {logit:+.1f}" for token, logit in pairs]
+            print(f"  {label:>8}  " + "  ".join(texts))
+    else:
+        direction = run.sae.W_dec[i]
+        nearest = ranked_pairs(direction, direction.abs(), n)
     texts = [f"{number} {cosine:+.2f}" for number, cosine in nearest]
-    print(f"  {'neurons':>8}  " + "  ".join(texts))
+    print(f"  {axes:>8}  " + "  ".join(texts))
 
 
 # -----------------------------------------------------------------------------
@@ -640,11 +725,11 @@ def summary(run, metrics):
     m = metrics["n_features"]
     n_dead = round(metrics["dead"] * m)
     rows = [
-        ("L0", f"{metrics['l0']:.1f}", "active features a token"),
+        ("L0", f"{metrics['l0']:.1f}", f"active features a {run.unit}"),
         row("variance explained", "variance_explained", "about the mean", "no two rows differ"),
         ("dead", f"{metrics['dead']:.2%}", f"{n_dead:,} of {m:,} never active here"),
         ("ultra-low density", f"{metrics['ultra_low']:.2%}",
-         f"on at fewer than 1 in {1 / ULTRA_LOW:,.0f} tokens"),
+         f"on at fewer than 1 in {1 / ULTRA_LOW:,.0f} {run.unit}s"),
     ]
     if run.gpt:
         others = (
@@ -672,14 +757,14 @@ def draw_density(run, density, n_tokens):
         ax.axvline(math.log10(ULTRA_LOW), color=RED, lw=1, ls=":")
         n_dead = len(density) - len(alive)
         ax.plot([], [], " ", label=f"dead: {n_dead:,}")  # no log10 of 0: in the legend alone
-        ax.set_xlabel(f"log10 of feature density on {n_tokens:,} held-out tokens")
+        ax.set_xlabel(f"log10 of feature density on {n_tokens:,} held-out {run.unit}s")
         ax.set_ylabel("features")
 
 
 def read_log(folder):
     """An autoencoder's log.jsonl -> {name: array (lines,)}; UserError where it is damaged."""
     path = os.path.join(folder, "log.jsonl")
-    hint = f"run python train_sae.py --name={os.path.basename(folder)}"
+    hint = "train_sae.py writes it: copy it from where the autoencoder was trained"
     names = ("step", "rows", "mse", "l1", "l0", "dead", "variance_explained")
     with reading(path, hint), open(path, encoding="utf-8") as file:
         log = [json.loads(line) for line in file]
@@ -690,7 +775,10 @@ def read_log(folder):
 
 
 def draw_training(run):
-    """How variance explained, L0 and the share of dead features went."""
+    """How variance explained, L0 and the share of dead features went, where there is a log."""
+    if not os.path.exists(os.path.join(run.folder, "log.jsonl")):
+        print(f"no log.jsonl in {run.folder}, so no training.png")
+        return
     log = read_log(run.folder)
     path = os.path.join(run.folder, "training.png")
     with figure(path, panels=3, width=9, height=2.8) as axes:
@@ -709,9 +797,8 @@ def show_report(run, args):
     name = os.path.basename(run.folder)
     recipe = run.sae.config.recipe
     headline = f"{name} · {recipe} recipe · {run.site} · {run.n_features:,} features"
-    unit = "tokens" if run.gpt else "rows"
     rows = summary(run, metrics)
-    print(f"\n{headline}, on {metrics['tokens']:,} held-out {unit}")
+    print(f"\n{headline}, on {metrics['tokens']:,} held-out {run.unit}s")
     for row_name, value, note in rows:
         print(f"  {row_name:<20}{value:>9}   {note}")
 
@@ -720,13 +807,13 @@ def show_report(run, args):
     draw_training(run)
 
     # features
+    best = np.argsort(-statistics.energy, kind="stable")
+    alive = np.flatnonzero(statistics.density > 0)
+    drawn = np.random.default_rng(args.seed).permutation(alive)
+    print_features(run, "that carry most of the reconstruction", best[:args.show])
+    print_features(run, "drawn at random", drawn[:args.show])
+    print()
     if run.gpt:
-        best = np.argsort(-statistics.energy, kind="stable")
-        alive = np.flatnonzero(statistics.density > 0)
-        drawn = np.random.default_rng(args.seed).permutation(alive)
-        print_features(run, "that carry most of the reconstruction", best[:args.show])
-        print_features(run, "drawn at random", drawn[:args.show])
-        print()
         write_page(run, headline, rows)
         print(f"wrote {os.path.join(run.folder, 'features.html')}: open it in a browser")
     save(run, "metrics", **metrics)
@@ -1377,6 +1464,8 @@ def read_curve(args, name):
     """
     folder = folder_of(args, name)
     sae = load_sae(os.path.join(folder, "sae.pt"))
+    if not sae.extra.keys() >= {"args", "source"}:
+        raise UserError(f"{folder}/sae.pt does not say how it was trained: leave it out")
     log = read_log(folder)
     config = sae.config
     flags = sae.extra["args"]
@@ -1973,20 +2062,21 @@ class Command:
     """What a command is and what it needs."""
     show: Callable             # (run, args): computes, prints, draws and saves
     kinds: tuple = ("model",)  # which activations it can do with: see Run.kind
+    logs_only: bool = False    # whether it needs no activations
     takes: str = ""            # what may stand after it: "number", "texts", "names" or nothing
 
 
 # To add a command, append a line: no other line depends on how many there are, or on their order.
 COMMANDS = {
     "report": Command(show_report, kinds=("model", "own")),
-    "feature": Command(show_feature, takes="number"),
+    "feature": Command(show_feature, kinds=("model", "own"), takes="number"),
     "toy": Command(show_toy, kinds=("toy",)),
     "cause": Command(show_cause),
     "steer": Command(show_steer),
     "search": Command(show_search, takes="texts"),
     "neurons": Command(show_neurons, kinds=("model", "own")),
     "complete": Command(show_complete),
-    "scaling": Command(show_scaling, kinds=("model", "own", "toy")),
+    "scaling": Command(show_scaling, kinds=("model", "own", "toy"), logs_only=True),
     "compare": Command(show_compare, kinds=("model", "own"), takes="names"),
 }
 

@@ -639,14 +639,32 @@ def save_jsonl(path, rows):
     write_atomic(path, lambda f: f.writelines(lines))
 
 
+def content_hash(path):
+    """
+    Tells a file from others by what it holds, not by its name or time: a hash of its size
+    and contents. Of more than 1 MB, 64 samples of 16 KB stand for the whole, evenly spread,
+    its beginning and end among them: a terabyte takes no longer.
+    """
+    size = os.path.getsize(path)
+    content = hashlib.sha256(f"{size} bytes".encode())
+    with open(path, "rb") as file:
+        if size <= 2**20:
+            content.update(file.read())
+        else:
+            for sample in range(64):
+                file.seek(sample * (size - 2**14) // 63)
+                content.update(file.read(2**14))
+    return content.hexdigest()
+
+
 # -----------------------------------------------------------------------------
 # checkpoints and resuming
 
 ANEW = "run without --resume to start anew"
 
 # flags that may differ when a run goes on: where it runs, what it is called, when it saves, and
-# where its text lies (train_gpt.py compares what the files hold)
-FREE_FLAGS = ("resume", "out_dir", "name", "device", "compile", "save_interval", "dataset")
+# where its text or its activations lie (the scripts compare what the files hold)
+FREE_FLAGS = ("resume", "out_dir", "name", "device", "compile", "save_interval", "dataset", "acts")
 
 
 def save_checkpoint(path, **contents):
@@ -675,6 +693,9 @@ def resumable(path, args, device):
         return None
     with reading(path, ANEW):
         checkpoint = load_checkpoint(path, device)
+        if "step" not in checkpoint:  # somebody's own, not to be trained over
+            raise UserError("training did not save it, so there is nothing to go on from: "
+                            "choose another --out_dir (of train_sae.py, or another --name)")
         step = checkpoint["step"]
         saved_args = dict(checkpoint["args"])
         more_steps = args.max_iters - saved_args["max_iters"]

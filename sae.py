@@ -26,7 +26,9 @@ Notable:
 - on a CPU the step is several times faster than the equations written down as they are, and as
   exact; a first reader may skip how (SparseStep, at the end)
 """
+import glob
 import math
+import os
 import warnings
 from dataclasses import asdict, dataclass, replace
 from typing import Callable
@@ -36,7 +38,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import UserError, load_checkpoint, reading, save_checkpoint
+from model import UserError, content_hash, load_checkpoint, reading, save_checkpoint
 
 # -----------------------------------------------------------------------------
 # what the papers differ in
@@ -607,7 +609,9 @@ def restore_sae(sae, checkpoint):
 
 def load_sae(path, device="cpu"):
     """Loads what save_sae wrote; the attribute `extra` of the SparseAutoencoder holds the extra."""
-    with reading(path, "run python train_sae.py first"):
+    if not os.path.exists(path):
+        raise UserError(f"{path} not found: run python train_sae.py first")
+    with reading(path, "put a good one there, or move it away before you run train_sae.py"):
         checkpoint = load_checkpoint(path, device)
         sae = SparseAutoencoder(SAEConfig(**checkpoint.pop("config"))).to(device)
         restore_sae(sae, checkpoint)
@@ -797,6 +801,55 @@ def open_npy(path):
             found += " (bfloat16? save it as float32)"
     expected = "floats (float16, 32 or 64) of shape (rows, width)"
     raise UserError(f"{path} holds {found}: give {expected}")
+
+
+def matching_files(pattern):
+    """The paths that match --acts, sorted: the order of somebody's own rows."""
+    paths = sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
+    if not paths:
+        raise UserError(
+            f"no file matches --acts={pattern}: "
+            "give a quoted pattern of .npy files (to train_sae.py gpt or toy, too)"
+        )
+    return paths
+
+
+def own_source(paths, folder):
+    """
+    What the autoencoder in a folder keeps of the files it is trained on: what they hold, which
+    alone tells whether they are the same, and where they lie, for `find_files`.
+    """
+    contents = []
+    both = []  # of each file the path relative to the folder and the absolute one
+    for path in paths:
+        contents.append(content_hash(path))
+        real = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
+        try:
+            relative = os.path.relpath(real, os.path.realpath(folder))
+        except ValueError:  # Windows has no way from one drive to another
+            relative = real
+        both.append([relative, os.path.abspath(path)])
+    return {"site": "own", "contents": contents, "paths": both}
+
+
+def find_files(source, folder):
+    """
+    The paths of the files of own_source, now that the autoencoder is in this folder: where they
+    are if they moved with it, else where they were. UserError when one holds something else.
+    """
+    paths = []
+    for content, (relative, absolute) in zip(source["contents"], source["paths"]):
+        moved = os.path.normpath(os.path.join(os.path.realpath(folder), relative))
+        there = [path for path in (moved, absolute) if os.path.isfile(path)]
+        same = next((path for path in there if content_hash(path) == content), None)
+        if not same:
+            state = f"{there[0]} has changed" if there else f"{absolute} is gone"
+            raise UserError(
+                f"{state} since {folder}/sae.pt was trained on it: put it back, or name others "
+                "to judge it on, as --acts='my/*.npy'"
+            )
+        paths.append(same)
+    return paths
 
 
 # -----------------------------------------------------------------------------

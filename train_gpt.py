@@ -38,9 +38,10 @@ from matplotlib.figure import Figure
 
 from model import (
     ANEW, END_OF_TEXT, GPT, PATTERN, GPTConfig, Progress, UserError, at_least,
-    average_gradients, bpe_tokenizer, check_finite, gpt2_tokenizer, load_json, load_tokenizer,
-    load_tokens, make_parser, rank_0_first, reading, resumable, run, same_on_all_ranks,
-    save_checkpoint, save_json, save_jsonl, save_tokenizer, setup, steps, write_atomic)
+    average_gradients, bpe_tokenizer, check_finite, content_hash, gpt2_tokenizer, load_json,
+    load_tokenizer, load_tokens, make_parser, rank_0_first, reading, resumable, run,
+    same_on_all_ranks, save_checkpoint, save_json, save_jsonl, save_tokenizer, setup, steps,
+    write_atomic)
 
 GITHUB = "https://raw.githubusercontent.com"
 HUGGING_FACE = "https://huggingface.co/datasets"
@@ -665,24 +666,6 @@ def make_tokenizer(paths, skipped, args):
                         f"(bytes, {END_OF_TEXT}, merges), not {args.vocab_size}")
     texts = documents(paths, "counting words", skipped)
     return bpe_tokenizer(learn_bpe(texts, args.vocab_size))
-
-
-def content_hash(path):
-    """
-    Tells a file from others by what it holds, not by its name or time: a hash of its size
-    and contents. Of more than 1 MB, 64 samples of 16 KB stand for the whole, evenly spread,
-    its beginning and end among them: a terabyte takes no longer.
-    """
-    size = path.stat().st_size
-    content = hashlib.sha256(f"{size} bytes".encode())
-    with open(path, "rb") as file:
-        if size <= 2**20:
-            content.update(file.read())
-        else:
-            for sample in range(64):
-                file.seek(sample * (size - 2**14) // 63)
-                content.update(file.read(2**14))
-    return content.hexdigest()
 
 
 def describe(paths, args):

@@ -29,8 +29,9 @@ from model import (ANEW, Progress, UserError, at_least, average_gradients, check
                    load_json, load_tokens, make_parser, rank_0_first, reading, resumable, run,
                    same_on_all_ranks, save_json, save_jsonl, setup, steps, tracked, write_atomic)
 from sae import (HELD_OUT, RECIPES, SHARD_ROWS, TRAINED_ON, ActivationStore, ActivationStream,
-                 SAEConfig, SparseAutoencoder, explained_share, l1_at, lr_at, mean_share,
-                 resample_schedule, restore_sae, save_sae, show_explained, variance_of)
+                 SAEConfig, SparseAutoencoder, explained_share, l1_at, lr_at, matching_files,
+                 mean_share, own_source, resample_schedule, restore_sae, save_sae, show_explained,
+                 variance_of)
 
 # What draws with one seed are for: the second number of their keys, so that no two draw alike.
 TOY_DIRECTIONS = 4
@@ -192,13 +193,8 @@ def from_toy(args, n_directions=256, width=64):
 
 def own_stores(args):
     """The pattern --acts -> stores of the first 95 % of the rows and of the rest, source."""
-    paths = sorted(filter(os.path.isfile, glob.glob(args.acts, recursive=True)))
-    if not paths:
-        raise UserError(
-            f"no file matches --acts={args.acts}: "
-            "it takes gpt, toy or a quoted pattern of .npy files"
-        )
-    source = {"site": "own", "acts": [os.path.abspath(path) for path in paths]}
+    paths = matching_files(args.acts)
+    source = own_source(paths, os.path.join(args.out_dir, "sae", args.name))
     store = ActivationStore(paths, args.seed, TRAINED_ON)
     val_store = ActivationStore(paths, args.seed, HELD_OUT)
     shape = np.load(paths[0], mmap_mode="r").shape  # the first file's: the others will be alike
@@ -207,14 +203,17 @@ def own_stores(args):
     return store, val_store, source
 
 
-def prepare(args, device):
+def prepare(args, device, checkpoint=None):
     """
     --acts -> store of training rows, store of held-out rows, and source, a dict that says
     where they come from: it is kept with the autoencoder, for --resume and for analyze.py.
+    UserError when the checkpoint, if there is one, was trained on others.
     """
     if args.acts not in ("gpt", "toy"):
         return own_stores(args)
     source, width, make = from_gpt(args, device) if args.acts == "gpt" else from_toy(args)
+    if checkpoint:  # before rows are written to disk that would be refused
+        check_source(source, checkpoint)
     if args.stream:  # rows as they are needed, the same as the shards on disk would hold
         store = ActivationStream(partial(make, "train"), width, args.seed)
         val_store = ActivationStream(partial(make, "val"), width, args.seed)
@@ -385,16 +384,19 @@ def mean_note(share, center):
     return note
 
 
+def check_source(source, checkpoint):
+    """UserError when a checkpoint was trained on other rows than those of a source."""
+    source_then = checkpoint.get("source", {})
+    # not the truth, a tensor, which the seed decides; nor where the same files lie
+    keys = source.keys() - {"truth", "paths"}
+    if any(source_then.get(key) != source[key] for key in keys):
+        reason = "the checkpoint was trained on other activations than there are now"
+        raise UserError(f"{reason}: {ANEW}, with another --name to keep this one")
+
+
 def restore(training, checkpoint):
     """Takes a Training to where its checkpoint is. UserError if that was trained on other rows."""
-    source = training.source
-    source_then = checkpoint["source"]
-    keys = source.keys() - {"truth"}  # a tensor, which the seed decides
-    if any(source_then.get(key) != source[key] for key in keys):
-        raise UserError(
-            f"{training.path} was trained on other activations than there are now: "
-            "run without --resume"
-        )
+    check_source(training.source, checkpoint)
     with reading(training.path, ANEW):
         restore_sae(training.sae, checkpoint)
         training.optimizer.load_state_dict(checkpoint["optimizer"])
@@ -555,7 +557,7 @@ def main():
     path = os.path.join(args.out_dir, "sae", args.name, "sae.pt")
     checkpoint = resumable(path, args, machine.device)
     with rank_0_first():  # one writes the rows, the others read them
-        store, val_store, source = prepare(args, machine.device)
+        store, val_store, source = prepare(args, machine.device, checkpoint)
     source["rows"] = store.rows
 
     training = begin_training(path, source, store, args, machine.device)

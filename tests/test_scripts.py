@@ -30,7 +30,7 @@ import sae as sae_module
 import train_gpt
 import train_sae
 from conftest import ROOT, SMALL_GPT, SMALL_SAE, TEXT, script
-from model import END_OF_TEXT, GPT, GPTConfig, UserError, load_gpt, save_json, save_jsonl
+from model import END_OF_TEXT, GPT, GPTConfig, UserError, content_hash, load_gpt, save_json, save_jsonl
 from sae import ActivationStream, SAEConfig, SparseAutoencoder, load_sae, save_sae
 
 
@@ -142,7 +142,7 @@ def test_a_file_is_told_by_what_it_holds_and_a_large_one_by_samples(tmp_path):
     path, other = tmp_path / "a", tmp_path / "b"
     path.write_bytes(bytes(2**20))
     other.write_bytes(bytes(2**20))
-    assert train_gpt.content_hash(path) == train_gpt.content_hash(other)
+    assert content_hash(path) == content_hash(other)
     for size in (1, 2**20, 2**20 + 1, 2**24):
         seen = set()
         for changed in (None, 0, size // 2 if size <= 2**20 else 1000, size - 1):
@@ -150,10 +150,10 @@ def test_a_file_is_told_by_what_it_holds_and_a_large_one_by_samples(tmp_path):
             if changed is not None:
                 content[changed] = 1
             path.write_bytes(content)
-            seen.add(train_gpt.content_hash(path))
+            seen.add(content_hash(path))
         assert len(seen) == min(size + 1, 4)
         path.write_bytes(bytes(size + 1))
-        assert train_gpt.content_hash(path) not in seen
+        assert content_hash(path) not in seen
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".xz"])
@@ -589,7 +589,7 @@ def test_logit_effects_are_the_directions_pushed_through_a_layernorm_linearised_
 
 def test_interval_examples_are_evenly_spaced_in_activation_not_in_rank():
     rng = np.random.default_rng(0)
-    this = SimpleNamespace(tokens=rng.integers(0, 1000, 10_000))
+    this = SimpleNamespace(tokens=rng.integers(0, 1000, 10_000), gpt=True)
     acts = np.where(rng.random(10_000) < 0.3, rng.exponential(1.0, 10_000), 0).astype(np.float32)
     chosen = analyze.examples(this, acts, n_top=5, n_intervals=4, each=3, rng=rng)
     top, rest = chosen[:5], chosen[5:]
@@ -711,7 +711,7 @@ def test_anybodys_own_activations_train_without_a_model(tmp_path, dtype):
     done = script("analyze.py", f"--out_dir={tmp_path / 'out'}")
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "out/sae/scaling/metrics.json").read_text())["tokens"] == 30
-    assert script("analyze.py", "feature", "1", f"--out_dir={tmp_path / 'out'}").returncode == 2
+    assert script("analyze.py", "steer", "--feature=1", f"--out_dir={tmp_path / 'out'}").returncode == 2
 
 
 @pytest.mark.parametrize("recipe", ["scaling", "towards", "tied"])
