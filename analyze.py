@@ -1142,8 +1142,8 @@ def explainability(run, alive, mlp, density, rng, n_sample):
     directions, over the whole range of their activations and cut by a threshold to a density
     -> {kind: {"whole": R^2 (n_sample, 2), "cut": R^2 (n_sample, 2)}}
 
-    To cut favours neurons and directions: their highest activations are what a token or two
-    explain best. Bricken et al. judge features and neurons over their whole range.
+    The two tell different things: of a neuron, tokens explain most of its many small activations,
+    less of the few highest. Bricken et al. judge features and neurons over their whole range.
     """
     directions = rng.standard_normal((run.sae.config.d_in, n_sample)).astype(np.float32)
     features = rng.permutation(alive)[:n_sample]
@@ -1641,8 +1641,8 @@ def masked_cosines(a, b):
     tokens), dense. Returns two arrays (k, l): the one of the two is a's, and it is b's. 0
     where one is never active.
 
-    Where a_i is active: the square is the share of a_i's energy that b_j accounts for if it is
-    in proportion to a_i on its own tokens. Of three equal pieces each has 1 / sqrt(3).
+    Where a_i is active: the square is the share of the sum of a_i^2 that the best multiple of
+    b_j explains. Of three equal pieces of a_i each has 1 / sqrt(3).
 
     Where b_j is active: 1 for all that is active nowhere but where a_i is, in proportion to
     it, such as any piece into which a_i has been split. A b_j that is rarely active has a high
@@ -1701,8 +1701,8 @@ def show_splitting(run, small, large, n_shown, rng):
     print(
         f"{small.n_features:,} features of {small.folder}, each with all "
         f"{large.n_features:,} of {large.folder}:\n"
-        f"cosines of directions, and of activations where the {run.unit} is one on which the small "
-        "(large)\none's feature is active (masked); shuffled, which is what chance gives\n"
+        f"cosines of directions, and masked: of activations, on those {run.unit}s where the small "
+        "(large)\none's feature is active; shuffled: the same by chance\n"
     )
     kinds = show_similarities(found)
     draw_splitting(run, found)
