@@ -235,10 +235,26 @@ class Run:
             acts[:, start:start + 8192] = f.t().cpu().numpy()
         return acts
 
+    @property
+    def neuron_sites(self):
+        """
+        Where the neurons are that features are compared with: at an mlp site its own; elsewhere
+        those of all layers whose MLP has written into what the site reads, which are the ones
+        that Templeton et al. compare the residual stream with. At attn.0 there are none. Of
+        somebody's own rows the columns stand for neurons.
+        """
+        if self.kind == "own":
+            return ["own"]
+        kind, layer = self.site.split(".")
+        if kind == "mlp":
+            return [self.site]
+        n_before = int(layer) + (kind == "resid")  # resid comes after its layer's MLP
+        return [f"mlp.{before}" for before in range(n_before)]
+
     def neurons(self):
-        """What the neurons of the layer's MLP do on every token -> (n_neurons, N T), numpy."""
-        layer = self.site.split(".")[1]
-        return self.x(f"mlp.{layer}").t().contiguous().numpy()
+        """What the neurons at neuron_sites do on every token -> (n_neurons, N T), numpy."""
+        none = np.empty((0, len(self.x())), dtype=np.float32)
+        return np.concatenate([none] + [self.x(site).t().numpy() for site in self.neuron_sites])
 
     def put(self, x):
         """A hook that puts x (b, T, n) in the place of the activations at the site."""
@@ -553,8 +569,11 @@ def inverse_sigma(run):
 def unit_rows(a):
     """a (k, tokens), rows about their means, of unit norm: products are Pearson correlations."""
     a = a - a.mean(1, keepdims=True)
+    # squares of what is far from 1, as somebody's own rows can be, would leave float32
+    a /= np.maximum(a.max(1), -a.min(1))[:, None].clip(1e-30)
     norms = np.linalg.norm(a, axis=1, keepdims=True)
-    return a / norms.clip(1e-15)  # a constant row stays 0: it correlates with nothing
+    a /= norms.clip(1e-15)  # a constant row stays 0: it correlates with nothing
+    return a
 
 
 def highest_correlations(run, others):
@@ -1426,68 +1445,134 @@ def cut_to_density(acts, density):
 def explainability(run, alive, mlp, density, rng, n_sample):
     """
     explained_by_tokens for n_sample alive features, neurons (of mlp (n_neurons, N T)) and random
-    directions; the last two cut by a threshold to a density -> {kind: R^2 (n_sample, 2)}
+    directions, over the whole range of their activations and cut by a threshold to a density
+    -> {kind: {"whole": R^2 (n_sample, 2), "cut": R^2 (n_sample, 2)}}
+
+    The two tell different things: of a neuron, tokens explain most of its many small activations,
+    less of the few highest. Bricken et al. judge features and neurons over their whole range.
     """
     directions = rng.standard_normal((run.sae.config.d_in, n_sample)).astype(np.float32)
-    drawn = rng.permutation(alive)[:n_sample]
+    features = rng.permutation(alive)[:n_sample]
+    neurons = rng.permutation(len(mlp))[:n_sample]
     acts = {
-        "features": run.activations(drawn),
-        "neurons": cut_to_density(mlp[:n_sample], density),
-        "random directions": cut_to_density((run.x().numpy() @ directions).T, density),
+        "features": run.activations(features),
+        "neurons": mlp[neurons],
+        "random directions": (run.x().numpy() @ directions).T,
     }
-    return {kind: explained_by_tokens(run, rows) for kind, rows in acts.items()}
+    scores = {}
+    for kind, rows in acts.items():
+        scores[kind] = {
+            "whole": explained_by_tokens(run, rows),
+            "cut": explained_by_tokens(run, cut_to_density(rows, density)),
+        }
+    return scores
 
 
-def draw_neurons(run, best, share, scores):
-    """The features' highest correlations with a neuron; how much tokens explain of each kind."""
-    with figure(os.path.join(run.folder, "neurons.png"), panels=2, width=9) as (left, right):
-        left.hist(best, bins=40, color=BLUE)
-        left.axvline(0.3, color=RED, ls=":")
-        left.set(xlabel="highest correlation with a neuron", ylabel="features")
-        left.set_title(f"{share:.0%} at 0.3 or less")
-        for (kind, score), colour in zip(scores.items(), (BLUE, RED, GREY)):
-            shares = np.linspace(0, 1, len(score))
-            right.plot(np.sort(score[:, 1]), shares, color=colour, label=kind)
-        right.set(xlabel="R^2 given previous and current token", ylabel="cumulative share")
-        right.set_xlim(-0.2, 1)
+def median_scores(scores):
+    """
+    R^2 (n_sample, 2) -> its two medians, without the NaN of what was never active on the
+    contexts that are judged; None where nothing else is left.
+    """
+    known = scores[np.isfinite(scores).all(1)]
+    return np.median(known, axis=0).tolist() if len(known) else [None, None]
+
+
+def as_text(share):
+    """A share with two digits; None is one of nothing."""
+    return "none" if share is None else f"{share:.2f}"
+
+
+def show_explained_by_tokens(scores, density):
+    """Prints the medians of explainability's scores and returns them, as its dict of dicts."""
+    print(
+        "\nvariance of the activation that tokens explain (R^2 on other contexts), median over\n"
+        f"the whole range, and cut to the highest {density:.2%}\n"
+        f"{'':22}   current token    previous and current\n"
+        f"{'':22}{'whole':>8}{'cut':>8}{'':8}{'whole':>8}{'cut':>8}"
+    )
+    medians = {}
+    for kind, parts in scores.items():
+        medians[kind] = {name: median_scores(values) for name, values in parts.items()}
+        pairs = zip(medians[kind]["whole"], medians[kind]["cut"])  # by token, by pair of tokens
+        columns = [f"{as_text(whole):>8}{as_text(cut):>8}" for whole, cut in pairs]
+        print(f"  {kind:<20}{columns[0]}{'':8}{columns[1]}")
+    return medians
 
 
 def show_neurons(run, args, n_sample=256):
     """
-    Do features differ from neurons (Templeton et al., "Features vs. Neurons": 82 % have a
-    correlation of 0.3 or less with all of them), and are they more explainable?
+    Do features differ from neurons, and are they more explainable? Templeton et al., "Features
+    vs. Neurons", compare features of the residual stream with the neurons of all layers before
+    it: 82 % have a correlation of 0.3 or less with each of them. See Run.neuron_sites.
     """
-    if len(run.contexts) < 2:
+    if not run.neuron_sites:
+        raise UserError(f"{run.folder} is of {run.site}, which no neuron comes before")
+    if run.gpt and len(run.contexts) < 2:
         raise UserError(
             f"neurons learns from one context of {run.T} tokens and judges on another: "
             "raise --read_tokens, or hold out more text"
         )
+    if len(run.x()) < 2:
+        raise UserError("a correlation needs two rows: raise --read_tokens, or give more rows")
     mlp = run.neurons()
     alive, best, density = highest_correlations(run, unit_rows(mlp))
     share = float((best <= 0.3).mean())
+    median = float(np.median(best))
     print(
-        f"{share:.1%} of {len(alive):,} alive features have no neuron that they correlate with "
-        f"above 0.3; median of the highest correlations {np.median(best):.2f}"
+        f"{len(alive):,} alive features of {run.site} against {neurons_in_words(run, len(mlp))}:\n"
+        f"{share:.1%} have no correlation above 0.3; median of the highest {median:.2f}"
     )
-    median_density = np.median(density)
-    rng = np.random.default_rng(args.seed)
-    scores = explainability(run, alive, mlp, median_density, rng, n_sample)
-    medians = {kind: np.nanmedian(score, axis=0).tolist() for kind, score in scores.items()}
-    print(
-        "\nvariance of the activation that tokens explain (R^2 on other contexts), at density "
-        f"{median_density:.2%}: median\n{'':24}current token   previous and current"
-    )
-    for kind, (by_token, by_pair) in medians.items():
-        print(f"  {kind:<20}{by_token:15.2f}{by_pair:23.2f}")
+    numbers = {
+        "site": run.site,
+        "against": run.neuron_sites,
+        "n_neurons": len(mlp),
+        "share_at_most_03": share,
+        "median_correlation": median,
+        "density": float(np.median(density)),
+    }
+    scores = {}
+    if run.gpt:  # somebody's own rows have no tokens
+        rng = np.random.default_rng(args.seed)
+        scores = explainability(run, alive, mlp, numbers["density"], rng, n_sample)
+        numbers["explained"] = show_explained_by_tokens(scores, numbers["density"])
     draw_neurons(run, best, share, scores)
-    save(
-        run,
-        "neurons",
-        share_at_most_03=share,
-        median_correlation=float(np.median(best)),
-        density=float(median_density),
-        explained=medians,
-    )
+    save(run, "neurons", **numbers)
+
+
+def neurons_in_words(run, n_neurons):
+    """What the neurons at neuron_sites are."""
+    if run.kind == "own":
+        return f"the {n_neurons:,} columns of the rows"
+    if run.site in run.neuron_sites:
+        return f"the {n_neurons:,} neurons of the same layer"
+    layers = [site.split(".")[1] for site in run.neuron_sites]
+    return f"the {n_neurons:,} neurons of all layers before ({', '.join(layers)})"
+
+
+def draw_neurons(run, best, share, scores):
+    """The features' highest correlations with a neuron; how much tokens explain of each kind."""
+    panels = 2 if scores else 1
+    with figure(os.path.join(run.folder, "neurons.png"), panels, 4.5 * panels) as axes:
+        left, *right = np.atleast_1d(axes)
+        left.hist(best, bins=40, color=BLUE)
+        left.axvline(0.3, color=RED, ls=":")
+        column = "column" if run.kind == "own" else "neuron"
+        left.set(xlabel=f"highest correlation with a {column}", ylabel="features")
+        left.set_title(f"{share:.0%} at 0.3 or less")
+        if scores:
+            draw_explained(right[0], scores)
+
+
+def draw_explained(ax, scores):
+    """The cumulative shares of explainability's scores, given the previous and current token."""
+    for (kind, parts), colour in zip(scores.items(), (BLUE, RED, GREY)):
+        for name, style in (("whole", "-"), ("cut", ":")):
+            values = np.sort(parts[name][:, 1])
+            shares = np.linspace(0, 1, len(values))
+            label = kind if name == "whole" else f"{kind}, cut"
+            ax.plot(values, shares, style, color=colour, label=label)
+    ax.set(xlabel="R^2 given previous and current token", ylabel="cumulative share")
+    ax.set_xlim(-0.2, 1)
 
 
 # -----------------------------------------------------------------------------
@@ -1805,8 +1890,11 @@ def show_scaling(run, args):
 # compare: splitting and universality
 
 
+SIMILAR = 0.7  # a cosine over which two features count as alike
+
+
 def show_compare(run, args):
-    """Two autoencoders of one model, or of two."""
+    """Two autoencoders of one site or of the same rows, of two sites, or of two models."""
     if len(args.names) != 2:
         raise UserError("compare takes two names, or folders such as other_out/sae/small")
     small = run
@@ -1814,82 +1902,299 @@ def show_compare(run, args):
     # of one model the smaller is looked up in the larger, in whichever order they were named
     if small.n_features > large.n_features:
         small, large = large, small
-    if small.kind != "model" or large.kind != "model" or not same_text(small, large):
+    if not same_positions(small, large):
         raise UserError(
-            "compare needs two autoencoders on models with the same tokenizer "
-            "and held-out text"
+            "compare needs two autoencoders on models with the same tokenizer and held-out "
+            "text, or both on the same rows of your own"
         )
-    if small.source["gpt"] == large.source["gpt"] and small.site == large.site:
+    rng = np.random.default_rng(args.seed)
+    if small.site == large.site and small.source.get("gpt") == large.source.get("gpt"):
         large.kept = small.kept  # activations of the same model on the same contexts
-        show_splitting(run, small, large, args.show)
+        show_splitting(run, small, large, args.show, rng)
     else:
-        show_universality(run, small, large)
+        show_universality(run, small, large, rng)
 
 
-def same_text(a, b):
-    """Whether two Runs read the same tokens at the same positions."""
-    return a.tokens.shape == b.tokens.shape and (a.tokens == b.tokens).all()
+def same_positions(a, b):
+    """Whether what two Runs are judged on is the same text, or are the same rows."""
+    if a.gpt and b.gpt:
+        return np.array_equal(a.tokens, b.tokens)
+    return a.kind == b.kind and torch.equal(a.x(), b.x())
 
 
-def show_splitting(run, small, large, n_shown):
+def sparse_and_shuffled(run, order):
     """
-    How many features have a counterpart, by cosine, and into what the smaller dictionary's split
-    (Bricken et al., "Feature Splitting").
+    What all features do on every token, in units of the largest, and below that the same with
+    the tokens in another order (N T,), which is what chance gives -> (2 m, N T), sparse: of a
+    trained dictionary few entries are not 0, and a product with those is soon done.
     """
-    cosines = (small.sae.W_dec @ large.sae.W_dec.t()).cpu().numpy()  # (m of small, m of large)
-    best = cosines.max(1)
-    shares = {f"{cosine}": float((best > cosine).mean()) for cosine in (0.5, 0.7, 0.9)}
-    listed = ", ".join(f"{cosine} for {share:.1%}" for cosine, share in shares.items())
+    plain = []
+    shuffled = []
+    for block in tracked("reading features", blocks(run.n_features), "features"):
+        acts = torch.from_numpy(run.activations(block))
+        plain.append(acts.to_sparse())
+        shuffled.append(acts[:, order].to_sparse())
+    both = torch.cat(plain + shuffled).to_sparse_csr()
+    if len(both.values()):
+        both.values().div_(both.values().max())  # squares of large ones would leave float32
+    return both
+
+
+def masked_cosines(a, b):
+    """
+    The cosine of two features' activations, over only those tokens on which one of the two is
+    active (Bricken et al., "Feature Splitting"). a: (k, tokens), dense or sparse, b: (l,
+    tokens), dense. Returns two arrays (k, l): the one of the two is a's, and it is b's. 0
+    where one is never active.
+
+    Where a_i is active: the square is the share of the sum of a_i^2 that the best multiple of
+    b_j explains. Of three equal pieces of a_i each has 1 / sqrt(3).
+
+    Where b_j is active: 1 for all that is active nowhere but where a_i is, in proportion to
+    it, such as any piece into which a_i has been split. A b_j that is rarely active has a high
+    one by chance with a dense a_i.
+    """
+    a_squares = a * a
+    b_values = b.t().contiguous()  # (tokens, l): sparse products read rows
+    b_squares = b_values.square()
+    a_whole = a_squares @ torch.ones(len(b_values), 1)  # (k, 1)
+    a_masked = a_squares @ (b_values > 0).float()       # sums of a_i^2 where b_j is active
+    b_masked = a.sgn() @ b_squares                      # sums of b_j^2 where a_i is active
+    products = a @ b_values                             # (k, l), like those two
+    by_a = products / (a_whole * b_masked).sqrt().clip(1e-30)
+    by_b = products / (a_masked * b_squares.sum(0)).sqrt().clip(1e-30)
+    return by_a.numpy(), by_b.numpy()
+
+
+def splitting(small, large, order):
+    """
+    How alike the features of Run `small` (m of them) are to all of Run `large` -> {kind:
+    (highest (m,), how many are over SIMILAR (m,))}, of five kinds: the cosine of directions, the
+    two masked cosines, and these again with the small one's tokens in another order (N T,),
+    which is what chance gives.
+    """
+    m = small.n_features
+    acts = sparse_and_shuffled(small, order)
+    found = defaultdict(list)  # of each block of large features, for each kind: (2, m)
+    for block in tracked("comparing", blocks(large.n_features), "features"):
+        theirs = torch.from_numpy(large.activations(block))
+        theirs /= theirs.max().clip(1e-30)  # as those of small
+        cosines = small.sae.W_dec @ large.sae.W_dec[block].t()
+        by_small, by_large = masked_cosines(acts, theirs)
+        kinds = {  # (m, block) each
+            "directions": cosines.cpu().numpy(),
+            "masked_by_small": by_small[:m],
+            "masked_by_large": by_large[:m],
+            "masked_by_small_shuffled": by_small[m:],
+            "masked_by_large_shuffled": by_large[m:],
+        }
+        for kind, values in kinds.items():
+            n_similar = (values > SIMILAR).sum(1)
+            found[kind].append(np.stack([values.max(1), n_similar]))
+    combined = {}
+    for kind, parts in found.items():
+        highest, n_similar = np.swapaxes(parts, 0, 1)  # (blocks, m) each
+        combined[kind] = highest.max(0), n_similar.sum(0).astype(int)
+    return combined
+
+
+def show_splitting(run, small, large, n_shown, rng):
+    """
+    How many features have a counterpart, and into what the smaller dictionary's split (Bricken et
+    al., "Feature Splitting").
+    """
+    found = splitting(small, large, rng.permutation(len(small.x())))
     print(
-        f"{small.n_features:,} features of {small.folder} among "
-        f"{large.n_features:,} of {large.folder}: "
-        f"highest cosine over {listed}; median {np.median(best):.2f}"
+        f"{small.n_features:,} features of {small.folder}, each with all "
+        f"{large.n_features:,} of {large.folder}:\n"
+        f"cosines of directions, and masked: of activations, on those {run.unit}s where the small "
+        "(large)\none's feature is active; shuffled: the same by chance\n"
     )
-    n_near = (cosines > 0.5).sum(1)  # features of the large one in the direction of each
-    for i in np.argsort(-n_near, kind="stable")[:n_shown].tolist():
-        print(f"\n{title(small, i, small.activations([i])[0])}")
-        n_listed = min(6, max(1, n_near[i]))
-        nearest = np.argsort(-cosines[i])[:n_listed]
-        for j, acts in zip(nearest.tolist(), large.activations(nearest)):
-            print(f"   {cosines[i, j]:.2f}  {title(large, j, acts)}")
-    median = float(np.median(best))
-    save(run, "compare", of=[small.folder, large.folder], shares=shares, median=median)
+    kinds = show_similarities(found)
+    draw_splitting(run, found)
+    _, n_similar = found["directions"]
+    for i in np.argsort(-n_similar, kind="stable")[:n_shown].tolist():
+        show_nearest(small, large, i, min(6, max(1, n_similar[i])))
+    save(run, "compare", of=[small.folder, large.folder], similar=SIMILAR, kinds=kinds)
 
 
-def best_matches(a, b):
+# how many large features a small one may have over SIMILAR, in groups from one number to the next
+GROUPS = {"0": 0, "1": 1, "2": 2, "3": 3, "4": 4, "5-9": 5, "10+": 10}
+
+
+def in_groups(n_similar):
+    """How many features fall into each of GROUPS -> list of numbers."""
+    group = np.searchsorted(list(GROUPS.values()), n_similar, side="right") - 1
+    return np.bincount(group, minlength=len(GROUPS)).tolist()
+
+
+def show_similarities(found):
+    """Prints what splitting found, a kind a line, and returns it as a dict of plain numbers."""
+    print(
+        f"{'':30}highest:   share of features over   features with so many over {SIMILAR}\n"
+        f"{'':31}median      0.5    0.7    0.9   {''.join(f'{name:>6}' for name in GROUPS)}"
+    )
+    kinds = {}
+    for kind, (highest, n_similar) in found.items():
+        shares = {f"{cosine}": float((highest > cosine).mean()) for cosine in (0.5, 0.7, 0.9)}
+        kinds[kind] = {
+            "median": float(np.median(highest)),
+            "shares": shares,
+            "counts": np.bincount(n_similar).tolist(),  # of features with 0, 1, 2 ... alike
+        }
+        listed = "".join(f"{share:7.1%}" for share in shares.values())
+        numbers = "".join(f"{n:6}" for n in in_groups(n_similar))
+        name = kind.replace("_", " ").replace(" shuffled", ", shuffled")
+        print(f"  {name:<28}{kinds[kind]['median']:7.2f}  {listed}   {numbers}")
+    return kinds
+
+
+def show_nearest(small, large, i, n):
+    """Prints feature i of a small dictionary and the n of a large one that are nearest to it."""
+    acts = small.activations([i])
+    cosines = (large.sae.W_dec @ small.sae.W_dec[i]).cpu().numpy()  # (m of large,)
+    nearest = np.argsort(-cosines, kind="stable")[:n]
+    theirs = large.activations(nearest)
+    unit = max(acts.max(), theirs.max(), 1e-30)
+    ours = torch.from_numpy(acts / unit)
+    (by_small,), (by_large,) = masked_cosines(ours, torch.from_numpy(theirs / unit))
+    print(f"\n{title(small, i, acts[0])}\n   directions  masked by small  by large")
+    for k, j in enumerate(nearest.tolist()):
+        numbers = f"{cosines[j]:13.2f}  {by_small[k]:15.2f}  {by_large[k]:8.2f}"
+        print(f"{numbers}  {title(large, j, theirs[k])}")
+
+
+def draw_splitting(run, found):
+    """The distribution of the highest of each kind; how many features have how many alike."""
+    path = os.path.join(run.folder, "compare.png")
+    colours = {"directions": BLUE, "masked_by_small": GREY, "masked_by_large": RED}
+    with figure(path, panels=2, width=9) as (left, right):
+        for place, (kind, colour) in enumerate(colours.items()):
+            highest, n_similar = found[kind]
+            shares = np.linspace(0, 1, len(highest))
+            label = kind.replace("_", " ")
+            left.plot(np.sort(highest), shares, color=colour, label=label)
+            if kind != "directions":
+                shuffled, _ = found[f"{kind}_shuffled"]
+                label = f"{label}, shuffled"
+                left.plot(np.sort(shuffled), shares, ":", color=colour, label=label)
+            where = np.arange(len(GROUPS)) + 0.27 * (place - 1)
+            right.bar(where, in_groups(n_similar), 0.25, color=colour)
+        left.set(xlabel="highest cosine with a feature of the larger", ylabel="cumulative share")
+        right.set_xticks(range(len(GROUPS)), list(GROUPS))
+        right.set(xlabel=f"features of the larger over {SIMILAR}", ylabel="features")
+
+
+def best_partners(a, b, order):
     """
-    Of each alive feature of Run a the highest activation correlation with any of Run b's on
-    the same text; of each neuron the same -> {"features": (k,), "neurons": (n_neurons,)}
+    For each alive feature of Run a the feature of Run b whose activations on the same text
+    correlate with its own most. Returns the alive ones' numbers (k,), and for "found", and for
+    "shuffled", where a's tokens are in another order (N T,): the name, the correlations (k,)
+    and the numbers in b (k,).
     """
-    all_of_b = b.activations(np.arange(b.n_features))
-    _, features, _ = highest_correlations(a, unit_rows(all_of_b))
-    mlp = a.neurons()
-    mlp = mlp[mlp.any(1)]  # dead ones correlate with nothing
-    neurons = (unit_rows(mlp) @ unit_rows(b.neurons()).T).max(1)
-    return {"features": features, "neurons": neurons}
+    both = sparse_and_shuffled(a, order)
+    exact = both.double()
+    ones = torch.ones(both.shape[1], 1, dtype=torch.double)
+    sums = (exact @ ones)[:, 0].numpy()              # (2 m,) each
+    squares = (exact * exact @ ones)[:, 0].numpy()
+    alive = np.flatnonzero(squares)  # the shuffled are so, too, m rows below
+    if len(alive) == 0:
+        raise a.all_dead()
+    # of activations about their means; what is constant correlates with nothing
+    norms = np.sqrt((squares - sums**2 / len(ones)).clip(1e-20))[alive]
+    highest = np.full(len(alive), -np.inf)
+    partner = np.zeros(len(alive), dtype=int)
+    for block in tracked("correlating", blocks(b.n_features), "features"):
+        rows = unit_rows(b.activations(block))  # about their means, so those of a need not be
+        rows = torch.from_numpy(rows).t().contiguous()  # (N T, block)
+        values = (both @ rows).numpy()[alive] / norms[:, None]
+        better = values.max(1) > highest
+        highest = np.where(better, values.max(1), highest)
+        partner = np.where(better, block[values.argmax(1)], partner)
+    features, _ = np.split(alive, 2)
+    pairs = zip(("found", "shuffled"), np.split(highest, 2), np.split(partner, 2))
+    return features, list(pairs)
 
 
-def show_universality(run, a, b):
+def logit_correlations(a, b, features, partners):
+    """Pearson's correlation of the logit weights of features of a and of b, pairs (k,) -> (k,)."""
+    parts = []
+    for block in blocks(len(features)):
+        ours = logit_effects(a, a.sae.W_dec[features[block]])  # (block, vocab_size)
+        theirs = logit_effects(b, b.sae.W_dec[partners[block]])
+        rows = unit_rows(ours.cpu().numpy()) * unit_rows(theirs.cpu().numpy())
+        parts.append(rows.sum(1))
+    return np.concatenate(parts)
+
+
+def best_matches(a, b, order):
     """
-    Does another model have the same features, more than it has the same neurons? (Bricken et al.,
-    "Universality")
+    How alike Runs a and b are on the same text: {kind: {"found": (k,), "shuffled": (k,)}}, the
+    second with one's tokens in another order (N T,), which is what chance gives.
+
+    features: of each alive one of a the highest activation correlation with any of b. logit
+    weights: their correlation for these same pairs, which were not chosen by them. neurons: of
+    each the highest activation correlation, where the models are two (Bricken et al.,
+    "Universality").
+    """
+    features, pairs = best_partners(a, b, order)
+    best = {"features": {}, "logit weights": {}}
+    for name, correlation, partners in pairs:
+        best["features"][name] = correlation
+        best["logit weights"][name] = logit_correlations(a, b, features, partners)
+    if a.source["gpt"] != b.source["gpt"] and a.neuron_sites and b.neuron_sites:
+        mlp = a.neurons()
+        mlp = unit_rows(mlp[mlp.any(1)])  # dead ones correlate with nothing
+        others = unit_rows(b.neurons())
+        best["neurons"] = {
+            "found": (mlp @ others.T).max(1),
+            "shuffled": (mlp[:, order] @ others.T).max(1),
+        }
+    return best
+
+
+# what best_matches compares, in words
+KINDS = {
+    "features": "features, activations",
+    "logit weights": "the same pairs, logit weights",
+    "neurons": "neurons, activations",
+}
+
+
+def show_universality(run, a, b, rng):
+    """
+    Does another model, or another site, have the same features, more than it has the same
+    neurons? (Bricken et al., "Universality")
     """
     # tokens enough for a correlation, and the activations of all features on them fit into memory
     n_contexts = max(1, 2**16 // a.T)
     a = replace(a, contexts=a.contexts[:n_contexts], kept={})
     b = replace(b, contexts=b.contexts[:n_contexts], kept={})
-    best = best_matches(a, b)
-    medians = {kind: float(np.median(values)) for kind, values in best.items()}
+    best = best_matches(a, b, rng.permutation(len(a.x())))
+    models = "two models" if a.source["gpt"] != b.source["gpt"] else "two sites of one model"
     print(
-        "median of the highest correlation with the other model: "
-        f"features {medians['features']:.2f}, neurons {medians['neurons']:.2f}"
+        f"{models}: {a.site} ({a.folder}) and {b.site} ({b.folder})\n"
+        f"median of each one's highest correlation  {'found':>12}{'shuffled':>12}"
     )
+    medians = {}
+    for kind, values in best.items():
+        medians[kind] = {name: float(np.median(parts)) for name, parts in values.items()}
+        found, shuffled = medians[kind].values()
+        print(f"  {KINDS[kind]:<40}{found:12.2f}{shuffled:12.2f}")
+    draw_universality(run, best)
+    sites = [a.site, b.site]
+    save(run, "compare", of=[a.folder, b.folder], sites=sites, models=models, medians=medians)
+
+
+def draw_universality(run, best):
+    """The distributions of the correlations that best_matches found."""
     with figure(os.path.join(run.folder, "compare.png")) as ax:
-        bins = np.linspace(0, 1, 41)
-        style = {"density": True, "histtype": "step", "color": [BLUE, RED]}
-        ax.hist(list(best.values()), bins, label=list(best), **style)
-        ax.set(xlabel="highest activation correlation across models", ylabel="density")
-    save(run, "compare", of=[a.folder, b.folder], medians=medians)
+        bins = np.linspace(-1, 1, 81)
+        style = {"density": True, "histtype": "step"}
+        for (kind, values), colour in zip(best.items(), (BLUE, GREY, RED)):
+            ax.hist(values["found"], bins, color=colour, label=KINDS[kind], **style)
+            ax.hist(values["shuffled"], bins, color=colour, ls=":", **style)
+        ax.set(xlabel="correlation (dotted: shuffled)", ylabel="density", yscale="log")
 
 
 # -----------------------------------------------------------------------------
@@ -1968,7 +2273,7 @@ def describe_features(run):
     windows = []
     for block in tracked("describing", blocks(run.n_features), "features"):
         acts = run.activations(block)
-        nearest = (unit_rows(acts) @ mlp.T).max(1)
+        nearest = (unit_rows(acts) @ mlp.T).max(1, initial=-np.inf)  # there may be no neurons
         explained = explained_by_tokens(run, acts)[:, 1]
         for k, i in enumerate(block.tolist()):
             description = {"density": short((acts[k] > 0).mean())}
@@ -2075,10 +2380,10 @@ COMMANDS = {
     "cause": Command(show_cause),
     "steer": Command(show_steer),
     "search": Command(show_search, takes="texts"),
-    "neurons": Command(show_neurons),
+    "neurons": Command(show_neurons, kinds=("model", "own")),
     "complete": Command(show_complete),
     "scaling": Command(show_scaling, kinds=("model", "own", "toy"), logs_only=True),
-    "compare": Command(show_compare, takes="names"),
+    "compare": Command(show_compare, kinds=("model", "own"), takes="names"),
 }
 
 

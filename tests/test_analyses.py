@@ -6,7 +6,7 @@ import math
 import re
 import shutil
 from collections import defaultdict
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from unittest import mock
 
 import numpy as np
@@ -384,6 +384,14 @@ def test_correlations_are_numpys_even_far_from_zero(n):
     np.testing.assert_allclose(analyze.unit_rows(a) @ analyze.unit_rows(b).T, expected, atol=2e-4)
 
 
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+def test_correlations_do_not_depend_on_the_unit(scale):
+    a, b = np.random.default_rng(0).random((2, 3, 1000))
+    expected = np.corrcoef(a, b)[:3, 3:]
+    found = analyze.unit_rows((scale * a).astype(np.float32)) @ analyze.unit_rows(b.astype(np.float32)).T
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("constant", [0.0, 0.1, 1000.1])
 def test_what_is_constant_correlates_with_nothing(constant):
     a = np.random.default_rng(0).standard_normal((2, 10_001)).astype(np.float32)
@@ -437,6 +445,138 @@ def test_what_the_token_or_the_pair_decides_is_explained_and_noise_is_not(tmp_pa
     this, _ = random_run(tmp_path, tokens=[*tokens.flat, 0], block_size=5)
     found, = analyze.explained_by_tokens(this, acts.reshape(1, -1))
     np.testing.assert_allclose(found, expected, atol=0.02 if kind == "noise" else 1e-9)
+
+
+# -----------------------------------------------------------------------------
+# neurons
+
+@pytest.mark.parametrize("site, sites, words", [
+    ("mlp.1", ["mlp.1"], "the 32 neurons of the same layer"),
+    ("resid.0", ["mlp.0"], "the 32 neurons of all layers before (0)"),
+    ("resid.1", ["mlp.0", "mlp.1"], "the 64 neurons of all layers before (0, 1)"),
+    ("attn.1", ["mlp.0"], "the 32 neurons of all layers before (0)")])
+def test_features_are_compared_with_the_neurons_that_come_before_the_site(tmp_path, site, sites, words):
+    """Highest correlations, and R^2 of the whole range and of the highest activations, of all features and neurons."""
+    tokens = np.random.default_rng(0).integers(0, 5, 8 * 20 + 1)
+    this, sae = random_run(tmp_path, site, tokens=tokens)
+    idx = this.contexts[:, :-1]
+    neurons = np.concatenate([activations_at(this.gpt, idx, name).reshape(160, -1).T for name in sites])
+    np.testing.assert_allclose(this.neurons(), neurons, rtol=1e-4, atol=1e-5)
+    printed, numbers = analyzed(tmp_path, "neurons"), numbers_in(tmp_path / "sae/scaling/neurons.json")
+    x = activations_at(this.gpt, idx, site).reshape(160, -1)
+    features = by_hand(sae, x)[0].T
+    features = features[features.any(1)]
+    highest = np.corrcoef(features, neurons[neurons.any(1)])[:len(features), len(features):].max(1)
+    assert numbers["share_at_most_03"] == pytest.approx((highest <= 0.3).mean())
+    assert (numbers["site"], numbers["against"], numbers["n_neurons"]) == (site, sites, len(neurons))
+    assert f"{len(features)} alive features of {site} against {words}:\n" in printed
+
+    directions = np.random.default_rng(1337).standard_normal((x.shape[1], 256)).astype(np.float32)
+    kinds = {"features": features, "neurons": neurons, "random directions": (x @ directions).T}
+    density = np.median((features > 0).mean(1))
+    assert numbers["density"] == pytest.approx(density)
+    for kind, rows in kinds.items():
+        cut = [np.maximum(row - np.quantile(row, 1 - density), 0) for row in rows]
+        for name, values in (("whole", rows), ("cut", cut)):
+            values = [row.reshape(20, 8) for row in values]
+            scores = [explained_by_hand(idx.numpy(), row) for row in values if row[1::2].std() > 1e-9]
+            assert numbers["explained"][kind][name] == pytest.approx(np.median(scores, axis=0), abs=2e-3), (kind, name)
+        line, = [line.split() for line in printed.splitlines() if line.startswith(f"  {kind}")]
+        whole, cut = numbers["explained"][kind].values()
+        assert line[-4:] == [f"{value:.2f}" for value in (whole[0], cut[0], whole[1], cut[1])]
+
+
+def test_at_attn_0_no_neuron_comes_before_and_the_page_says_nothing_of_them(tmp_path):
+    this, _ = random_run(tmp_path, "attn.0", tokens=np.random.default_rng(0).integers(0, V, 2000), block_size=30)
+    done = script("analyze.py", "neurons", f"--out_dir={tmp_path}")
+    assert done.returncode == 2 and "attn.0, which no neuron comes before" in done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    analyze.write_page(this, "tiny", [], n_texts=3)
+    html = (tmp_path / "sae/scaling/features.html").read_text(encoding="utf-8")
+    data = json.loads(re.search('id="data">(.*?)</script>', html, re.S).group(1))
+    alive = [feature for feature in data["features"] if feature["density"]]
+    assert len(alive) > 5 and {feature["neuron_correlation"] for feature in alive} == {None}
+
+
+def test_scores_of_what_is_never_active_are_left_out_of_the_median():
+    scores = np.array([[0.1, 0.2], [np.nan, np.nan], [0.3, 0.8], [0.2, 0.3]])
+    assert analyze.median_scores(scores) == pytest.approx([0.2, 0.3])
+    assert analyze.median_scores(scores[1:2]) == [None, None]
+
+
+# -----------------------------------------------------------------------------
+# compare
+
+def masked_by_hand(a, b):
+    """a (k, tokens), b (l, tokens) -> cosines (k, l) on the tokens where a's is active, and where b's is; 0: never."""
+    by_a, by_b = np.zeros((2, len(a), len(b)))
+    for i, ours in enumerate(a):
+        for j, theirs in enumerate(b):
+            for found, where in ((by_a, ours > 0), (by_b, theirs > 0)):
+                lengths = np.linalg.norm(ours[where]) * np.linalg.norm(theirs[where])
+                found[i, j] = ours[where] @ theirs[where] / lengths if lengths else 0
+    return by_a, by_b
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_masked_cosines_are_those_on_the_tokens_of_one_of_the_two(sparse):
+    rng = np.random.default_rng(0)
+    a, b = (np.maximum(rng.standard_normal((n, 50)), 0) * (rng.random((n, 1)) > 0.2) for n in (7, 9))
+    a[2] = 3 * b[4] * (b[4] < np.median(b[4][b[4] > 0]))  # a part of another, and in proportion to it
+    assert not a.any(1).all() and not b.any(1).all()
+    left, right = torch.from_numpy(a).float(), torch.from_numpy(b).float()
+    found = analyze.masked_cosines(left.to_sparse_csr() if sparse else left, right)
+    expected = masked_by_hand(a, b)
+    for values, exact in zip(found, expected):
+        np.testing.assert_allclose(values, exact, atol=1e-5)
+    assert found[0][2, 4] == pytest.approx(1) and 0.1 < found[1][2, 4] < 0.9
+
+
+def test_a_feature_that_is_split_into_three_has_three_and_shuffled_none(tmp_path):
+    """
+    Of the small dictionary 0 is active on three tokens and split into 4, 5, 7 of the large one, 1 is 2 of the large one
+    at another scale, 2 has no counterpart and 3 is dead. All other directions are random in 261 dimensions.
+    """
+    tokens = {" foo": 1.0, " bar": 2.0, " baz": 0.5}
+    text = np.random.default_rng(0).choice([*tokens, *"abcdefghijklmnopqrstu"], 8000)
+    small = fires({0: tokens, 1: {"a": 1.0, "b": 0.5}, 2: {"c": 1.0}}, 4)
+    pieces = {k: {name: value} for k, (name, value) in zip((4, 5, 7), tokens.items())}
+    large = fires(pieces | {2: {"a": 4.0, "b": 2.0}, 6: {"d": 1.0}}, 8)
+    this = lookup_run(tmp_path, "".join(text), small)
+    sae, wide = (SparseAutoencoder(SAEConfig(V, m, "towards", "none")) for m in (4, 8))
+    with torch.no_grad():
+        wide.W_dec[[4, 5, 7]] += 2 * sae.W_dec[0]
+        wide.W_dec[2] = sae.W_dec[1]
+        wide.normalize_decoder()
+        sae.W_enc.copy_(torch.from_numpy(small))
+        wide.W_enc.copy_(torch.from_numpy(large))
+    (tmp_path / "sae/large").mkdir()
+    for name, made in (("scaling", sae), ("large", wide)):
+        save_sae(tmp_path / f"sae/{name}/sae.pt", made, source=this.source, args={"seed": 0})
+    printed = analyzed(tmp_path, "compare", "scaling", "large")
+    kinds = numbers_in(tmp_path / "sae/scaling/compare.json")["kinds"]
+    assert {kind: found["counts"] for kind, found in kinds.items()} == {
+        "directions": [2, 1, 0, 1],
+        "masked_by_small": [2, 2],  # " bar", of twice the activation, holds 4 / 5.25 of the energy
+        "masked_by_large": [2, 1, 0, 1],
+        "masked_by_small_shuffled": [4],
+        "masked_by_large_shuffled": [4]}
+    ours, theirs = small[this.tokens].T, large[this.tokens].T
+    for kind, exact in zip(("masked_by_small", "masked_by_large"), masked_by_hand(ours, theirs)):
+        highest = exact.max(1)
+        assert kinds[kind]["median"] == pytest.approx(np.median(highest), abs=1e-5)
+        assert kinds[kind]["shares"] == pytest.approx({c: (highest > float(c)).mean() for c in ("0.5", "0.7", "0.9")})
+        assert kinds[f"{kind}_shuffled"]["shares"] == {"0.5": 0, "0.7": 0, "0.9": 0}
+    line, = [line.split() for line in printed.splitlines() if line.startswith("  masked by large  ")]
+    assert line[-7:] == ["2", "1", "0", "1", "0", "0", "0"]
+    first = re.search(r"feature 0 .*\n.*masked by small.*\n(.*\n.*\n.*\n)", printed).group(1)
+    listed = {int(re.search(r"feature (\d+)", line).group(1)): line.split()[2] for line in first.splitlines()}
+    assert listed == {4: "1.00", 5: "1.00", 7: "1.00"}
+    assert (tmp_path / "sae/scaling/compare.png").stat().st_size > 1000
+
+
+def test_features_with_many_alike_are_counted_in_groups():
+    assert analyze.in_groups(np.array([0, 0, 1, 4, 5, 9, 10, 400])) == [2, 1, 0, 0, 1, 2, 2]
 
 
 # -----------------------------------------------------------------------------
@@ -884,7 +1024,9 @@ def test_scaling_copes_with_budgets_that_no_run_was_at(out):
 
 def test_a_shuffled_copy_is_found_identical(out):
     printed, numbers = analyzed(out, "compare", "shuffled", "scaling"), numbers_in(out / "sae/shuffled/compare.json")
-    assert set(numbers["shares"].values()) == {1.0} and numbers["median"] == pytest.approx(1, abs=1e-5)
+    found = numbers["kinds"]["directions"]
+    assert set(found["shares"].values()) == {1.0} and found["median"] == pytest.approx(1, abs=1e-5)
+    assert found["counts"][0] == 0 and sum(found["counts"]) == 96
     assert "100.0%" in printed and printed.count("feature ") >= 20
 
 
@@ -893,23 +1035,113 @@ def test_the_smaller_of_two_dictionaries_is_looked_up_in_the_larger(out, names):
     analyzed(out, "compare", *names)
     small, large = (load_sae(out / f"sae/{name}/sae.pt").W_dec.detach().double() for name in ("small", "scaling"))
     cosines = torch.cosine_similarity(small[:, None], large[None], dim=2).amax(1).numpy()
-    numbers = numbers_in(out / f"sae/{names[0]}/compare.json")
-    assert numbers["median"] == pytest.approx(np.median(cosines), abs=1e-5)
-    assert len(numbers["shares"]) > 1
-    for threshold, share in numbers["shares"].items():
+    kinds = numbers_in(out / f"sae/{names[0]}/compare.json")["kinds"]
+    assert kinds["directions"]["median"] == pytest.approx(np.median(cosines), abs=1e-5)
+    assert len(kinds["directions"]["shares"]) > 1
+    for threshold, share in kinds["directions"]["shares"].items():
         assert share == pytest.approx((cosines > float(threshold)).mean())
 
+    this = load(out)
+    (ours, theirs) = (all_by_hand(replace(this, sae=load_sae(out / f"sae/{name}/sae.pt")))[0] for name in ("small", "scaling"))
+    order = np.random.default_rng(1337).permutation(ours.shape[1])
+    for suffix, acts in (("", ours), ("_shuffled", ours[:, order])):
+        for kind, exact in zip(("masked_by_small", "masked_by_large"), masked_by_hand(acts, theirs)):
+            found = kinds[kind + suffix]
+            assert found["median"] == pytest.approx(np.median(exact.max(1)), abs=5e-3), kind + suffix
+            assert np.dot(found["counts"], range(len(found["counts"]))) == pytest.approx((exact > 0.7).sum(), abs=3)
 
-def test_two_models_are_compared_by_activation_features_beside_neurons(out):
+
+def test_two_models_are_compared_by_activation_and_logit_weights_features_beside_neurons(out):
     printed = analyzed(out, "compare", "scaling", str(out.parent / "twin/sae/scaling"))
-    numbers = numbers_in(out / "sae/scaling/compare.json")["medians"]
-    (features, neurons), (others, other_neurons) = map(all_by_hand, (load(out), load(out.parent / "twin")))
-    for kind, a, b in (("features", features, others), ("neurons", neurons, other_neurons)):
-        a, b = a[a.any(1)], b[b.any(1)]
-        highest = np.corrcoef(a, b)[:len(a), len(a):].max(1)
-        assert numbers[kind] == pytest.approx(np.median(highest), abs=5e-3), kind
-        assert f"{kind} {numbers[kind]:.2f}" in printed
+    numbers = numbers_in(out / "sae/scaling/compare.json")
+    medians = numbers["medians"]
+    this, twin = load(out), load(out.parent / "twin")
+    (features, neurons), (others, other_neurons) = map(all_by_hand, (this, twin))
+    order = np.random.default_rng(1337).permutation(features.shape[1])
+    alive = features.any(1)
+
+    def logit_weights(run):
+        directions, W_out, gain, W_U = (w.detach().double().numpy() for w in (
+            run.sae.W_dec, run.gpt.blocks[0].mlp_proj.weight, run.gpt.ln_f.weight, run.gpt.lm_head.weight))
+        written = directions @ W_out.T
+        return (written - written.mean(1, keepdims=True)) * gain @ W_U.T
+    for name, moved in (("found", slice(None)), ("shuffled", order)):
+        for kind, a, b in (("features", features[alive], others), ("neurons", neurons[neurons.any(1)], other_neurons)):
+            pairs = np.corrcoef(a[:, moved], b[b.any(1)])[:len(a), len(a):]
+            assert medians[kind][name] == pytest.approx(np.median(pairs.max(1)), abs=5e-3), (kind, name)
+            if kind == "features":
+                partners = np.flatnonzero(b.any(1))[pairs.argmax(1)]
+        ours, theirs = logit_weights(this)[alive], logit_weights(twin)[partners]
+        exact = [np.corrcoef(w, v)[0, 1] for w, v in zip(ours, theirs)]
+        assert medians["logit weights"][name] == pytest.approx(np.median(exact), abs=0.02), name
+    for kind in medians:
+        line, = [line for line in printed.splitlines() if line.startswith(f"  {analyze.KINDS[kind]}  ")]
+        assert line.split()[-2:] == [f"{value:.2f}" for value in medians[kind].values()]
+    assert medians["features"]["shuffled"] < 0.5 * medians["features"]["found"]
+    assert numbers["models"] == "two models" and "two models: mlp.0 (" in printed
     assert (out / "sae/scaling/compare.png").stat().st_size > 1000
+
+
+def test_two_sites_of_one_model_are_called_so(out):
+    """Their neurons are the same, so that nothing is said of these."""
+    trained_sae(out, "--name=resid", "--site=resid", "--n_features=40")
+    printed = analyzed(out, "compare", "small", "resid")
+    numbers = numbers_in(out / "sae/small/compare.json")
+    assert re.search(r"two sites of one model: resid.0 \(.* and mlp.0 \(", printed)
+    assert numbers["sites"] == ["resid.0", "mlp.0"] and set(numbers["medians"]) == {"features", "logit weights"}
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """An out_dir with two autoencoders, `scaling` and `small`, of the same rows of somebody's own, and these rows."""
+    folder = tmp_path_factory.mktemp("own")
+    rng = np.random.default_rng(0)
+    directions = rng.standard_normal((20, 12))
+    rows = (rng.exponential(1, (6000, 20)) * (rng.random((6000, 20)) < 0.1)) @ directions
+    np.save(folder / "rows.npy", rows.astype(np.float32))
+    np.save(folder / "others.npy", rows[::-1].astype(np.float32))
+    for name, n_features, path in (("scaling", 64, "rows"), ("small", 24, "rows"), ("others", 64, "others")):
+        trained_sae(folder, f"--acts={folder}/{path}.npy", f"--name={name}", f"--n_features={n_features}", "--l1_coeff=1")
+    return folder, rows[5700:].astype(np.float32).astype(float)
+
+
+def test_autoencoders_of_ones_own_rows_are_compared_like_those_of_one_model(own):
+    folder, rows = own
+    printed = analyzed(folder, "compare", "scaling", "small")
+    kinds = numbers_in(folder / "sae/scaling/compare.json")["kinds"]
+    saes = [load_sae(folder / f"sae/{name}/sae.pt") for name in ("small", "scaling")]
+    ours, theirs = (by_hand(sae, rows)[0].T for sae in saes)
+    exact = [(ours.any(1)[:, None] * masked).max(1) for masked in masked_by_hand(ours, theirs)]
+    cosines = torch.cosine_similarity(saes[0].W_dec[:, None], saes[1].W_dec[None], dim=2).amax(1)
+    assert ours.any(1).mean() > 0.9
+    assert kinds["directions"]["median"] == pytest.approx(cosines.median().item(), abs=0.05)
+    for kind, highest in zip(("masked_by_small", "masked_by_large"), exact):
+        assert kinds[kind]["median"] == pytest.approx(np.median(highest), abs=5e-3)
+        assert kinds[f"{kind}_shuffled"]["median"] < 0.8 * kinds[kind]["median"]
+    assert "24 features of " in printed and printed.count("feature ") >= 20
+    assert (folder / "sae/scaling/compare.png").stat().st_size > 1000
+
+
+def test_features_of_ones_own_rows_are_compared_with_the_columns(own):
+    folder, rows = own
+    printed, numbers = analyzed(folder, "neurons"), numbers_in(folder / "sae/scaling/neurons.json")
+    features = by_hand(load_sae(folder / "sae/scaling/sae.pt"), rows)[0].T
+    features = features[features.any(1)]
+    highest = np.corrcoef(features, rows.T)[:len(features), len(features):].max(1)
+    assert numbers["share_at_most_03"] == pytest.approx((highest <= 0.3).mean(), abs=0.02)
+    assert numbers["median_correlation"] == pytest.approx(np.median(highest), abs=1e-3)
+    assert numbers["n_neurons"] == 12 and "against the 12 columns of the rows" in printed
+    assert "explained" not in numbers and "token" not in printed
+    assert (folder / "sae/scaling/neurons.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (("compare", "scaling", "others"), "same rows of your own"), (("neurons", "--read_tokens=1"), "--read_tokens")])
+def test_what_cannot_be_said_of_ones_own_rows_is_one_line(own, arguments, words):
+    folder, _ = own
+    done = script("analyze.py", *arguments, f"--out_dir={folder}", "--device=cpu")
+    assert done.returncode == 2 and words in done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("arguments, words", [
@@ -961,12 +1193,12 @@ def test_a_mistake_is_one_line_and_harms_nothing(out, tmp_path, monkeypatch, arg
 
 def test_a_command_that_is_added_changes_no_other(out):
     own = ("--name=own", f"--out_dir={out}", "--device=cpu")
-    before = script("analyze.py", "neurons", *own).stderr
-    assert before.endswith("choose from report, feature, scaling\n")
+    before = script("analyze.py", "cause", *own).stderr
+    assert before.endswith("choose from report, feature, neurons, scaling, compare\n")
     given = []
     count = analyze.Command(lambda run, args: given.append((run.n_features, args.arguments)), takes="texts")
     with mock.patch.dict(analyze.COMMANDS, count=count):
-        assert script("analyze.py", "neurons", *own).stderr == before
+        assert script("analyze.py", "cause", *own).stderr == before
         assert "choose from" in script("analyze.py", "count", *own).stderr
         assert script("analyze.py", "count", "these", "words", f"--out_dir={out}", "--device=cpu").returncode == 0
     assert given == [(96, ["these", "words"])]
