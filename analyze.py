@@ -67,7 +67,8 @@ def parse_args():
     add("--feature", default="", help="steer: which feature")
     add("--value", default="-2,0,1,2,4",
         help="steer: clamp to these multiples of its maximum, as --value=-2,0,1")
-    add("--without", nargs="*", default=[], help="search: texts that lack the concept")
+    add("--without", nargs="*", default=[],
+        help="search: texts that lack the concept; no feature active on one is shown")
     add("--words", default="",
         help="complete: file of words (ASCII letters); default: words of the held-out text")
     return parser.parse_args()
@@ -965,37 +966,47 @@ def read_marked(run, text):
 
 def search_scores(run, texts, without=()):
     """
-    Returns scores (m,): a feature's activation on each text's marked token (else its last), plus
-    its mean over the text, averaged over the texts; minus twice the highest it reaches on any
-    text without the concept (Templeton et al., "Searching for Specific Features").
+    Returns scores (m,), a feature's activation on each text's marked token (else its last) plus
+    its mean over the text, averaged over the texts; and on how many of them it is active (m,).
+    Both are 0 for what is active anywhere in a text without the concept (Templeton et al.,
+    "Searching for Specific Features").
     """
-    found = []
+    scores = []
+    active = []
     for text in texts:
         f, place = read_marked(run, text)
-        found.append(f[place] + f.mean(0))
-    elsewhere = [torch.zeros_like(found[0])]  # without such texts nothing is taken off
+        scores.append(f[place] + f.mean(0))
+        active.append(f.amax(0) > 0)
+    absent = torch.ones_like(active[0])  # from all texts without the concept
     for text in without:
         f, _ = read_marked(run, text)
-        elsewhere.append(f.amax(0))
-    scores = torch.stack(found).mean(0) - 2 * torch.stack(elsewhere).amax(0)
-    return scores.cpu().numpy()
+        absent &= f.amax(0) == 0
+    scores = torch.stack(scores).mean(0) * absent
+    n_active = torch.stack(active).sum(0) * absent
+    return scores.cpu().numpy(), n_active.cpu().numpy()
 
 
 def show_search(run, args):
-    """Features most active on texts with a concept and not on texts without it."""
+    """
+    The features of a concept: those active on the most texts that have it come first, the
+    highest scores among them, and none that is active on a text without it.
+    """
     if not args.arguments:
         example = 'python analyze.py search "import numpy" --without "import os"'
         raise UserError(f"search takes texts, as in: {example}")
-    scores = search_scores(run, args.arguments, args.without)
-    ranked = np.argsort(-scores, kind="stable")[:args.show].tolist()
-    hits = [i for i in ranked if scores[i] > 0]
+    scores, n_active = search_scores(run, args.arguments, args.without)
+    ranked = np.lexsort((-scores, -n_active)).tolist()  # by n_active, the equal ones by score
+    hits = [i for i in ranked if n_active[i] > 0][:args.show]
     if not hits:
         addition = " but not on the texts without it" if args.without else ""
         print(f"no feature is active there{addition}")
+    n_texts = len(args.arguments)
     for i, acts in zip(hits, run.activations(hits)):
         note = f"  score {scores[i]:.2f}"
+        if n_texts > 1:
+            note += f", active on {n_active[i]} of {n_texts} texts"
         print_feature(run, i, acts, n_top=4, n_intervals=0, each=0, note=note)
-    scored = [[i, float(scores[i])] for i in hits]
+    scored = [[i, float(scores[i]), int(n_active[i])] for i in hits]
     save(run, "search", texts=args.arguments, without=args.without, hits=scored)
 
 

@@ -228,9 +228,13 @@ def test_search_reads_the_token_of_the_last_marked_character_and_the_mean_over_t
     ids = TOKENIZER.encode_ordinary(re.sub("[«»]", "", text))
     at, = [t for t in ids if TOKENIZER.decode([t]) == read]
     expected = table[at] + table[ids].mean(0)
-    np.testing.assert_allclose(analyze.search_scores(this, [text]), expected, rtol=1e-5, atol=1e-6)
+    scores, n_active = analyze.search_scores(this, [text])
+    np.testing.assert_allclose(scores, expected, rtol=1e-5, atol=1e-6)
+    assert set(np.flatnonzero(n_active)) == set(ids) and n_active.max() == 1
     x = table[ord("x")]  # a text of one token: read, and the mean
-    np.testing.assert_allclose(analyze.search_scores(this, [text, "x"]), (expected + 2 * x) / 2, rtol=1e-5, atol=1e-6)
+    scores, n_active = analyze.search_scores(this, [text, "x"])
+    np.testing.assert_allclose(scores, (expected + 2 * x) / 2, rtol=1e-5, atol=1e-6)
+    assert n_active.sum() == len(set(ids)) + 1
 
 
 @pytest.mark.parametrize("rival", [
@@ -239,8 +243,31 @@ def test_search_reads_the_token_of_the_last_marked_character_and_the_mean_over_t
 def test_search_finds_a_concept_behind_stronger_features_that_texts_without_it_have_too(tmp_path, rival):
     this = lookup_run(tmp_path, "foo bar baz\n" * 20, fires({7: {" foo": 1.0}, 280: rival}))
     texts, without = ["x foo", "~ bar« foo» bar"], ["x bar", "y bar baz", "~ bar", "z"]
-    assert analyze.search_scores(this, texts).argmax() == 280
-    assert analyze.search_scores(this, texts, without).argmax() == 7
+    assert analyze.search_scores(this, texts)[0].argmax() == 280
+    scores, n_active = analyze.search_scores(this, texts, without)
+    assert scores.argmax() == 7 and np.flatnonzero(n_active).tolist() == [7]
+
+
+def test_search_lists_what_all_texts_have_first_and_nothing_that_a_text_without_has(tmp_path):
+    """
+    Feature 3 is strongest, but on one of three texts; 5 is on two of them, 7 and 8 on all, 8 the stronger; 9 is on
+    all, and in the middle of a text without the concept just so.
+    """
+    table = fires({3: {"x": 9.0}, 5: {"x": 5.0, "y": 5.0}, 7: dict.fromkeys("xyz", 1.0), 8: dict.fromkeys("xyz", 2.0),
+                   9: dict.fromkeys("xyz", 8.0) | {"~": 0.01}})
+    lookup_run(tmp_path, "foo bar baz xyz\n" * 20, table)
+    texts, without = ("x foo", "« y» bar", "z"), ("foo bar", "foo ~ bar")
+    printed = analyzed(tmp_path, "search", *texts, "--without", *without)
+    assert re.findall(r"feature (\d+) .*active on (\d) of 3 texts", printed) == [
+        ("8", "3"), ("7", "3"), ("5", "2"), ("3", "1")]
+    hits = numbers_in(tmp_path / "sae/scaling/search.json")["hits"]
+    assert [[i, n] for i, _, n in hits] == [[8, 3], [7, 3], [5, 2], [3, 1]]
+    # of x, " ", "foo": the last is 0, so a third of 9; of y, marked, 0 at the others: averaged over three texts
+    ids = [TOKENIZER.encode_ordinary(re.sub("[«»]", "", text)) for text in texts]
+    by_hand = {8: 2 / len(ids[0]) + 2 + 2 / len(ids[1]) + 4, 3: 9 / len(ids[0])}
+    assert {i: score for i, score, _ in hits if i in by_hand} == pytest.approx({i: v / 3 for i, v in by_hand.items()})
+    printed = analyzed(tmp_path, "search", *texts, "--show=2")
+    assert re.findall(r"feature (\d+) ", printed) == ["9", "8"]
 
 
 def test_search_prints_the_planted_feature_first_and_says_when_there_is_none(tmp_path):
