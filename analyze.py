@@ -61,7 +61,7 @@ def parse_args():
         help="held-out tokens whose activations are kept in memory, for examples and all "
         "other analyses")
     add("--show", type=at_least(1), default=10,
-        help="how many features to print (report: of each kind)")
+        help="how many features to print (report: of each kind); complete: how many words")
     add("--prompt", default="", help="cause, steer: text to start from")
     add("--target", default="", help="cause: token to explain; default: the most likely one")
     add("--feature", default="", help="steer: which feature")
@@ -1111,9 +1111,12 @@ def word_places(run, path, n=240):
     """
     The concepts that are looked for -> {word: positions of its last token}: the words of a
     file, or n of the words with 3 or more occurrences, evenly spaced in the log of their
-    rank.
+    rank. Of both kinds only words that occur in both halves of the text.
     """
-    places = find_words(run)
+    places = {}
+    for word, positions in find_words(run).items():
+        if all(map(len, halves(run, positions))):
+            places[word] = positions
     if path:
         with open(path, encoding="utf-8", errors="replace") as file:
             wanted = [word for word in file.read().split() if word in places]
@@ -1126,29 +1129,52 @@ def word_places(run, path, n=240):
     return {word: places[word] for word in wanted}
 
 
+def halves(run, positions):
+    """
+    Positions (k,) -> those in even and those in odd contexts: no context is in both halves.
+
+    A first and a second half would share no document either, but words would be more frequent
+    in one than in the other, and F1 depends on how frequent the word is.
+    """
+    odd = positions // run.T % 2 == 1
+    return positions[~odd], positions[odd]
+
+
 def best_detectors(run, places):
     """
     For each word the feature that detects it best -> F1 (words,), feature (words,), number of
     alive features. A feature detects a token when its activation is over 0, 1/4 or 1/2 of its
     maximum, whichever serves the word best.
+
+    Feature and threshold are chosen on one half of the text, and the F1 is that of the other:
+    among so many features, one suits a word with few occurrences by chance.
     """
-    f1 = np.zeros(len(places))
+    everywhere = halves(run, np.arange(len(run.tokens)))
+    split = [halves(run, positions) for positions in places.values()]
+    chosen_f1 = np.zeros(len(places))  # on the half that chooses
+    judged_f1 = np.zeros(len(places))
     best = np.zeros(len(places), dtype=int)
     n_alive = 0
     for block in tracked("looking for words", blocks(run.n_features), "features"):
         acts = run.activations(block)
-        highest = acts.max(1, keepdims=True)
-        n_alive += int((highest > 0).sum())
+        n_alive += int(acts.any(1).sum())
+        highest = acts[:, everywhere[0]].max(1, keepdims=True)
         for threshold in (0, 0.25, 0.5):
             fired = acts > threshold * highest  # (features, N T)
-            n_fired = fired.sum(1)
-            for k, positions in enumerate(places.values()):
-                right = fired[:, positions].sum(1)  # (features,)
-                scores = 2 * right / (n_fired + len(positions))  # F1: 2 right / (fired + there)
-                if scores.max() > f1[k]:
-                    f1[k] = scores.max()
-                    best[k] = block[scores.argmax()]
-    return f1, best, n_alive
+            n_fired = [fired[:, half].sum(1) for half in everywhere]
+            for k, (choose, judge) in enumerate(split):
+                scores = f1_score(fired[:, choose].sum(1), n_fired[0], len(choose))
+                i = scores.argmax()
+                if scores[i] > chosen_f1[k]:
+                    chosen_f1[k] = scores[i]
+                    judged_f1[k] = f1_score(fired[i, judge].sum(), n_fired[1][i], len(judge))
+                    best[k] = block[i]
+    return judged_f1, best, n_alive
+
+
+def f1_score(n_right, n_fired, n_there):
+    """The harmonic mean of precision, n_right / n_fired, and recall, n_right / n_there."""
+    return 2 * n_right / (n_fired + n_there)
 
 
 def sigmoid(x, a, b):
@@ -1170,6 +1196,16 @@ def fit_sigmoid(x, y, n_iters=50, ridge=1e-6):
         hessian = X.T @ (X * (p * (1 - p))[:, None]) + ridge * np.eye(2)
         w = w + np.linalg.solve(hessian, gradient)
     return w
+
+
+def midpoint(x, a, b):
+    """
+    10^x where sigmoid(a + b x) is 1/2; None where it falls, or is 1/2 outside of the range of
+    x (n,), the values it was fitted to.
+    """
+    if b <= 0 or not x.min() <= -a / b <= x.max():
+        return None
+    return float(10 ** (-a / b))
 
 
 def completeness(run, places, frequency, threshold):
@@ -1210,12 +1246,18 @@ def show_complete(run, args, threshold=0.5):
     """
     Which words have a feature of their own? The share rises with the word's frequency and
     with the number of alive features: a sigmoid in the log of their product (Templeton et
-    al., "Feature Completeness").
+    al., "Feature Completeness"). In the paper it is 1/2 at a frequency slightly below the
+    inverse of the number of alive features.
     """
+    if len(run.contexts) < 2:
+        raise UserError(
+            f"complete chooses on one context of {run.T} tokens and judges on another: "
+            "raise --read_tokens, or hold out more text"
+        )
     places = word_places(run, args.words)
     if not places:
         if args.words:
-            raise UserError("the held-out text has none of these words")
+            raise UserError("the held-out text has none of these words in both of its halves")
         raise UserError("the held-out text is too short")
     counts = [len(positions) for positions in places.values()]
     frequency = np.array(counts) / len(run.tokens)  # (words,), of all tokens
@@ -1238,13 +1280,17 @@ def show_complete(run, args, threshold=0.5):
     alive = {name: result["alive"] for name, result in results.items()}
     x = np.concatenate([np.log10(frequency * n) for n in alive.values()])
     a, b = fit_sigmoid(x, np.concatenate(list(found.values())))
+    middle = midpoint(x, a, b)
+    where = "none of these frequencies"
+    if middle is not None:
+        where = f"a frequency of {middle:.2g} / alive features"
     print(
-        f"P(found) = sigmoid({a:.2f} + {b:.2f} log10(frequency x alive features)): "
-        f"1/2 at {10 ** (-a / b):.2g}"
+        f"P(found) = sigmoid({a:.2f} + {b:.2f} log10(frequency x alive features))\n"
+        f"1/2 at {where} (the paper: slightly below 1 / alive features)"
     )
-    print_words(results[args.names[-1]]["words"], 2 * args.show)
+    print_words(results[args.names[-1]]["words"], args.show)
     draw_complete(run, frequency, found, alive, a, b)
-    save(run, "complete", threshold=threshold, a=a, b=b, runs=results)
+    save(run, "complete", threshold=threshold, a=a, b=b, midpoint=middle, runs=results)
 
 
 def print_words(words, n):

@@ -371,16 +371,30 @@ def test_a_word_is_where_its_last_token_is(tmp_path):
 
 
 def test_without_a_file_words_are_those_that_occur_three_times(tmp_path):
-    this = lookup_run(tmp_path, "qu " * 2 + "fo " * 3 + "foo\n" * 60, np.zeros((V, 4)))
+    text = "qu fo fo " + "foo\n" * 20 + "fo qu\n" + "foo\n" * 39
+    this = lookup_run(tmp_path, text, np.zeros((V, 4)))
     n_foo = sum(TOKENIZER.decode([t]).strip() == "foo" for t in this.tokens)
     places = analyze.word_places(this, "")
     assert {word: len(positions) for word, positions in places.items()} == {"fo": 3, "foo": n_foo} and n_foo > 40
 
 
+def test_words_of_one_half_alone_are_left_out(tmp_path):
+    """Contexts of 32 tokens, 16 times a word and a comma: bar is in contexts 0 and 2, baz in 1 and 3, foo in 4 and 5."""
+    text = " bar," * 16 + " baz," * 16 + " bar," * 16 + " baz," * 16 + " foo," * 32 + "~"
+    this = lookup_run(tmp_path, text, np.zeros((V, 4)))
+    assert len(this.contexts) == 6
+    (tmp_path / "words.txt").write_text("foo bar baz")
+    for path in ("", str(tmp_path / "words.txt")):
+        places = analyze.word_places(this, path)
+        assert list(places) == ["foo"]
+        even, odd = analyze.halves(this, places["foo"])
+        assert even.tolist() == list(range(128, 160, 2)) and odd.tolist() == list(range(160, 192, 2))
+
+
 def test_the_best_detector_of_a_word_has_the_f1_that_one_counts_by_hand(tmp_path):
     """
-    On 32 lines: feature 290 is " bar" alone. Feature 7 leaks, but at 0.3 of its maximum. Feature 5 has half of the foos
-    and fires at two wrong tokens for each: 32 right of 96, of 64: F1 = 2 x 32 / (96 + 64). Feature 11 is dead.
+    On 32 lines, six contexts: feature 290 is " bar" alone. Feature 7 leaks, but at 0.3 of its maximum. Feature 5 has
+    half of the foos and fires at two wrong tokens for each: F1 = 2 right / (2 right + wrong + missed). Feature 11 is dead.
     """
     table = fires({290: {" bar": 2.0}, 7: {" baz": 1.0, ",": 0.3, "\n": 0.3}, 11: {"~": 1.0},
                    5: {" foo": 1.0, ",": 1.0, "\n": 1.0}})
@@ -389,11 +403,61 @@ def test_the_best_detector_of_a_word_has_the_f1_that_one_counts_by_hand(tmp_path
     (tmp_path / "words.txt").write_text("foo bar baz")
     places = analyze.word_places(this, str(tmp_path / "words.txt"))
     f1, feature, alive = analyze.best_detectors(this, places)
-    assert dict(zip(places, zip(feature, f1.round(6)))) == {"foo": (5, 0.4), "bar": (290, 1.0), "baz": (7, 1.0)}
-    assert alive == 3
-    done = script("analyze.py", "complete", f"--words={tmp_path / 'words.txt'}", f"--out_dir={tmp_path}")
-    assert done.returncode == 0, done.stderr
+    odd = [TOKENIZER.decode([t]) for t in this.tokens.reshape(6, 32)[1::2].flat]
+    right, wrong, missed = odd.count(" foo"), odd.count(",") + odd.count("\n"), odd.count("foo")
+    foo = round(2 * right / (2 * right + wrong + missed), 6)
+    assert dict(zip(places, zip(feature, f1.round(6)))) == {"foo": (5, foo), "bar": (290, 1.0), "baz": (7, 1.0)}
+    assert alive == 3 and 0.35 < foo < 0.45
+    printed = analyzed(tmp_path, "complete", f"--words={tmp_path / 'words.txt'}", "--show=2")
     assert numbers_in(tmp_path / "sae/scaling/complete.json")["runs"]["scaling"]["found"] == pytest.approx(2 / 3)
+    shown = printed[printed.index("F1\n") + 3:].splitlines()
+    assert [line.split()[0] for line in shown] == ["bar", "baz", "wrote"]
+
+
+def test_what_detects_a_word_in_the_half_that_chooses_is_judged_on_the_other(tmp_path):
+    """In even contexts foo has a space before it, in odd ones none, and each has its feature: neither detects foo."""
+    this = lookup_run(tmp_path, (" foo," * 16 + "foo," * 16) * 3 + "~", fires({5: {" foo": 1.0}, 6: {"foo": 2.0}}))
+    f1, feature, _ = analyze.best_detectors(this, analyze.word_places(this, ""))
+    assert (f1.tolist(), feature.tolist()) == ([0.0], [5])
+
+
+def test_detectors_of_random_features_are_the_best_of_one_half_with_the_f1_of_the_other(tmp_path):
+    """Against a loop over words, features, thresholds and positions; features of equal F1 may stand for one another."""
+    rng = np.random.default_rng(0)
+    text = " ".join(rng.choice(["ab", "cb", "db", "ac", "bc", "dc", "ad", "foo", "bar"], 300))
+    table = rng.random((V, 300)) * (rng.random((V, 300)) < 0.5)
+    this = lookup_run(tmp_path, text, table)
+    places = analyze.word_places(this, "")
+    f1, feature, _ = analyze.best_detectors(this, places)
+    acts, odd = table[this.tokens], np.arange(len(this.tokens)) // 32 % 2 == 1
+    differ = 0
+    for word, judged, i in zip(places, f1, feature):
+        there = np.isin(np.arange(len(this.tokens)), places[word])
+        scores = []
+        for j in range(300):
+            for share in (0, 0.25, 0.5):
+                fired = acts[:, j] > share * acts[~odd, j].max()
+                of_halves = [2 * (fired & there)[h].sum() / (fired[h].sum() + there[h].sum()) for h in (~odd, odd)]
+                scores.append((*of_halves, j))
+        highest = max(scores)[0]
+        best = [score for score in scores if score[0] == highest]
+        assert i in [j for _, _, j in best]
+        assert any(judged == pytest.approx(other) for _, other, j in best if j == i)
+        differ += abs(judged - highest) > 1e-3
+    assert len(places) > 5 and differ > 3
+
+
+def test_the_midpoint_is_where_as_many_are_found_as_not():
+    x = np.linspace(-3, 2, 60)
+    middle = analyze.midpoint(x, 0.7, 1.8)
+    low, high = -3.0, 2.0
+    for _ in range(60):  # bisection
+        centre = (low + high) / 2
+        low, high = (low, centre) if 1 / (1 + math.exp(-0.7 - 1.8 * centre)) > 0.5 else (centre, high)
+    assert middle == pytest.approx(10 ** low)
+    assert analyze.midpoint(x, 0.0, -1.0) is None  # it falls
+    assert analyze.midpoint(x, -40.0, 0.1) is None  # far from all that was seen
+    assert analyze.midpoint(x, 0.0, 0.0) is None
 
 
 def test_the_sigmoid_that_was_drawn_from_is_found():
@@ -668,6 +732,21 @@ def test_complete_counts_the_words_with_a_feature_in_every_run(out, tmp_path, wo
         assert not words or set(run["words"]) == {"def", "self", "return", "add"}
         assert run["found"] == np.mean([word["f1"] > numbers["threshold"] for word in run["words"].values()])
         assert 0 < run["alive"] <= {"scaling": 96, "small": 48}[name] and f"{run['alive']} alive" in printed
+    x, y = [], []
+    for run in numbers["runs"].values():
+        for word in run["words"].values():
+            x.append(math.log10(word["frequency"] * run["alive"]))
+            y.append(word["f1"] > numbers["threshold"])
+    middle = -numbers["a"] / numbers["b"]
+    chances = 1 / (1 + np.exp(-numbers["a"] - numbers["b"] * np.array(x)))
+    assert chances.sum() == pytest.approx(sum(y), abs=0.01)  # as where the likelihood is highest
+    if numbers["b"] > 0 and min(x) <= middle <= max(x):
+        assert numbers["midpoint"] == pytest.approx(10**middle)
+        where = f"a frequency of {10**middle:.2g} / alive features"
+    else:
+        assert numbers["midpoint"] is None
+        where = "none of these frequencies"
+    assert f"1/2 at {where} (the paper: slightly below 1 / alive features)" in printed
     assert (out / "sae/scaling/complete.png").stat().st_size > 1000
 
 
@@ -743,6 +822,7 @@ def test_two_models_are_compared_by_activation_features_beside_neurons(out):
     (("complete", "--names=scaling,own"), ["own", "model"]),
     (("complete", "--words=nowhere.txt"), ["words", "held-out"]),
     (("complete", "--words=missing.txt"), ["missing.txt"]),
+    (("complete", "--read_tokens=1"), ["complete", "--read_tokens"]),
     (("scaling", "--names=scaling,nobody"), ["nobody", "train_sae.py"]),
     (("scaling", "--names=scaling,lambda1"), ["lambda", "--names"]),
     (("scaling", "--names=scaling,centred"), ["normalisation", "--names"]),
