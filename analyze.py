@@ -9,7 +9,7 @@ features.
     python analyze.py search "import numpy as" --without "import os"
     python analyze.py neurons                         # do features differ from neurons?
     python analyze.py complete --names=small,large    # which words have a feature of their own?
-    python analyze.py scaling --names=a,b,c           # loss against compute, from many runs' logs
+    python analyze.py scaling --names=a,b,c           # loss against compute, of many finished runs
     python analyze.py compare small large             # splitting; across two models: universality
     python analyze.py toy --name=toy                  # how many known directions were found?
 
@@ -637,7 +637,7 @@ def read_log(folder):
     """An autoencoder's log.jsonl -> {name: array (lines,)}; UserError where it is damaged."""
     path = os.path.join(folder, "log.jsonl")
     hint = f"run python train_sae.py --name={os.path.basename(folder)}"
-    names = ("step", "rows", "mse", "l1", "l0", "dead", "variance_explained")
+    names = ("step", "l0", "dead", "variance_explained")
     with reading(path, hint), open(path, encoding="utf-8") as file:
         log = [json.loads(line) for line in file]
         columns = {}
@@ -1306,39 +1306,50 @@ def print_words(words, n):
 
 
 @dataclass
-class Curve:
-    """The training of one autoencoder as a curve of loss against compute."""
+class Finished:
+    """A finished run of train_sae.py, one point of the scaling laws."""
     name: str
     d_in: int             # width of the activations
     n_features: int       # size of the dictionary
+    rows: int             # steps x batch
     learning_rate: float  # before any decay
-    compute: np.ndarray  # (lines of the log,) operations so far
-    loss: np.ndarray     # (lines of the log,)
-    settings: tuple      # what must agree between curves that are compared
+    loss: float           # on held-out rows, at the end
+    settings: tuple       # what must agree between runs that are compared
+
+    @property
+    def compute(self):
+        """
+        Operations: encoder and decoder, two per weight and row, and twice that for their
+        gradients.
+        """
+        return 12.0 * self.d_in * self.n_features * self.rows
 
 
-def read_curve(args, name):
-    """
-    The log of an autoencoder, by name or folder, as a Curve.
-
-    compute = 12 d_in n_features rows: encoder and decoder, two operations per weight and row, and
-    twice that for their gradients.
-
-    loss = mse + lambda l1, with the full lambda from the first step on.
-    """
+def read_finished(args, name):
+    """A run, by name or folder, as a Finished. UserError where it is none."""
     folder = folder_of(args, name)
-    sae = load_sae(os.path.join(folder, "sae.pt"))
-    log = read_log(folder)
+    path = os.path.join(folder, "sae.pt")
+    sae = load_sae(path)
     config = sae.config
-    flags = sae.extra["args"]
-    source = sae.extra["source"]
-    l1_coeff = flags["l1_coeff"]
-    compute = 12.0 * config.d_in * config.n_features * log["rows"]
-    loss = log["mse"] + l1_coeff * log["l1"]
-    data = (source.get("gpt"), source["site"], config.d_in)
-    settings = (*data, config.recipe, config.input_norm, config.center, l1_coeff)
-    rate = flags["learning_rate"]
-    return Curve(name, config.d_in, config.n_features, rate, compute, loss, settings)
+    with reading(path, "run train_sae.py again"):
+        flags = sae.extra["args"]
+        source = sae.extra["source"]
+        log = sae.extra["log"]
+        if sae.extra["step"] < flags["max_iters"]:
+            raise UserError("the run is not finished: run train_sae.py again with --resume")
+        if log[-1].get("held_out_loss") is None:
+            raise UserError("an older train_sae.py kept no held-out loss: train it again")
+        data = (source.get("gpt"), source["site"], source.get("acts"), config.d_in)
+        recipe = (config.recipe, config.input_norm, config.center, config.pre_bias, config.tied)
+        return Finished(
+            name=name,
+            d_in=config.d_in,
+            n_features=config.n_features,
+            rows=log[-1]["rows"],
+            learning_rate=flags["learning_rate"],
+            loss=log[-1]["held_out_loss"],
+            settings=(*data, *recipe, flags["l1_coeff"]),
+        )
 
 
 def power_law(x, y):
@@ -1347,98 +1358,161 @@ def power_law(x, y):
     return float(np.exp(log_c)), float(k)
 
 
-def frontier(curves, n_budgets=24):
+def optimum(points):
     """
-    The best of many curves for each budget of compute that any of them was at. Returns the
-    budgets, the index of the curve with the lowest loss at each, and that loss.
+    {x: loss} -> the x at which the loss is lowest, and that loss: of the parabola in log x through
+    the lowest point and its two neighbours. None where the lowest has one neighbour or none: what
+    is best may then lie beyond all that was tried.
     """
-    lowest = min(curve.compute[0] for curve in curves)
-    highest = max(curve.compute[-1] for curve in curves)
-    budgets = np.geomspace(lowest, highest, n_budgets)
-    losses = []
-    for curve in curves:  # infinite where it was not yet, or no more
-        logs = np.log(budgets), np.log(curve.compute)
-        losses.append(np.interp(*logs, curve.loss, left=np.inf, right=np.inf))
-    losses = np.array(losses)           # (curves, budgets)
-    known = np.isfinite(losses).any(0)  # between two runs there may be budgets of none
-    winners = losses.argmin(0)
-    return budgets[known], winners[known], losses.min(0)[known]
+    x = np.array(sorted(points))
+    losses = np.array([points[value] for value in x])
+    k = losses.argmin()
+    if k in (0, len(x) - 1):
+        return None
+    near = slice(k - 1, k + 2)
+    curvature, slope, loss = np.polyfit(np.log(x[near] / x[k]), losses[near], 2)
+    best = x[k] * np.exp(-slope / (2 * curvature))
+    return float(best), float(loss - slope**2 / (4 * curvature))
 
 
-def best_rates(curves):
+def by_budget(runs):
+    """Groups of runs of equal compute -> {compute: list of runs}, the smallest first."""
+    groups = defaultdict(list)
+    for run in sorted(runs, key=lambda run: run.compute):
+        groups[f"{run.compute:.2g}"].append(run)  # two digits: nearly the same is the same
+    return {group[0].compute: group for group in groups.values()}
+
+
+def frontier(runs):
     """
-    Of the curves that end at one budget the one with the lowest loss has the best learning rate.
-    Returns {budget: rate}, of the budgets at which several rates were tried.
+    Of runs at one learning rate the best size for each budget of compute, as far as `optimum`
+    knows one -> {compute: (n_features, loss)}
     """
-    ends = defaultdict(list)
-    for curve in curves:
-        budget = float(f"{curve.compute[-1]:.2g}")  # two digits: nearly the same is the same
-        ends[budget].append((curve.loss[-1], curve.learning_rate))
+    best = {}
+    for compute, group in by_budget(runs).items():
+        losses = {}  # of equal runs, which differ in the seed, that of the last
+        for run in group:
+            losses[run.n_features] = run.loss
+        found = optimum(losses)
+        if found:
+            best[compute] = found
+    return best
+
+
+def best_rates(runs):
+    """
+    The best learning rate for each budget of compute at which three or more were tried at one
+    size -> {compute: rate}. Of several such sizes the one with the lowest loss counts.
+    """
     rates = {}
-    for budget, group in ends.items():
-        if len({rate for _, rate in group}) > 1:
-            rates[budget] = min(group)[1]
+    for compute, group in by_budget(runs).items():
+        losses = defaultdict(dict)  # n_features -> {rate: loss}
+        for run in group:
+            losses[run.n_features][run.learning_rate] = run.loss
+        swept = [tried for tried in losses.values() if len(tried) > 2]
+        if swept:
+            best = optimum(min(swept, key=lambda tried: min(tried.values())))
+            if best:
+                rates[compute] = best[0]
     return rates
 
 
-def scaling_laws(curves):
+def scaling_laws(runs):
     """
-    Power laws of compute C (Templeton et al., "Scaling Laws") -> {what: (c, k) of c C^k}, and the
-    frontier from which they come: budgets, best n_features, losses
+    Power laws of compute C (Templeton et al., "Scaling Laws") -> {what: (c, k) of c C^k}, and what
+    they are fitted to: the learning rate that most runs have, the frontier of the runs with it,
+    best_rates. As in the paper, the rate is fixed for the frontier and swept afterwards.
     """
-    budgets, winners, losses = frontier(curves)
-    sizes = np.array([curves[k].n_features for k in winners])
+    counts = Counter(run.learning_rate for run in runs)
+    fixed_rate = counts.most_common(1)[0][0]
+    best = frontier([run for run in runs if run.learning_rate == fixed_rate])
     laws = {}
-    if len(curves) > 1 and budgets[-1] > budgets[0]:
-        rows = budgets / (12 * curves[0].d_in * sizes)  # what the rest of the budget buys
+    if len(best) > 1:
+        budgets = np.array(list(best))
+        sizes, losses = np.array(list(best.values())).T
+        rows = budgets / (12 * runs[0].d_in * sizes)  # what the rest of the budget buys
         laws["n_features"] = power_law(budgets, sizes)
         laws["steps x batch"] = power_law(budgets, rows)
         laws["loss"] = power_law(budgets, losses)
-    rates = best_rates(curves)
+    rates = best_rates(runs)
     if len(rates) > 1:
-        tried = np.array(list(rates))
-        best = np.array(list(rates.values()))
-        laws["learning_rate"] = power_law(tried, best)
-    return laws, budgets, sizes, losses
+        laws["learning_rate"] = power_law(list(rates), list(rates.values()))
+    return laws, fixed_rate, best, rates
+
+
+def draw_scaling(run, runs, best):
+    """Runs at one learning rate: loss against size, a line a budget, and against compute."""
+    groups = by_budget(runs)
+    with figure(os.path.join(run.folder, "scaling.png"), panels=2, width=9) as (left, right):
+        for rank, (compute, group) in enumerate(groups.items(), 1):  # the larger the darker
+            group = sorted(group, key=lambda other: other.n_features)
+            sizes = [other.n_features for other in group]
+            losses = [other.loss for other in group]
+            style = {"color": BLUE, "alpha": rank / len(groups)}
+            left.plot(sizes, losses, "o-", lw=1, label=f"{compute:.1e} operations", **style)
+            right.plot([compute] * len(losses), losses, "o", **style)
+        if best:
+            sizes, losses = zip(*best.values())
+            left.plot(sizes, losses, "x", color=RED)
+            right.plot(list(best), losses, "x:", color=RED, label="frontier")
+        left.set(xscale="log", xlabel="features", ylabel="held-out loss")
+        right.set(xscale="log", xlabel="compute (operations)", ylabel="held-out loss")
 
 
 def show_scaling(run, args):
-    """Loss against compute, from the logs of runs that differ in size, steps or learning rate."""
-    print(f"{'run':>16}  features        lr   compute      loss")
-    curves = []
+    """Loss against compute: finished runs that differ in size, steps or learning rate."""
+    print(f"{'run':>20}  features  steps x batch        lr   compute  held-out loss")
+    runs = []
     for name in args.names:
-        curve = read_curve(args, name)
-        curves.append(curve)
+        other = read_finished(args, name)
+        runs.append(other)
         print(
-            f"{name:>16}  {curve.n_features:8,}  {curve.learning_rate:8.1e}  "
-            f"{curve.compute[-1]:.2e}  {curve.loss[-1]:8.3f}"
+            f"{name:>20}  {other.n_features:8,}  {other.rows:13,}  {other.learning_rate:8.1e}  "
+            f"{other.compute:.2e}  {other.loss:13.3f}"
         )
-    if len({curve.settings for curve in curves}) > 1:
+    if any(other.settings != runs[0].settings for other in runs):
         raise UserError(
             "these runs differ in data, site, recipe, normalisation or lambda: "
             "give --names that agree"
         )
-    laws, budgets, sizes, losses = scaling_laws(curves)
-    for name, (c, k) in laws.items():
-        print(f"best {name} for a budget C: {c:.3g} x C^{k:+.3f}")
-
-    all_sizes = sorted({curve.n_features for curve in curves})
-    with figure(os.path.join(run.folder, "scaling.png")) as ax:
-        for rank, size in enumerate(all_sizes, 1):  # the larger the darker
-            for curve in curves:
-                if curve.n_features == size:
-                    shade = rank / len(all_sizes)
-                    line, = ax.plot(curve.compute, curve.loss, color=BLUE, alpha=shade, lw=1)
-            line.set_label(f"{size:,} features")  # one line of the legend for each size
-        ax.plot(budgets, losses, ":", color=RED, label="frontier")
-        ax.set(xscale="log", xlabel="compute (operations)", ylabel="loss")
+    laws, fixed_rate, best, rates = scaling_laws(runs)
+    print(f"\nat learning rate {fixed_rate:g}, of runs of equal compute the best:")
+    at_fixed_rate = [other for other in runs if other.learning_rate == fixed_rate]
+    for compute in by_budget(at_fixed_rate):
+        found = "none that lies between others that were tried"
+        if compute in best:
+            size, loss = best[compute]
+            found = f"{size:,.0f} features, loss {loss:.3f}"
+        print(f"  {compute:.2e}  {found}")
+    print_laws(laws)
+    draw_scaling(run, at_fixed_rate, best)
     save(
         run,
         "scaling",
         laws=laws,
-        budgets=budgets.tolist(),
-        best_sizes=sizes.tolist(),
-        best_losses=losses.tolist(),
+        learning_rate=fixed_rate,
+        budgets=list(best),
+        best_sizes=[size for size, _ in best.values()],
+        best_losses=[loss for _, loss in best.values()],
+        best_rates=list(rates.items()),
+    )
+
+
+def print_laws(laws):
+    """The power laws, how sizes and steps grow beside the paper, or what is needed to tell."""
+    for name, (c, k) in laws.items():
+        print(f"best {name} for a budget C: {c:.3g} x C^{k:+.3f}")
+    if "n_features" not in laws:
+        print(
+            "a law of size and steps needs two budgets, each spent by three sizes or more of "
+            "which one in the middle is best (compute is that of n_features x max_iters)"
+        )
+        return
+    k, steps_k = laws["n_features"][1], laws["steps x batch"][1]
+    compared = "faster" if k > steps_k else "slower"
+    print(
+        f"here features grow {compared} than steps (C^{k:.2f} against C^{steps_k:.2f}), "
+        "in the paper somewhat faster"
     )
 
 
