@@ -1457,6 +1457,11 @@ def draw_scaling(run, runs, best):
             right.plot(list(best), losses, "x:", color=RED, label="frontier")
         left.set(xscale="log", xlabel="features", ylabel="held-out loss")
         right.set(xscale="log", xlabel="compute (operations)", ylabel="held-out loss")
+        all_sizes = sorted({other.n_features for other in runs})
+        left.set_xticks(all_sizes, all_sizes)
+        right.set_xticks(list(groups), [f"{compute:.1e}" for compute in groups])
+        for ax in (left, right):
+            ax.minorticks_off()  # their labels would overlap
 
 
 def show_scaling(run, args):
