@@ -10,7 +10,7 @@ features.
     python analyze.py search "import numpy as" --without "import os"
     python analyze.py neurons                         # do features differ from neurons?
     python analyze.py complete --names=small,large    # which words have a feature of their own?
-    python analyze.py scaling --names=a,b,c           # loss against compute, from many runs' logs
+    python analyze.py scaling --names=a,b,c           # loss against compute, of many finished runs
     python analyze.py compare small large             # splitting; across two models: universality
     python analyze.py toy --name=toy                  # how many known directions were found?
     python analyze.py feature 5 --name=own --texts=lines.txt  # of activations without a model
@@ -84,7 +84,7 @@ def parse_args():
         help="held-out tokens, or rows, whose activations are kept in memory, for examples and "
         "all other analyses")
     add("--show", type=at_least(1), default=10,
-        help="how many features to print (report: of each kind)")
+        help="how many features to print (report: of each kind); complete: how many words")
     add("--prompt", default="", help="cause, steer: text to start from")
     add("--target", default="",
         help="cause: token to explain, by default the most likely one; steer: token whose "
@@ -96,7 +96,8 @@ def parse_args():
         help="steer: which feature, or several with commas between")
     add("--value", default="-2,0,1,2,4",
         help="steer: clamp to these multiples of its maximum, as --value=-2,0,1")
-    add("--without", nargs="*", default=[], help="search: texts that lack the concept")
+    add("--without", nargs="*", default=[],
+        help="search: texts that lack the concept; no feature active on one is shown")
     add("--words", default="",
         help="complete: file of words (ASCII letters); default: words of the held-out text")
     return parser.parse_args()
@@ -896,7 +897,7 @@ def read_log(folder):
     """An autoencoder's log.jsonl -> {name: array (lines,)}; UserError where it is damaged."""
     path = os.path.join(folder, "log.jsonl")
     hint = "train_sae.py writes it: copy it from where the autoencoder was trained"
-    names = ("step", "rows", "mse", "l1", "l0", "dead", "variance_explained")
+    names = ("step", "l0", "dead", "variance_explained")
     with reading(path, hint), open(path, encoding="utf-8") as file:
         log = [json.loads(line) for line in file]
         columns = {}
@@ -1398,37 +1399,47 @@ def read_marked(run, text):
 
 def search_scores(run, texts, without=()):
     """
-    Returns scores (m,): a feature's activation on each text's marked token (else its last), plus
-    its mean over the text, averaged over the texts; minus twice the highest it reaches on any
-    text without the concept (Templeton et al., "Searching for Specific Features").
+    Returns scores (m,), a feature's activation on each text's marked token (else its last) plus
+    its mean over the text, averaged over the texts; and on how many of them it is active (m,).
+    Both are 0 for what is active anywhere in a text without the concept (Templeton et al.,
+    "Searching for Specific Features").
     """
-    found = []
+    scores = []
+    active = []
     for text in texts:
         f, place = read_marked(run, text)
-        found.append(f[place] + f.mean(0))
-    elsewhere = [torch.zeros_like(found[0])]  # without such texts nothing is taken off
+        scores.append(f[place] + f.mean(0))
+        active.append(f.amax(0) > 0)
+    absent = torch.ones_like(active[0])  # from all texts without the concept
     for text in without:
         f, _ = read_marked(run, text)
-        elsewhere.append(f.amax(0))
-    scores = torch.stack(found).mean(0) - 2 * torch.stack(elsewhere).amax(0)
-    return scores.cpu().numpy()
+        absent &= f.amax(0) == 0
+    scores = torch.stack(scores).mean(0) * absent
+    n_active = torch.stack(active).sum(0) * absent
+    return scores.cpu().numpy(), n_active.cpu().numpy()
 
 
 def show_search(run, args):
-    """Features most active on texts with a concept and not on texts without it."""
+    """
+    The features of a concept: those active on the most texts that have it come first, the
+    highest scores among them, and none that is active on a text without it.
+    """
     if not args.arguments:
         example = 'python analyze.py search "import numpy" --without "import os"'
         raise UserError(f"search takes texts, as in: {example}")
-    scores = search_scores(run, args.arguments, args.without)
-    ranked = np.argsort(-scores, kind="stable")[:args.show].tolist()
-    hits = [i for i in ranked if scores[i] > 0]
+    scores, n_active = search_scores(run, args.arguments, args.without)
+    ranked = np.lexsort((-scores, -n_active)).tolist()  # by n_active, the equal ones by score
+    hits = [i for i in ranked if n_active[i] > 0][:args.show]
     if not hits:
         addition = " but not on the texts without it" if args.without else ""
         print(f"no feature is active there{addition}")
+    n_texts = len(args.arguments)
     for i, acts in zip(hits, run.activations(hits)):
         note = f"  score {scores[i]:.2f}"
+        if n_texts > 1:
+            note += f", active on {n_active[i]} of {n_texts} texts"
         print_feature(run, i, acts, n_top=4, n_intervals=0, each=0, note=note)
-    scored = [[i, float(scores[i])] for i in hits]
+    scored = [[i, float(scores[i]), int(n_active[i])] for i in hits]
     save(run, "search", texts=args.arguments, without=args.without, hits=scored)
 
 
@@ -1599,9 +1610,12 @@ def word_places(run, path, n=240):
     """
     The concepts that are looked for -> {word: positions of its last token}: the words of a
     file, or n of the words with 3 or more occurrences, evenly spaced in the log of their
-    rank.
+    rank. Of both kinds only words that occur in both halves of the text.
     """
-    places = find_words(run)
+    places = {}
+    for word, positions in find_words(run).items():
+        if all(map(len, halves(run, positions))):
+            places[word] = positions
     if path:
         with open(path, encoding="utf-8", errors="replace") as file:
             wanted = [word for word in file.read().split() if word in places]
@@ -1614,29 +1628,52 @@ def word_places(run, path, n=240):
     return {word: places[word] for word in wanted}
 
 
+def halves(run, positions):
+    """
+    Positions (k,) -> those in even and those in odd contexts: no context is in both halves.
+
+    A first and a second half would share no document either, but words would be more frequent
+    in one than in the other, and F1 depends on how frequent the word is.
+    """
+    odd = positions // run.T % 2 == 1
+    return positions[~odd], positions[odd]
+
+
 def best_detectors(run, places):
     """
     For each word the feature that detects it best -> F1 (words,), feature (words,), number of
     alive features. A feature detects a token when its activation is over 0, 1/4 or 1/2 of its
     maximum, whichever serves the word best.
+
+    Feature and threshold are chosen on one half of the text, and the F1 is that of the other:
+    among so many features, one suits a word with few occurrences by chance.
     """
-    f1 = np.zeros(len(places))
+    everywhere = halves(run, np.arange(len(run.tokens)))
+    split = [halves(run, positions) for positions in places.values()]
+    chosen_f1 = np.zeros(len(places))  # on the half that chooses
+    judged_f1 = np.zeros(len(places))
     best = np.zeros(len(places), dtype=int)
     n_alive = 0
     for block in tracked("looking for words", blocks(run.n_features), "features"):
         acts = run.activations(block)
-        highest = acts.max(1, keepdims=True)
-        n_alive += int((highest > 0).sum())
+        n_alive += int(acts.any(1).sum())
+        highest = acts[:, everywhere[0]].max(1, keepdims=True)
         for threshold in (0, 0.25, 0.5):
             fired = acts > threshold * highest  # (features, N T)
-            n_fired = fired.sum(1)
-            for k, positions in enumerate(places.values()):
-                right = fired[:, positions].sum(1)  # (features,)
-                scores = 2 * right / (n_fired + len(positions))  # F1: 2 right / (fired + there)
-                if scores.max() > f1[k]:
-                    f1[k] = scores.max()
-                    best[k] = block[scores.argmax()]
-    return f1, best, n_alive
+            n_fired = [fired[:, half].sum(1) for half in everywhere]
+            for k, (choose, judge) in enumerate(split):
+                scores = f1_score(fired[:, choose].sum(1), n_fired[0], len(choose))
+                i = scores.argmax()
+                if scores[i] > chosen_f1[k]:
+                    chosen_f1[k] = scores[i]
+                    judged_f1[k] = f1_score(fired[i, judge].sum(), n_fired[1][i], len(judge))
+                    best[k] = block[i]
+    return judged_f1, best, n_alive
+
+
+def f1_score(n_right, n_fired, n_there):
+    """The harmonic mean of precision, n_right / n_fired, and recall, n_right / n_there."""
+    return 2 * n_right / (n_fired + n_there)
 
 
 def sigmoid(x, a, b):
@@ -1658,6 +1695,16 @@ def fit_sigmoid(x, y, n_iters=50, ridge=1e-6):
         hessian = X.T @ (X * (p * (1 - p))[:, None]) + ridge * np.eye(2)
         w = w + np.linalg.solve(hessian, gradient)
     return w
+
+
+def midpoint(x, a, b):
+    """
+    10^x where sigmoid(a + b x) is 1/2; None where it falls, or is 1/2 outside of the range of
+    x (n,), the values it was fitted to.
+    """
+    if b <= 0 or not x.min() <= -a / b <= x.max():
+        return None
+    return float(10 ** (-a / b))
 
 
 def completeness(run, places, frequency, threshold):
@@ -1698,12 +1745,18 @@ def show_complete(run, args, threshold=0.5):
     """
     Which words have a feature of their own? The share rises with the word's frequency and
     with the number of alive features: a sigmoid in the log of their product (Templeton et
-    al., "Feature Completeness").
+    al., "Feature Completeness"). In the paper it is 1/2 at a frequency slightly below the
+    inverse of the number of alive features.
     """
+    if len(run.contexts) < 2:
+        raise UserError(
+            f"complete chooses on one context of {run.T} tokens and judges on another: "
+            "raise --read_tokens, or hold out more text"
+        )
     places = word_places(run, args.words)
     if not places:
         if args.words:
-            raise UserError("the held-out text has none of these words")
+            raise UserError("the held-out text has none of these words in both of its halves")
         raise UserError("the held-out text is too short")
     counts = [len(positions) for positions in places.values()]
     frequency = np.array(counts) / len(run.tokens)  # (words,), of all tokens
@@ -1726,13 +1779,17 @@ def show_complete(run, args, threshold=0.5):
     alive = {name: result["alive"] for name, result in results.items()}
     x = np.concatenate([np.log10(frequency * n) for n in alive.values()])
     a, b = fit_sigmoid(x, np.concatenate(list(found.values())))
+    middle = midpoint(x, a, b)
+    where = "none of these frequencies"
+    if middle is not None:
+        where = f"a frequency of {middle:.2g} / alive features"
     print(
-        f"P(found) = sigmoid({a:.2f} + {b:.2f} log10(frequency x alive features)): "
-        f"1/2 at {10 ** (-a / b):.2g}"
+        f"P(found) = sigmoid({a:.2f} + {b:.2f} log10(frequency x alive features))\n"
+        f"1/2 at {where} (the paper: slightly below 1 / alive features)"
     )
-    print_words(results[args.names[-1]]["words"], 2 * args.show)
+    print_words(results[args.names[-1]]["words"], args.show)
     draw_complete(run, frequency, found, alive, a, b)
-    save(run, "complete", threshold=threshold, a=a, b=b, runs=results)
+    save(run, "complete", threshold=threshold, a=a, b=b, midpoint=middle, runs=results)
 
 
 def print_words(words, n):
@@ -1748,41 +1805,52 @@ def print_words(words, n):
 
 
 @dataclass
-class Curve:
-    """The training of one autoencoder as a curve of loss against compute."""
+class Finished:
+    """A finished run of train_sae.py, one point of the scaling laws."""
     name: str
     d_in: int             # width of the activations
     n_features: int       # size of the dictionary
+    rows: int             # steps x batch
     learning_rate: float  # before any decay
-    compute: np.ndarray  # (lines of the log,) operations so far
-    loss: np.ndarray     # (lines of the log,)
-    settings: tuple      # what must agree between curves that are compared
+    loss: float           # on held-out rows, at the end
+    settings: tuple       # what must agree between runs that are compared
+
+    @property
+    def compute(self):
+        """
+        Operations: encoder and decoder, two per weight and row, and twice that for their
+        gradients.
+        """
+        return 12.0 * self.d_in * self.n_features * self.rows
 
 
-def read_curve(args, name):
-    """
-    The log of an autoencoder, by name or folder, as a Curve.
-
-    compute = 12 d_in n_features rows: encoder and decoder, two operations per weight and row, and
-    twice that for their gradients.
-
-    loss = mse + lambda l1, with the full lambda from the first step on.
-    """
+def read_finished(args, name):
+    """A run, by name or folder, as a Finished. UserError where it is none."""
     folder = folder_of(args, name)
-    sae = load_sae(os.path.join(folder, "sae.pt"))
+    path = os.path.join(folder, "sae.pt")
+    sae = load_sae(path)
     if not sae.extra.keys() >= {"args", "source"}:
-        raise UserError(f"{folder}/sae.pt does not say how it was trained: leave it out")
-    log = read_log(folder)
+        raise UserError(f"{path} does not say how it was trained: leave it out")
     config = sae.config
-    flags = sae.extra["args"]
-    source = sae.extra["source"]
-    l1_coeff = flags["l1_coeff"]
-    compute = 12.0 * config.d_in * config.n_features * log["rows"]
-    loss = log["mse"] + l1_coeff * log["l1"]
-    data = (source.get("gpt"), source["site"], config.d_in)
-    settings = (*data, config.recipe, config.input_norm, config.center, l1_coeff)
-    rate = flags["learning_rate"]
-    return Curve(name, config.d_in, config.n_features, rate, compute, loss, settings)
+    with reading(path, "run train_sae.py again"):
+        flags = sae.extra["args"]
+        source = sae.extra["source"]
+        log = sae.extra["log"]
+        if sae.extra["step"] < flags["max_iters"]:
+            raise UserError("the run is not finished: run train_sae.py again with --resume")
+        if log[-1].get("held_out_loss") is None:
+            raise UserError("an older train_sae.py kept no held-out loss: train it again")
+        data = (source.get("gpt"), source["site"], source.get("acts"), config.d_in)
+        recipe = (config.recipe, config.input_norm, config.center, config.pre_bias, config.tied)
+        return Finished(
+            name=name,
+            d_in=config.d_in,
+            n_features=config.n_features,
+            rows=log[-1]["rows"],
+            learning_rate=flags["learning_rate"],
+            loss=log[-1]["held_out_loss"],
+            settings=(*data, *recipe, flags["l1_coeff"]),
+        )
 
 
 def power_law(x, y):
@@ -1791,98 +1859,166 @@ def power_law(x, y):
     return float(np.exp(log_c)), float(k)
 
 
-def frontier(curves, n_budgets=24):
+def optimum(points):
     """
-    The best of many curves for each budget of compute that any of them was at. Returns the
-    budgets, the index of the curve with the lowest loss at each, and that loss.
+    {x: loss} -> the x at which the loss is lowest, and that loss: of the parabola in log x through
+    the lowest point and its two neighbours. None where the lowest has one neighbour or none: what
+    is best may then lie beyond all that was tried.
     """
-    lowest = min(curve.compute[0] for curve in curves)
-    highest = max(curve.compute[-1] for curve in curves)
-    budgets = np.geomspace(lowest, highest, n_budgets)
-    losses = []
-    for curve in curves:  # infinite where it was not yet, or no more
-        logs = np.log(budgets), np.log(curve.compute)
-        losses.append(np.interp(*logs, curve.loss, left=np.inf, right=np.inf))
-    losses = np.array(losses)           # (curves, budgets)
-    known = np.isfinite(losses).any(0)  # between two runs there may be budgets of none
-    winners = losses.argmin(0)
-    return budgets[known], winners[known], losses.min(0)[known]
+    x = np.array(sorted(points))
+    losses = np.array([points[value] for value in x])
+    k = losses.argmin()
+    if k in (0, len(x) - 1):
+        return None
+    near = slice(k - 1, k + 2)
+    curvature, slope, loss = np.polyfit(np.log(x[near] / x[k]), losses[near], 2)
+    best = x[k] * np.exp(-slope / (2 * curvature))
+    return float(best), float(loss - slope**2 / (4 * curvature))
 
 
-def best_rates(curves):
+def by_budget(runs):
+    """Groups of runs of equal compute -> {compute: list of runs}, the smallest first."""
+    groups = defaultdict(list)
+    for run in sorted(runs, key=lambda run: run.compute):
+        groups[f"{run.compute:.2g}"].append(run)  # two digits: nearly the same is the same
+    return {group[0].compute: group for group in groups.values()}
+
+
+def frontier(runs):
     """
-    Of the curves that end at one budget the one with the lowest loss has the best learning rate.
-    Returns {budget: rate}, of the budgets at which several rates were tried.
+    Of runs at one learning rate the best size for each budget of compute, as far as `optimum`
+    knows one -> {compute: (n_features, loss)}
     """
-    ends = defaultdict(list)
-    for curve in curves:
-        budget = float(f"{curve.compute[-1]:.2g}")  # two digits: nearly the same is the same
-        ends[budget].append((curve.loss[-1], curve.learning_rate))
+    best = {}
+    for compute, group in by_budget(runs).items():
+        losses = {}  # of equal runs, which differ in the seed, that of the last
+        for run in group:
+            losses[run.n_features] = run.loss
+        found = optimum(losses)
+        if found:
+            best[compute] = found
+    return best
+
+
+def best_rates(runs):
+    """
+    The best learning rate for each budget of compute at which three or more were tried at one
+    size -> {compute: rate}. Of several such sizes the one with the lowest loss counts.
+    """
     rates = {}
-    for budget, group in ends.items():
-        if len({rate for _, rate in group}) > 1:
-            rates[budget] = min(group)[1]
+    for compute, group in by_budget(runs).items():
+        losses = defaultdict(dict)  # n_features -> {rate: loss}
+        for run in group:
+            losses[run.n_features][run.learning_rate] = run.loss
+        swept = [tried for tried in losses.values() if len(tried) > 2]
+        if swept:
+            best = optimum(min(swept, key=lambda tried: min(tried.values())))
+            if best:
+                rates[compute] = best[0]
     return rates
 
 
-def scaling_laws(curves):
+def scaling_laws(runs):
     """
-    Power laws of compute C (Templeton et al., "Scaling Laws") -> {what: (c, k) of c C^k}, and the
-    frontier from which they come: budgets, best n_features, losses
+    Power laws of compute C (Templeton et al., "Scaling Laws") -> {what: (c, k) of c C^k}, and what
+    they are fitted to: the learning rate that most runs have, the frontier of the runs with it,
+    best_rates. As in the paper, the rate is fixed for the frontier and swept afterwards.
     """
-    budgets, winners, losses = frontier(curves)
-    sizes = np.array([curves[k].n_features for k in winners])
+    counts = Counter(run.learning_rate for run in runs)
+    fixed_rate = counts.most_common(1)[0][0]
+    best = frontier([run for run in runs if run.learning_rate == fixed_rate])
     laws = {}
-    if len(curves) > 1 and budgets[-1] > budgets[0]:
-        rows = budgets / (12 * curves[0].d_in * sizes)  # what the rest of the budget buys
+    if len(best) > 1:
+        budgets = np.array(list(best))
+        sizes, losses = np.array(list(best.values())).T
+        rows = budgets / (12 * runs[0].d_in * sizes)  # what the rest of the budget buys
         laws["n_features"] = power_law(budgets, sizes)
         laws["steps x batch"] = power_law(budgets, rows)
         laws["loss"] = power_law(budgets, losses)
-    rates = best_rates(curves)
+    rates = best_rates(runs)
     if len(rates) > 1:
-        tried = np.array(list(rates))
-        best = np.array(list(rates.values()))
-        laws["learning_rate"] = power_law(tried, best)
-    return laws, budgets, sizes, losses
+        laws["learning_rate"] = power_law(list(rates), list(rates.values()))
+    return laws, fixed_rate, best, rates
+
+
+def draw_scaling(run, runs, best):
+    """Runs at one learning rate: loss against size, a line a budget, and against compute."""
+    groups = by_budget(runs)
+    with figure(os.path.join(run.folder, "scaling.png"), panels=2, width=9) as (left, right):
+        for rank, (compute, group) in enumerate(groups.items(), 1):  # the larger the darker
+            group = sorted(group, key=lambda other: other.n_features)
+            sizes = [other.n_features for other in group]
+            losses = [other.loss for other in group]
+            style = {"color": BLUE, "alpha": rank / len(groups)}
+            left.plot(sizes, losses, "o-", lw=1, label=f"{compute:.1e} operations", **style)
+            right.plot([compute] * len(losses), losses, "o", **style)
+        if best:
+            sizes, losses = zip(*best.values())
+            left.plot(sizes, losses, "x", color=RED)
+            right.plot(list(best), losses, "x:", color=RED, label="frontier")
+        left.set(xscale="log", xlabel="features", ylabel="held-out loss")
+        right.set(xscale="log", xlabel="compute (operations)", ylabel="held-out loss")
+        all_sizes = sorted({other.n_features for other in runs})
+        left.set_xticks(all_sizes, all_sizes)
+        right.set_xticks(list(groups), [f"{compute:.1e}" for compute in groups])
+        for ax in (left, right):
+            ax.minorticks_off()  # their labels would overlap
 
 
 def show_scaling(run, args):
-    """Loss against compute, from the logs of runs that differ in size, steps or learning rate."""
-    print(f"{'run':>16}  features        lr   compute      loss")
-    curves = []
+    """Loss against compute: finished runs that differ in size, steps or learning rate."""
+    print(f"{'run':>20}  features  steps x batch        lr   compute  held-out loss")
+    runs = []
     for name in args.names:
-        curve = read_curve(args, name)
-        curves.append(curve)
+        other = read_finished(args, name)
+        runs.append(other)
         print(
-            f"{name:>16}  {curve.n_features:8,}  {curve.learning_rate:8.1e}  "
-            f"{curve.compute[-1]:.2e}  {curve.loss[-1]:8.3f}"
+            f"{name:>20}  {other.n_features:8,}  {other.rows:13,}  {other.learning_rate:8.1e}  "
+            f"{other.compute:.2e}  {other.loss:13.3f}"
         )
-    if len({curve.settings for curve in curves}) > 1:
+    if any(other.settings != runs[0].settings for other in runs):
         raise UserError(
             "these runs differ in data, site, recipe, normalisation or lambda: "
             "give --names that agree"
         )
-    laws, budgets, sizes, losses = scaling_laws(curves)
-    for name, (c, k) in laws.items():
-        print(f"best {name} for a budget C: {c:.3g} x C^{k:+.3f}")
-
-    all_sizes = sorted({curve.n_features for curve in curves})
-    with figure(os.path.join(run.folder, "scaling.png")) as ax:
-        for rank, size in enumerate(all_sizes, 1):  # the larger the darker
-            for curve in curves:
-                if curve.n_features == size:
-                    shade = rank / len(all_sizes)
-                    line, = ax.plot(curve.compute, curve.loss, color=BLUE, alpha=shade, lw=1)
-            line.set_label(f"{size:,} features")  # one line of the legend for each size
-        ax.plot(budgets, losses, ":", color=RED, label="frontier")
-        ax.set(xscale="log", xlabel="compute (operations)", ylabel="loss")
+    laws, fixed_rate, best, rates = scaling_laws(runs)
+    print(f"\nat learning rate {fixed_rate:g}, of runs of equal compute the best:")
+    at_fixed_rate = [other for other in runs if other.learning_rate == fixed_rate]
+    for compute in by_budget(at_fixed_rate):
+        found = "none that lies between others that were tried"
+        if compute in best:
+            size, loss = best[compute]
+            found = f"{size:,.0f} features, loss {loss:.3f}"
+        print(f"  {compute:.2e}  {found}")
+    print_laws(laws)
+    draw_scaling(run, at_fixed_rate, best)
     save(
         run,
         "scaling",
         laws=laws,
-        budgets=budgets.tolist(),
-        best_sizes=sizes.tolist(),
-        best_losses=losses.tolist(),
+        learning_rate=fixed_rate,
+        budgets=list(best),
+        best_sizes=[size for size, _ in best.values()],
+        best_losses=[loss for _, loss in best.values()],
+        best_rates=list(rates.items()),
+    )
+
+
+def print_laws(laws):
+    """The power laws, how sizes and steps grow beside the paper, or what is needed to tell."""
+    for name, (c, k) in laws.items():
+        print(f"best {name} for a budget C: {c:.3g} x C^{k:+.3f}")
+    if "n_features" not in laws:
+        print(
+            "a law of size and steps needs two budgets, each spent by three sizes or more of "
+            "which one in the middle is best (compute is that of n_features x max_iters)"
+        )
+        return
+    k, steps_k = laws["n_features"][1], laws["steps x batch"][1]
+    compared = "faster" if k > steps_k else "slower"
+    print(
+        f"here features grow {compared} than steps (C^{k:.2f} against C^{steps_k:.2f}), "
+        "in the paper somewhat faster"
     )
 
 

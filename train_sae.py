@@ -548,10 +548,11 @@ def log_note(line):
     )
 
 
-def train(training, store, args, machine):
+def train(training, store, val_store, args, machine):
     """
-    Trains until args.max_iters steps are done or somebody interrupts, and saves. What only some
-    recipes do stands in the loop for all: it asks the recipe first.
+    Trains until args.max_iters steps are done, then judges on val_store, or until somebody
+    interrupts, and saves. What only some recipes do stands in the loop for all: it asks the
+    recipe first.
     """
     sae, optimizer, recipe = training.sae, training.optimizer, training.sae.recipe
     loss_of = torch.compile(sae.loss) if machine.compiled else sae.loss
@@ -601,18 +602,36 @@ def train(training, store, args, machine):
             progress.show(training.step, lambda: log_note(training.log[-1]), finished)
         if training.step % args.save_interval == 0 and not finished:
             save(training, loss, args, machine.rank)
+    if training.step == args.max_iters:  # before it is saved as finished, so that none lacks it
+        judge(training, val_store, args, machine.device)
     save(training, loss, args, machine.rank)
 
 
 @torch.no_grad()
-def judge(sae, val_store, device):
-    """Prints how well some held-out rows are explained."""
+def judge(training, val_store, args, device):
+    """
+    Prints how well some held-out rows are explained, and adds the loss of more of them to the
+    last line of the log: by it analyze.py compares runs.
+    """
+    sae = training.sae
     x = val_store.batch(0, min(2048, val_store.rows)).to(device)  # (N, d_in), raw
     l0 = (sae.encode(x) > 0).sum() / len(x)
     error = (sae(x) - x).cpu().double().square().sum().item()
     share = show_explained(explained_share(error, variance_of(x)))
     rows = "row" if len(x) == 1 else "rows"
     print(f"{len(x):,} held-out {rows}: variance explained {share} at L0 {l0:.1f}")
+    training.log[-1]["held_out_loss"] = held_out_loss(sae, val_store, args.l1_coeff, device)
+
+
+def held_out_loss(sae, val_store, l1_coeff, device):
+    """The recipe's loss with this lambda, its mean over held-out rows, 65,536 of them at most."""
+    n_rows = min(2**16, val_store.rows)  # the same rows for every run on the same data
+    total = 0.0
+    for start in range(0, n_rows, 4096):
+        x = val_store.batch(start, min(4096, n_rows - start)).to(device)
+        loss, _ = sae.loss(x, l1_coeff)
+        total += loss.item() * len(x)
+    return total / n_rows
 
 
 def main():
@@ -651,11 +670,10 @@ def main():
     if args.input_norm != "token":
         papers = paper_lambda(args.l1_coeff, store.width, scale)
         print(f"lambda {args.l1_coeff:g} is {papers:.3g} in the units of Bricken et al.")
-    train(training, store, args, machine)
+    train(training, store, val_store, args, machine)
     if training.step < args.max_iters:
         raise KeyboardInterrupt(f"step {training.step:,}")  # `run` says how to go on
 
-    judge(training.sae, val_store, machine.device)
     command = "analyze.py toy" if args.acts == "toy" else "analyze.py"
     print(f"wrote {path}; next: python {command} --name={args.name} --out_dir={args.out_dir}")
 

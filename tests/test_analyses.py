@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import analyze
+import train_sae
 from conftest import SMALL_GPT, SMALL_SAE, script
 from model import GPT, GPTConfig, bpe_tokenizer, save_checkpoint, save_tokenizer
 from sae import SAEConfig, SparseAutoencoder, load_sae, own_source, save_sae
@@ -315,9 +316,13 @@ def test_search_reads_the_token_of_the_last_marked_character_and_the_mean_over_t
     ids = TOKENIZER.encode_ordinary(re.sub("[«»]", "", text))
     at, = [t for t in ids if TOKENIZER.decode([t]) == read]
     expected = table[at] + table[ids].mean(0)
-    np.testing.assert_allclose(analyze.search_scores(this, [text]), expected, rtol=1e-5, atol=1e-6)
+    scores, n_active = analyze.search_scores(this, [text])
+    np.testing.assert_allclose(scores, expected, rtol=1e-5, atol=1e-6)
+    assert set(np.flatnonzero(n_active)) == set(ids) and n_active.max() == 1
     x = table[ord("x")]  # a text of one token: read, and the mean
-    np.testing.assert_allclose(analyze.search_scores(this, [text, "x"]), (expected + 2 * x) / 2, rtol=1e-5, atol=1e-6)
+    scores, n_active = analyze.search_scores(this, [text, "x"])
+    np.testing.assert_allclose(scores, (expected + 2 * x) / 2, rtol=1e-5, atol=1e-6)
+    assert n_active.sum() == len(set(ids)) + 1
 
 
 @pytest.mark.parametrize("rival", [
@@ -326,8 +331,31 @@ def test_search_reads_the_token_of_the_last_marked_character_and_the_mean_over_t
 def test_search_finds_a_concept_behind_stronger_features_that_texts_without_it_have_too(tmp_path, rival):
     this = lookup_run(tmp_path, "foo bar baz\n" * 20, fires({7: {" foo": 1.0}, 280: rival}))
     texts, without = ["x foo", "~ bar« foo» bar"], ["x bar", "y bar baz", "~ bar", "z"]
-    assert analyze.search_scores(this, texts).argmax() == 280
-    assert analyze.search_scores(this, texts, without).argmax() == 7
+    assert analyze.search_scores(this, texts)[0].argmax() == 280
+    scores, n_active = analyze.search_scores(this, texts, without)
+    assert scores.argmax() == 7 and np.flatnonzero(n_active).tolist() == [7]
+
+
+def test_search_lists_what_all_texts_have_first_and_nothing_that_a_text_without_has(tmp_path):
+    """
+    Feature 3 is strongest, but on one of three texts; 5 is on two of them, 7 and 8 on all, 8 the stronger; 9 is on
+    all, and in the middle of a text without the concept just so.
+    """
+    table = fires({3: {"x": 9.0}, 5: {"x": 5.0, "y": 5.0}, 7: dict.fromkeys("xyz", 1.0), 8: dict.fromkeys("xyz", 2.0),
+                   9: dict.fromkeys("xyz", 8.0) | {"~": 0.01}})
+    lookup_run(tmp_path, "foo bar baz xyz\n" * 20, table)
+    texts, without = ("x foo", "« y» bar", "z"), ("foo bar", "foo ~ bar")
+    printed = analyzed(tmp_path, "search", *texts, "--without", *without)
+    assert re.findall(r"feature (\d+) .*active on (\d) of 3 texts", printed) == [
+        ("8", "3"), ("7", "3"), ("5", "2"), ("3", "1")]
+    hits = numbers_in(tmp_path / "sae/scaling/search.json")["hits"]
+    assert [[i, n] for i, _, n in hits] == [[8, 3], [7, 3], [5, 2], [3, 1]]
+    # of x, " ", "foo": the last is 0, so a third of 9; of y, marked, 0 at the others: averaged over three texts
+    ids = [TOKENIZER.encode_ordinary(re.sub("[«»]", "", text)) for text in texts]
+    by_hand = {8: 2 / len(ids[0]) + 2 + 2 / len(ids[1]) + 4, 3: 9 / len(ids[0])}
+    assert {i: score for i, score, _ in hits if i in by_hand} == pytest.approx({i: v / 3 for i, v in by_hand.items()})
+    printed = analyzed(tmp_path, "search", *texts, "--show=2")
+    assert re.findall(r"feature (\d+) ", printed) == ["9", "8"]
 
 
 def test_search_prints_the_planted_feature_first_and_says_when_there_is_none(tmp_path):
@@ -602,16 +630,30 @@ def test_a_word_is_where_its_last_token_is(tmp_path):
 
 
 def test_without_a_file_words_are_those_that_occur_three_times(tmp_path):
-    this = lookup_run(tmp_path, "qu " * 2 + "fo " * 3 + "foo\n" * 60, np.zeros((V, 4)))
+    text = "qu fo fo " + "foo\n" * 20 + "fo qu\n" + "foo\n" * 39
+    this = lookup_run(tmp_path, text, np.zeros((V, 4)))
     n_foo = sum(TOKENIZER.decode([t]).strip() == "foo" for t in this.tokens)
     places = analyze.word_places(this, "")
     assert {word: len(positions) for word, positions in places.items()} == {"fo": 3, "foo": n_foo} and n_foo > 40
 
 
+def test_words_of_one_half_alone_are_left_out(tmp_path):
+    """Contexts of 32 tokens, 16 times a word and a comma: bar is in contexts 0 and 2, baz in 1 and 3, foo in 4 and 5."""
+    text = " bar," * 16 + " baz," * 16 + " bar," * 16 + " baz," * 16 + " foo," * 32 + "~"
+    this = lookup_run(tmp_path, text, np.zeros((V, 4)))
+    assert len(this.contexts) == 6
+    (tmp_path / "words.txt").write_text("foo bar baz")
+    for path in ("", str(tmp_path / "words.txt")):
+        places = analyze.word_places(this, path)
+        assert list(places) == ["foo"]
+        even, odd = analyze.halves(this, places["foo"])
+        assert even.tolist() == list(range(128, 160, 2)) and odd.tolist() == list(range(160, 192, 2))
+
+
 def test_the_best_detector_of_a_word_has_the_f1_that_one_counts_by_hand(tmp_path):
     """
-    On 32 lines: feature 290 is " bar" alone. Feature 7 leaks, but at 0.3 of its maximum. Feature 5 has half of the foos
-    and fires at two wrong tokens for each: 32 right of 96, of 64: F1 = 2 x 32 / (96 + 64). Feature 11 is dead.
+    On 32 lines, six contexts: feature 290 is " bar" alone. Feature 7 leaks, but at 0.3 of its maximum. Feature 5 has
+    half of the foos and fires at two wrong tokens for each: F1 = 2 right / (2 right + wrong + missed). Feature 11 is dead.
     """
     table = fires({290: {" bar": 2.0}, 7: {" baz": 1.0, ",": 0.3, "\n": 0.3}, 11: {"~": 1.0},
                    5: {" foo": 1.0, ",": 1.0, "\n": 1.0}})
@@ -620,11 +662,61 @@ def test_the_best_detector_of_a_word_has_the_f1_that_one_counts_by_hand(tmp_path
     (tmp_path / "words.txt").write_text("foo bar baz")
     places = analyze.word_places(this, str(tmp_path / "words.txt"))
     f1, feature, alive = analyze.best_detectors(this, places)
-    assert dict(zip(places, zip(feature, f1.round(6)))) == {"foo": (5, 0.4), "bar": (290, 1.0), "baz": (7, 1.0)}
-    assert alive == 3
-    done = script("analyze.py", "complete", f"--words={tmp_path / 'words.txt'}", f"--out_dir={tmp_path}")
-    assert done.returncode == 0, done.stderr
+    odd = [TOKENIZER.decode([t]) for t in this.tokens.reshape(6, 32)[1::2].flat]
+    right, wrong, missed = odd.count(" foo"), odd.count(",") + odd.count("\n"), odd.count("foo")
+    foo = round(2 * right / (2 * right + wrong + missed), 6)
+    assert dict(zip(places, zip(feature, f1.round(6)))) == {"foo": (5, foo), "bar": (290, 1.0), "baz": (7, 1.0)}
+    assert alive == 3 and 0.35 < foo < 0.45
+    printed = analyzed(tmp_path, "complete", f"--words={tmp_path / 'words.txt'}", "--show=2")
     assert numbers_in(tmp_path / "sae/scaling/complete.json")["runs"]["scaling"]["found"] == pytest.approx(2 / 3)
+    shown = printed[printed.index("F1\n") + 3:].splitlines()
+    assert [line.split()[0] for line in shown] == ["bar", "baz", "wrote"]
+
+
+def test_what_detects_a_word_in_the_half_that_chooses_is_judged_on_the_other(tmp_path):
+    """In even contexts foo has a space before it, in odd ones none, and each has its feature: neither detects foo."""
+    this = lookup_run(tmp_path, (" foo," * 16 + "foo," * 16) * 3 + "~", fires({5: {" foo": 1.0}, 6: {"foo": 2.0}}))
+    f1, feature, _ = analyze.best_detectors(this, analyze.word_places(this, ""))
+    assert (f1.tolist(), feature.tolist()) == ([0.0], [5])
+
+
+def test_detectors_of_random_features_are_the_best_of_one_half_with_the_f1_of_the_other(tmp_path):
+    """Against a loop over words, features, thresholds and positions; features of equal F1 may stand for one another."""
+    rng = np.random.default_rng(0)
+    text = " ".join(rng.choice(["ab", "cb", "db", "ac", "bc", "dc", "ad", "foo", "bar"], 300))
+    table = rng.random((V, 300)) * (rng.random((V, 300)) < 0.5)
+    this = lookup_run(tmp_path, text, table)
+    places = analyze.word_places(this, "")
+    f1, feature, _ = analyze.best_detectors(this, places)
+    acts, odd = table[this.tokens], np.arange(len(this.tokens)) // 32 % 2 == 1
+    differ = 0
+    for word, judged, i in zip(places, f1, feature):
+        there = np.isin(np.arange(len(this.tokens)), places[word])
+        scores = []
+        for j in range(300):
+            for share in (0, 0.25, 0.5):
+                fired = acts[:, j] > share * acts[~odd, j].max()
+                of_halves = [2 * (fired & there)[h].sum() / (fired[h].sum() + there[h].sum()) for h in (~odd, odd)]
+                scores.append((*of_halves, j))
+        highest = max(scores)[0]
+        best = [score for score in scores if score[0] == highest]
+        assert i in [j for _, _, j in best]
+        assert any(judged == pytest.approx(other) for _, other, j in best if j == i)
+        differ += abs(judged - highest) > 1e-3
+    assert len(places) > 5 and differ > 3
+
+
+def test_the_midpoint_is_where_as_many_are_found_as_not():
+    x = np.linspace(-3, 2, 60)
+    middle = analyze.midpoint(x, 0.7, 1.8)
+    low, high = -3.0, 2.0
+    for _ in range(60):  # bisection
+        centre = (low + high) / 2
+        low, high = (low, centre) if 1 / (1 + math.exp(-0.7 - 1.8 * centre)) > 0.5 else (centre, high)
+    assert middle == pytest.approx(10 ** low)
+    assert analyze.midpoint(x, 0.0, -1.0) is None  # it falls
+    assert analyze.midpoint(x, -40.0, 0.1) is None  # far from all that was seen
+    assert analyze.midpoint(x, 0.0, 0.0) is None
 
 
 def test_the_sigmoid_that_was_drawn_from_is_found():
@@ -647,18 +739,76 @@ def test_a_power_law_is_found():
     assert analyze.power_law(x, 7.5 * x ** -0.4) == pytest.approx((7.5, -0.4))
 
 
-def test_the_frontier_has_the_lowest_loss_among_the_runs_that_were_at_a_budget():
-    """Straight in log compute: the first two cross at 1,000; the third is best, but ends at 10; the last is never."""
-    def curve(start, stop, loss_of):
-        compute = np.geomspace(start, stop, 5)
-        return analyze.Curve("", 1, 1, 0.0, compute, loss_of(np.log10(compute)), ())
-    runs = [curve(1, 1e5, lambda c: 10 - c), curve(10, 1e6, lambda c: 13 - 2 * c), curve(1, 10, lambda c: 1 + 0 * c),
-            curve(1, 1e6, lambda c: 50 - c)]
-    budgets, best, losses = analyze.frontier(runs)
-    assert budgets[0] == pytest.approx(1) and budgets[-1] == pytest.approx(1e6)
-    np.testing.assert_allclose(np.diff(np.log(budgets)), np.log(budgets[1] / budgets[0]))
-    assert list(best) == [2 if c <= 10 else 0 if c < 1000 else 1 for c in budgets]
-    np.testing.assert_allclose(losses, [1 if c <= 10 else min(10 - np.log10(c), 13 - 2 * np.log10(c)) for c in budgets])
+def finished(size, rows, loss, rate=1e-3):
+    """A run of width 1, so that compute is 12 size rows."""
+    return analyze.Finished("", 1, size, rows, rate, loss, ())
+
+
+def grid_of(loss_of, sizes, budgets):
+    """Runs of every size for every budget of size x rows."""
+    return [finished(size, budget // size, loss_of(size, budget // size)) for budget in budgets for size in sizes]
+
+
+@pytest.mark.parametrize("alpha, beta", [(0.4, 0.3), (0.3, 0.5)])
+def test_the_frontier_and_its_laws_are_those_of_a_law_with_a_known_optimum(alpha, beta):
+    """
+    L = a N^-alpha + b S^-beta at a budget B = N S is lowest where alpha a N^-alpha = beta b S^-beta, so at
+    N = (alpha a / (beta b))^(1 / (alpha + beta)) B^(beta / (alpha + beta)).
+    """
+    a, b, budgets = 300.0, 200.0, [2**k for k in (20, 22, 24)]
+
+    def loss_of(size, rows):
+        return a * size**-alpha + b * rows**-beta
+    runs = grid_of(loss_of, [2**k for k in range(5, 19)], budgets)
+    runs += [finished(64, 2**18, 1e-3, 5e-3)]  # at another rate: it is not part of the frontier
+    laws, rate, best, rates = analyze.scaling_laws(runs)
+    factor = (alpha * a / (beta * b)) ** (1 / (alpha + beta))
+    assert rate == 1e-3 and rates == {} and list(best) == [12 * budget for budget in budgets]
+    for budget, (size, loss) in zip(budgets, best.values()):
+        optimum = factor * budget ** (beta / (alpha + beta))
+        assert size == pytest.approx(optimum, rel=0.1)
+        assert loss == pytest.approx(loss_of(optimum, budget / optimum), rel=3e-3)
+    assert laws["n_features"][1] == pytest.approx(beta / (alpha + beta), abs=0.03)
+    assert laws["steps x batch"][1] == pytest.approx(alpha / (alpha + beta), abs=0.03)
+    assert laws["loss"][1] == pytest.approx(-alpha * beta / (alpha + beta), abs=2e-3)
+    c, k = laws["steps x batch"]
+    for compute, (size, _) in best.items():
+        assert c * compute**k == pytest.approx(compute / (12 * size), rel=0.1)
+
+
+def test_a_parabola_in_the_log_of_x_has_its_vertex_found_and_an_end_is_no_optimum():
+    points = {x: 3 + 0.2 * math.log(x / 700) ** 2 for x in (4096, 256, 512, 1024, 128)}
+    assert analyze.optimum(points) == pytest.approx((700, 3))
+    assert analyze.optimum({x: loss for x, loss in points.items() if x <= 512}) is None
+    assert analyze.optimum({x: loss for x, loss in points.items() if x >= 256}) == pytest.approx((700, 3))
+    assert analyze.optimum({x: loss for x, loss in points.items() if x >= 512}) is None
+    assert analyze.optimum({256: 3.0}) is None
+    assert analyze.optimum({1: 2.0, 2: 2.0, 4: 2.0}) is None
+    assert analyze.optimum({1: 3.0, 2: 2.0, 4: 2.0, 8: 9.0}) == pytest.approx((2 * 2**0.5, 1.875))
+
+
+def test_budgets_with_one_size_or_the_best_at_an_end_are_no_part_of_the_frontier():
+    runs = grid_of(lambda size, rows: 1 / size, [2, 4, 8], [64])
+    runs += [finished(4, 1000, 0.5)] + grid_of(lambda size, rows: abs(size - 4) + 1, [2, 4, 8], [2**12])
+    assert list(analyze.frontier(runs)) == [12 * 2**12]
+    laws, *_ = analyze.scaling_laws(runs)
+    assert laws == {}
+
+
+def test_the_best_rate_is_that_of_the_best_size_that_was_swept_and_falls_as_planted():
+    """At a budget B the loss is lowest at a rate of 0.3 B^-0.25; the rates of a worse size are best elsewhere."""
+    runs = []
+    for budget in (2**10, 2**13, 2**16):
+        for k in range(3, 18):
+            rate = 2.0**-k
+            excess = 0.1 * math.log(rate / (0.3 * budget**-0.25)) ** 2
+            runs.append(finished(8, budget // 8, 2 + excess, rate))
+            runs.append(finished(16, budget // 16, 3 + math.log(rate / 0.01) ** 2, rate))
+        runs.append(finished(32, budget // 32, 1.0, 0.25))  # the best of all, but not swept
+    laws, _, _, rates = analyze.scaling_laws(runs)
+    for compute, rate in rates.items():
+        assert rate == pytest.approx(0.3 * (compute / 12) ** -0.25)
+    assert len(rates) == 3 and laws["learning_rate"] == pytest.approx((0.3 * 12**0.25, -0.25))
 
 
 # -----------------------------------------------------------------------------
@@ -826,15 +976,18 @@ def trained_sae(out, *flags):
 def out(trained, tmp_path_factory):
     """
     `trained` with a smaller autoencoder and, made from the first, one whose features are in another order, one that
-    says of itself another lambda, one that says --center, one of somebody's own activations; beside it `twin`, trained from another seed.
+    says of itself another lambda, one that says --center, one of somebody's own activations, one that is not finished,
+    one without a held-out loss; beside it `twin`, trained from another seed.
     """
     out = tmp_path_factory.mktemp("runs") / "out"
     shutil.copytree(trained, out)
     trained_sae(out, "--name=small", "--n_features=48")
     sae = load_sae(out / "sae/scaling/sae.pt")
-    for name in ("shuffled", "lambda1", "own", "brief", "centred"):
+    for name in ("shuffled", "lambda1", "own", "halted", "old", "centred"):
         shutil.copytree(out / "sae/scaling", out / f"sae/{name}")
     save_sae(out / "sae/lambda1/sae.pt", sae, **sae.extra | {"args": sae.extra["args"] | {"l1_coeff": 1.0}})
+    save_sae(out / "sae/halted/sae.pt", sae, **sae.extra | {"step": 40, "log": sae.extra["log"][:-1]})
+    save_sae(out / "sae/old/sae.pt", sae, **sae.extra | {"log": [sae.extra["log"][0]]})
     sae.config.center = True
     save_sae(out / "sae/centred/sae.pt", sae, **sae.extra)
     sae.config.center = False
@@ -994,32 +1147,111 @@ def test_complete_counts_the_words_with_a_feature_in_every_run(out, tmp_path, wo
         assert not words or set(run["words"]) == {"def", "self", "return", "add"}
         assert run["found"] == np.mean([word["f1"] > numbers["threshold"] for word in run["words"].values()])
         assert 0 < run["alive"] <= {"scaling": 96, "small": 48}[name] and f"{run['alive']} alive" in printed
+    x, y = [], []
+    for run in numbers["runs"].values():
+        for word in run["words"].values():
+            x.append(math.log10(word["frequency"] * run["alive"]))
+            y.append(word["f1"] > numbers["threshold"])
+    middle = -numbers["a"] / numbers["b"]
+    chances = 1 / (1 + np.exp(-numbers["a"] - numbers["b"] * np.array(x)))
+    assert chances.sum() == pytest.approx(sum(y), abs=0.01)  # as where the likelihood is highest
+    if numbers["b"] > 0 and min(x) <= middle <= max(x):
+        assert numbers["midpoint"] == pytest.approx(10**middle)
+        where = f"a frequency of {10**middle:.2g} / alive features"
+    else:
+        assert numbers["midpoint"] is None
+        where = "none of these frequencies"
+    assert f"1/2 at {where} (the paper: slightly below 1 / alive features)" in printed
     assert (out / "sae/scaling/complete.png").stat().st_size > 1000
 
 
-def test_scaling_reads_loss_and_compute_from_the_logs(out):
-    printed = analyzed(out, "scaling", "--names=scaling,small")
-    numbers, last = numbers_in(out / "sae/scaling/scaling.json"), log_of(out, "scaling")[-1]
-    assert numbers["budgets"][-1] == pytest.approx(12 * 64 * 96 * 60 * 128)
-    assert numbers["budgets"][0] == pytest.approx(12 * 64 * 48 * 20 * 128)
-    assert numbers["best_losses"][-1] == pytest.approx(last["mse"] + 5 * last["l1"])
-    assert set(numbers["best_sizes"]) <= {48, 96} and numbers["best_sizes"][0] == 48
-    (c, k), (_, size_k) = numbers["laws"]["steps x batch"], numbers["laws"]["n_features"]
-    rows = np.array(numbers["budgets"]) / (12 * 64 * np.array(numbers["best_sizes"]))
-    np.testing.assert_allclose(np.log(rows).mean(), np.log(c) + k * np.log(numbers["budgets"]).mean(), rtol=1e-6)
-    assert 20 * 128 <= rows.min() and rows.max() <= 60 * 128 * (1 + 1e-9) and k + size_k == pytest.approx(1)
+@pytest.mark.parametrize("recipe", ["scaling", "towards", "tied"])
+def test_a_finished_run_keeps_its_loss_on_held_out_rows(out, recipe):
+    """The recipe's own loss with the whole lambda, in float64, the mean over all rows of val-000.npy."""
+    trained_sae(out, f"--recipe={recipe}", f"--name=kept-{recipe}", "--l1_coeff=3")
+    log, sae = log_of(out, f"kept-{recipe}"), load_sae(out / f"sae/kept-{recipe}/sae.pt")
+    x = np.load(out / "acts/mlp.0/val-000.npy").astype(np.float64) * sae.scale.item()
+    W_enc, b_enc, W_dec = (getattr(sae, name).detach().double().numpy() for name in ("W_enc", "b_enc", "W_dec"))
+    b_dec = 0 if recipe == "tied" else sae.b_dec.detach().double().numpy()
+    f = np.maximum((x - b_dec if recipe == "towards" else x) @ W_enc + b_enc, 0)
+    weights = np.linalg.norm(W_dec, axis=1) if recipe == "scaling" else np.ones(96)
+    loss = ((f @ W_dec + b_dec - x) ** 2).sum(1).mean() + 3 * (f * weights).sum(1).mean()
+    assert log[-1]["held_out_loss"] == pytest.approx(loss, rel=1e-5) and len(x) == 1024
+    assert all("held_out_loss" not in line for line in log[:-1]) and sae.extra["log"] == log
+
+
+def test_the_held_out_loss_is_the_mean_over_rows_of_batches_of_unequal_size():
+    """Five thousand rows, of which the batches have 4,096 and 904; of an endless store 65,536."""
+    sae, rng = SparseAutoencoder(SAEConfig(6, 9, "towards", "none")), np.random.default_rng(0)
+    x = rng.standard_normal((70_000, 6)) * np.linspace(1, 3, 70_000)[:, None]
+    W_enc, W_dec = (getattr(sae, name).detach().double().numpy() for name in ("W_enc", "W_dec"))
+    f = np.maximum(x @ W_enc, 0)
+    losses = ((f @ W_dec - x) ** 2).sum(1) + 2 * f.sum(1)
+    for rows, read in ((5000, 5000), (math.inf, 65_536)):
+        store = mock.Mock(rows=rows, batch=lambda position, n: torch.from_numpy(x[position:position + n]).float())
+        found = train_sae.held_out_loss(sae, store, 2.0, torch.device("cpu"))
+        assert found == pytest.approx(losses[:read].mean(), rel=1e-4)
+
+
+def planted(out, loss_of, sizes, budgets, rates=(2e-3,)):
+    """Finished runs on disk with these losses, batches of 10 rows -> their names with commas between."""
+    like = load_sae(out / "sae/scaling/sae.pt").extra
+    names = []
+    for size in sizes:
+        for budget in budgets:
+            for rate in rates:
+                steps = budget // size
+                line = {"rows": 10 * steps, "held_out_loss": loss_of(size, steps, rate)}
+                changed = {"step": steps, "log": [line], "args": like["args"] | {"learning_rate": rate, "max_iters": steps}}
+                names.append(f"p{size}-{steps}-{rate}")
+                (out / "sae" / names[-1]).mkdir()
+                save_sae(out / "sae" / names[-1] / "sae.pt", SparseAutoencoder(SAEConfig(64, size)), **like | changed)
+    return ",".join(names)
+
+
+def test_scaling_finds_the_law_that_runs_on_disk_follow(out):
+    """Loss at N features and S steps 2 + log(N^2 / S)^2: best at N = B^(1/3) of a budget B = N S, steps B^(2/3)."""
+    def loss_of(size, steps, rate):
+        return 2 + 0.1 * math.log(size**2 / steps) ** 2
+    names = planted(out, loss_of, [4, 8, 16, 32], [2**9, 2**11])
+    printed = analyzed(out, "scaling", f"--names={names}")
+    numbers = numbers_in(out / "sae" / names.split(",")[0] / "scaling.json")
+    assert numbers["budgets"] == [12 * 64 * 10 * budget for budget in (2**9, 2**11)]
+    np.testing.assert_allclose(numbers["best_sizes"], [2**3, 2 ** (11 / 3)])
+    np.testing.assert_allclose(numbers["best_losses"], 2)
+    assert numbers["laws"]["n_features"][1] == pytest.approx(1 / 3)
+    assert numbers["laws"]["steps x batch"][1] == pytest.approx(2 / 3)
+    assert numbers["learning_rate"] == 2e-3 and numbers["best_rates"] == []
+    assert "here features grow slower than steps (C^0.33 against C^0.67), in the paper somewhat faster" in printed
+    assert "3.93e+06  8 features, loss 2.000" in printed
     for law in numbers["laws"].values():
         assert f"{law[1]:+.3f}" in printed
-    assert (out / "sae/scaling/scaling.png").stat().st_size > 1000
+    assert (out / "sae" / names.split(",")[0] / "scaling.png").stat().st_size > 1000
 
 
-def test_scaling_copes_with_budgets_that_no_run_was_at(out):
-    """A run that ended before the other's first line of the log leaves a gap."""
-    rows = [row | {"rows": row["rows"] // 100} for row in log_of(out, "scaling")]
-    (out / "sae/brief/log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    analyzed(out, "scaling", "--names=brief,scaling")
-    numbers = numbers_in(out / "sae/brief/scaling.json")
-    assert np.isfinite(numbers["best_losses"]).all() and len(numbers["best_losses"]) == len(numbers["budgets"]) > 1
+def test_scaling_says_where_features_grow_faster_than_steps(out):
+    """Best at N = B^(2/3)."""
+    names = planted(out, lambda size, steps, rate: 2 + math.log(size / steps**2) ** 2, [128, 256, 512, 1024], [2**13, 2**14])
+    printed = analyzed(out, "scaling", f"--names={names}")
+    assert "here features grow faster than steps (C^0.67 against C^0.33), in the paper somewhat faster" in printed
+
+
+def test_scaling_lists_what_was_trained_and_says_what_a_law_needs(out):
+    printed, lines = analyzed(out, "scaling", "--names=scaling,small"), {}
+    for name, features in (("scaling", 96), ("small", 48)):
+        numbers = [str(features), "7,680", "1.0e-03", f"{12 * 64 * features * 60 * 128:.2e}",
+                   f"{log_of(out, name)[-1]['held_out_loss']:.3f}"]
+        assert re.search(rf"^ +{name} +" + " +".join(map(re.escape, numbers)) + "$", printed, re.M), printed
+    assert "a law of size and steps needs two budgets" in printed and "grow" not in printed
+    numbers = numbers_in(out / "sae/scaling/scaling.json")
+    assert numbers["laws"] == {} and numbers["budgets"] == []
+
+
+def test_scaling_takes_runs_on_toy_data_and_on_own_activations(out):
+    trained_sae(out, "--acts=toy", "--name=toy")
+    for name in ("toy", "own"):
+        loss = log_of(out, name)[-1]["held_out_loss"]
+        assert re.search(rf"{name} .*{loss:.3f}\n", analyzed(out, "scaling", f"--name={name}"))
 
 
 def test_a_shuffled_copy_is_found_identical(out):
@@ -1166,9 +1398,12 @@ def test_what_cannot_be_said_of_ones_own_rows_is_one_line(own, arguments, words)
     (("complete", "--names=scaling,own"), ["own", "model"]),
     (("complete", "--words=nowhere.txt"), ["words", "held-out"]),
     (("complete", "--words=missing.txt"), ["missing.txt"]),
+    (("complete", "--read_tokens=1"), ["complete", "--read_tokens"]),
     (("scaling", "--names=scaling,nobody"), ["nobody", "train_sae.py"]),
     (("scaling", "--names=scaling,lambda1"), ["lambda", "--names"]),
     (("scaling", "--names=scaling,centred"), ["normalisation", "--names"]),
+    (("scaling", "--names=scaling,halted"), ["halted", "not finished", "--resume"]),
+    (("scaling", "--names=scaling,old"), ["old", "held-out loss", "train it again"]),
     (("complete", "small", "scaling"), ["complete", "flags", "small"]),
     (("compare",), ["compare", "two"]),
     (("compare", "small"), ["compare", "two"]),

@@ -916,6 +916,14 @@ def test_a_batch_without_variance_is_null_in_the_log_and_the_log_can_be_read(tmp
     assert np.isnan(analyze.read_log(tmp_path)["variance_explained"]).tolist() == [True, False]
 
 
+@pytest.mark.parametrize("text", ['{"step": 1}\n[2]\n', '{"step": 1, "l0": 2', ""], ids=["shape", "half", "none"])
+def test_a_damaged_log_is_said_to_be_so(tmp_path, text):
+    if text:
+        (tmp_path / "log.jsonl").write_text(text)
+    with pytest.raises(UserError, match="log.jsonl .*: run python train_sae.py --name="):
+        analyze.read_log(tmp_path)
+
+
 @pytest.mark.parametrize("plain, zero, expected", [
     (4.0, 5.0, 0.75), (4.0, 4.0, None), (4.0, 3.0, None), (4.0, 4.000001, None), (4.0, 4.0001, -2499)])
 def test_where_zero_ablation_costs_nothing_no_loss_is_recovered(plain, zero, expected):
@@ -1118,12 +1126,10 @@ def spoil(case, out, folder):
         (out / "tokenizer.json").write_text('{"kind": "bpe", "tokens": [{"a": 1}]}')
         return ("analyze.py", flag), ["tokenizer.json", "train_gpt.py"]
     if case == "log of another shape":
-        (out / "sae/scaling/log.jsonl").write_text('{"step": 1}\n[2]\n')
-        return ("analyze.py", "scaling", flag), ["log.jsonl", "train_sae.py"]
-    if case == "half a log":
-        path = out / "sae/scaling/log.jsonl"
-        path.write_text(path.read_text()[:-9])
-        return ("analyze.py", "scaling", flag), ["log.jsonl", "train_sae.py"]
+        path = out / "sae/scaling/sae.pt"
+        sae = load_sae(path)
+        save_sae(path, sae, **sae.extra | {"log": [2]})
+        return ("analyze.py", "scaling", flag), ["sae.pt", "train_sae.py"]
     if case == "name that leaves out_dir":
         return ("train_sae.py", flag, *SMALL_SAE, "--name=../../elsewhere"), ["--name", "letters"]
     if case == "name that some systems cannot hold":
@@ -1223,7 +1229,6 @@ def spoil(case, out, folder):
         "few held-out tokens",
         "tokenizer of another shape",
         "log of another shape",
-        "half a log",
         "name that leaves out_dir",
         "name that some systems cannot hold",
         "no URL",
