@@ -11,6 +11,7 @@ Text -> tokens -> a small trained transformer.
 The first needs no network and takes minutes on a CPU. Writes to out_dir: tokenizer.json,
 train.bin and val.bin (uint16 token ids), data.json, gpt.pt, gpt.jsonl, gpt_loss.png.
 """
+import codecs
 import csv
 import gzip
 import hashlib
@@ -52,9 +53,9 @@ URLS = {
 
 # Whoever changes what tokens come of the same files (how they are read, cut into words, merged
 # or held out) raises this number: tokens made by other rules are then made anew.
-READING = 2
+READING = 3
 
-# by a file's last suffix; any other file is read as it is
+# by a file's last suffix, in small letters; any other file is read as it is
 OPENERS = {".gz": gzip.open, ".xz": lzma.open}
 
 
@@ -150,12 +151,16 @@ def python_files():
 def folder_files(folder, out_dir):
     """
     All files below a folder, sorted, but for hidden ones and those below out_dir. Links to
-    folders are followed, but no folder is read twice. UserError when there are no files.
+    folders are followed, but no folder is read twice. UserError when there are no files,
+    OSError for a folder that may not be read.
     """
+    def refuse(error):  # else a folder that may not be read would count as empty
+        raise error
+
     out_dir = Path(out_dir).resolve()
     paths = []
     seen = set()
-    for place, folders, files in os.walk(folder, followlinks=True):
+    for place, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
         real = os.path.realpath(place)
         if real in seen:  # a link may lead back to where it stands
             folders.clear()
@@ -194,7 +199,7 @@ def check_readable(path):
     if not path.is_file():  # <(command) gives a pipe
         raise UserError(f"{path} is no file but a pipe or device, and the text is read twice: "
                         "write it to a file first")
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         raise UserError(f"{path}: .parquet is not read: write its text to a .jsonl file, with "
                         "pandas: read_parquet(...).to_json(..., orient='records', lines=True)")
 
@@ -248,8 +253,8 @@ def plain_documents(text):
     size = 0  # bytes in lines
     starts_a_line = True
     for line in read_lines(text):
-        # a file from Windows ends its lines with both
-        is_separator = starts_a_line and line.rstrip(b"\r\n") == END_OF_TEXT.encode()
+        # a file from Windows ends its lines with \r\n
+        is_separator = starts_a_line and line.strip() == END_OF_TEXT.encode()
         if is_separator or size > 2**22:
             yield b"".join(lines)
             lines = []
@@ -261,16 +266,30 @@ def plain_documents(text):
     yield b"".join(lines)  # what follows the last separator
 
 
+def numbered(rows):
+    """Yields (number, row), from 1 on. UserError with the number of one that cannot be read."""
+    number = 0
+    try:
+        for number, row in enumerate(rows, 1):
+            yield number, row
+    except (ValueError, RecursionError, csv.Error) as error:
+        reason = getattr(error, "msg", error)  # json adds a line and column of the row alone
+        raise UserError(f"row {number + 1:,} cannot be read ({reason}): mend it or take it out")
+
+
 def row_documents(rows):
     """
     Yields the texts of rows, which are dicts, as bytes: a document each, or several where
     one has more than 4 million characters. UserError for a row without a text.
     """
-    for number, row in enumerate(rows, 1):
+    for number, row in numbered(rows):
         text = row.get("text") if isinstance(row, dict) else None
         if not isinstance(text, str):
             raise UserError(f"row {number:,} has no \"text\": add it, "
                             "or rename the file to .txt to read it as it stands")
+        if any(row.get(None, ())):  # where csv puts the fields beyond those that have a name
+            raise UserError(f"row {number:,} has more fields than the first line has names: "
+                            "put a text with commas between double quotes")
         for start in range(0, len(text), 2**22):
             # what no UTF-8 can say goes through, and is then skipped as no text
             yield text[start:start + 2**22].encode(errors="surrogatepass")
@@ -285,23 +304,24 @@ def jsonl_documents(text):
 def csv_documents(text):
     """Yields the documents of a binary .csv file, whose first line names a column "text"."""
     csv.field_size_limit(2**31 - 1)  # 131,072 characters at first
-    # utf-8-sig: spreadsheets write a mark before the first name
-    lines = io.TextIOWrapper(text, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    return row_documents(csv.DictReader(lines))
+    lines = io.TextIOWrapper(text, encoding="utf-8", errors="surrogateescape", newline="")
+    # strict: without it, a quote that is not closed would take all rows after it for one text
+    return row_documents(csv.DictReader(lines, strict=True))
 
 
 # by a file's last suffix, or the one before .gz and .xz; any other holds plain text
-READERS = {".jsonl": jsonl_documents, ".csv": csv_documents}
+READERS = {".jsonl": jsonl_documents, ".ndjson": jsonl_documents, ".csv": csv_documents}
 
 
 def format_of(path):
     """How a file is read: a suffix of READERS and one of OPENERS, "" for each it has not."""
-    packed = ""
-    if path.suffix in OPENERS:
-        packed = path.suffix
+    packed = path.suffix.lower()
+    if packed in OPENERS:
         path = path.with_suffix("")
-    suffix = path.suffix if path.suffix in READERS else ""
-    return suffix, packed
+    else:
+        packed = ""
+    suffix = path.suffix.lower()
+    return suffix if suffix in READERS else "", packed
 
 
 def read_documents(path):
@@ -313,6 +333,8 @@ def read_documents(path):
     reader = READERS.get(suffix, plain_documents)
     opener = OPENERS.get(packed, nullcontext)  # nullcontext gives the file itself
     with open(path, "rb") as file, opener(file) as text:
+        if text.peek(3).startswith(codecs.BOM_UTF8):  # a mark that Windows' programs write
+            text.read(3)
         for document in reader(text):
             yield document, file.tell()
 
@@ -346,6 +368,14 @@ def documents(paths, label, skipped):
                 elif text.strip():  # a blank one teaches nothing
                     yield text
         before += path.stat().st_size
+
+
+def skipped_note(skipped):
+    """The end of a sentence: how many documents were left out, if any, and where one is."""
+    if not skipped:
+        return ""
+    path, _ = min(skipped)
+    return f"; {len(skipped):,} documents are left out, since they are no UTF-8 text: see {path}"
 
 
 # -----------------------------------------------------------------------------
@@ -635,13 +665,11 @@ def make_token_files(paths, tokenizer, skipped, args):
         pieces, held_out = hold_out(lengths, args.block_size)
         n_held_out = sum(compress(pieces, held_out))
         counts = {"train": sum(lengths) - n_held_out, "val": n_held_out}
-        if skipped:
-            print(f"data: skipped {len(skipped):,} documents that are not UTF-8 text")
         if min(counts.values()) <= args.block_size:
             raise UserError(
                 f"data set {args.dataset} has {counts['train']:,} tokens to train on, "
                 f"{counts['val']:,} held out: both must be more than "
-                f"--block_size={args.block_size}")
+                f"--block_size={args.block_size}{skipped_note(skipped)}")
         split_tokens(both, pieces, held_out, part["train"], part["val"])
         # without data.json, nothing is whole: it goes before the first file is replaced
         data_json = os.path.join(args.out_dir, "data.json")
@@ -750,7 +778,8 @@ def prepare(args, checkpoint=None):
     save_json(os.path.join(args.out_dir, "data.json"), data)
     bytes_a_token = n_bytes / sum(counts.values())
     print(f"data: {counts['train']:,} tokens for training, {counts['val']:,} held out, "
-          f"{bytes_a_token:.2f} bytes a token, vocabulary {tokenizer.n_vocab:,}")
+          f"{bytes_a_token:.2f} bytes a token, vocabulary {tokenizer.n_vocab:,}"
+          f"{skipped_note(skipped)}")
     return tokenizer, made_from
 
 

@@ -86,6 +86,31 @@ def test_rows_of_jsonl_and_csv_are_documents_compressed_or_not(tmp_path):
     assert texts_of(tmp_path / "latin.csv") == (["ok"], 1)
 
 
+def test_a_mark_of_the_byte_order_is_no_text_and_suffixes_may_be_in_capitals(tmp_path):
+    mark = b"\xef\xbb\xbf"
+    (tmp_path / "a.txt").write_bytes(mark + f"{END_OF_TEXT} \r\none {END_OF_TEXT}\n{END_OF_TEXT}\ntwo".encode())
+    (tmp_path / "b.JSONL").write_bytes(mark + b'{"text": "three"}\n')
+    with gzip.open(tmp_path / "c.CSV.GZ", "wb") as f:
+        f.write(mark + b"text,id\nfour,1\nfive,2,\n")
+    (tmp_path / "d.ndjson").write_text('{"text": "six"}\n')
+    assert texts_of(tmp_path) == (sorted([f"one {END_OF_TEXT}\n", "two", "three", "four", "five", "six"]), 0)
+
+
+def test_a_folder_that_may_not_be_read_does_not_count_as_empty(tmp_path, monkeypatch):
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "a.txt").write_text("open")
+    scandir = os.scandir
+
+    def refuse(place):
+        if str(place).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(place))
+        return scandir(place)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="closed"):
+        texts_of(tmp_path)
+
+
 def test_a_comma_in_a_name_that_exists_parts_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("a", "b,c", "d,e,f"):
@@ -125,7 +150,7 @@ def test_long_documents_are_cut_at_the_end_of_a_line(tmp_path):
 
 def test_whoever_changes_the_tokens_of_a_text_raises_the_version_of_the_reading(tmp_path):
     endless = "".join(str(i * i) for i in range(3000)) + "x" * 1000 + "=" * 1000 + " " * 1000
-    (tmp_path / "a.txt").write_text(f"{TEXT * 3}\n{END_OF_TEXT}\n{endless}\n漢字 naïve\n", encoding="utf-8", newline="\n")
+    (tmp_path / "a.txt").write_text(f"\ufeff{TEXT * 3}\n{END_OF_TEXT}\n{endless}\n漢字 naïve\n", encoding="utf-8", newline="\n")
     (tmp_path / "b.csv").write_text("id,text\n1,one\n2,two\n")
     (tmp_path / "c.jsonl").write_text('{"text": "three"}\n')
     args = SimpleNamespace(
@@ -135,7 +160,7 @@ def test_whoever_changes_the_tokens_of_a_text_raises_the_version_of_the_reading(
     train_gpt.prepare(args)
     files = b"".join((tmp_path / "out" / name).read_bytes() for name in ("train.bin", "val.bin"))
     # another hash? then add it here under a new version, and give that to READING
-    assert hashlib.sha256(files).hexdigest()[:16] == {2: "e9fcbc5cab8c176d"}[train_gpt.READING]
+    assert hashlib.sha256(files).hexdigest()[:16] == {3: "e9fcbc5cab8c176d"}[train_gpt.READING]
 
 
 def test_a_file_is_told_by_what_it_holds_and_a_large_one_by_samples(tmp_path):
@@ -970,6 +995,12 @@ TEXT_MISTAKES = {  # case: the file's name, what it holds, words that the one li
     "column without text": ("t.csv", "title,body\none,two\n", ["row 1", '"text"', ".txt"]),
     "short row": ("t.csv", "title,text\none,two\nthree\n", ["row 2", '"text"']),
     "parquet": ("t.parquet", "PAR1", [".jsonl", "to_json"]),
+    "parquet in capitals": ("t.PARQUET", "PAR1", [".jsonl", "to_json"]),
+    "half a row": ("t.jsonl", '{"text": "one"}\n{"text": "tw', ["row 2", "Unterminated string"]),
+    "deep row": ("t.jsonl", "[" * 200_000, ["row 1"]),
+    "quote that is not closed": ("t.csv", 'text\none\n"two\nthree\n', ["row 2", "unexpected end"]),
+    "comma without quotes": ("t.csv", "text\none, two\n", ["row 1", "quotes"]),
+    "UTF-16": ("t.txt", TEXT.encode("utf-16").decode("latin-1"), ["1 documents", "no UTF-8"]),
 }
 
 
@@ -1005,7 +1036,7 @@ def spoil(case, out, folder):
         return ("train_gpt.py", f"--out_dir={folder / 'new'}", f"--dataset={folder / 't.xz'}"), ["t.xz"]
     if case in TEXT_MISTAKES:
         name, content, words = TEXT_MISTAKES[case]
-        (folder / name).write_text(content)
+        (folder / name).write_text(content, encoding="latin-1", newline="")
         return ("train_gpt.py", f"--out_dir={folder / 'new'}", f"--dataset={folder / name}"), [name, *words]
     if case == "out_dir is the folder of text":
         (folder / "texts").mkdir()
