@@ -295,11 +295,10 @@ def save_tokenizer(path, tokenizer):
     save_json(path, saved)
 
 
-def load_tokenizer(path):
+def load_tokenizer(path, hint="run python train_gpt.py again"):
     """
     Loads what save_tokenizer wrote: a tiktoken.Encoding. UserError when it is no such file.
     """
-    hint = "run python train_gpt.py again"
     saved = load_json(path, hint)
     if saved.get("kind") == "gpt2":
         return gpt2_tokenizer()
@@ -322,7 +321,7 @@ def load_tokens(out_dir, split, config):
         tokens = np.memmap(path, dtype=np.uint16, mode="r")
     if len(tokens) <= config.block_size or tokens.max() >= config.vocab_size:
         raise UserError(f"{path} is too short for a context or of another vocabulary "
-                        f"than the model: {hint}")
+                        f"than the model: delete it and {hint}")
     return tokens
 
 

@@ -734,16 +734,19 @@ def describe(paths, args):
 
 def is_prepared(out_dir, made_from, block_size):
     """
-    Whether out_dir has all files of the data set, made from the same sources and with more
-    tokens than a context has: what is held out of a short text depends on that.
+    Whether out_dir has all files of the data set, whole, made from the same sources and with
+    more tokens than a context has: what is held out of a short text depends on that.
     """
     # data.json alone says it, but for files that somebody has deleted since
     for name in ("tokenizer.json", "train.bin", "val.bin", "data.json"):
         if not os.path.exists(os.path.join(out_dir, name)):
             return False
     data = load_json(os.path.join(out_dir, "data.json"), "delete it")
-    enough = min(data.get("train", 0), data.get("val", 0)) > block_size
-    return enough and data.get("made_from") == made_from
+    for split in ("train", "val"):
+        n_tokens = os.path.getsize(os.path.join(out_dir, f"{split}.bin")) / 2
+        if n_tokens <= block_size or n_tokens != data.get(split):
+            return False
+    return data.get("made_from") == made_from
 
 
 def prepare(args, checkpoint=None):
@@ -766,7 +769,7 @@ def prepare(args, checkpoint=None):
     if is_prepared(args.out_dir, made_from, args.block_size):
         train_path = os.path.join(args.out_dir, "train.bin")
         print(f"data: {train_path} and val.bin are there, made from the same files")
-        return load_tokenizer(tokenizer_path), made_from
+        return load_tokenizer(tokenizer_path, "delete it"), made_from
 
     megabytes = sum(path.stat().st_size for path in paths) / 1e6
     print(f"data: {len(paths):,} files, {megabytes:.1f} MB")

@@ -229,6 +229,10 @@ def test_token_files_hold_every_document_once_and_hold_out_a_twentieth(tmp_path)
     again, same = train_gpt.prepare(args)
     assert again.n_vocab == tokenizer.n_vocab and same == made_from
     assert os.stat(tmp_path / "train.bin").st_mtime_ns == before
+    whole = (tmp_path / "train.bin").read_bytes()
+    (tmp_path / "train.bin").write_bytes(whole[:-100])  # a copy that broke off, say
+    train_gpt.prepare(args)
+    assert (tmp_path / "train.bin").read_bytes() == whole
     args.vocab_size = 290
     other, differs = train_gpt.prepare(args)
     assert other.n_vocab == 290 and differs != made_from
