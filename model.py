@@ -397,7 +397,9 @@ def make_parser(doc):
 
     parser.error = error
     group = parser.add_argument_group("common")
-    group.add_argument("--out_dir", default="out", help="folder of everything that is written")
+    # expanduser: after a "=", most shells leave ~ as it is
+    group.add_argument("--out_dir", type=os.path.expanduser, default="out",
+                       help="folder of everything that is written")
     group.add_argument("--device", default="auto",
                        help="cpu, cuda, cuda:1, mps; auto: cuda if there is one")
     group.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],

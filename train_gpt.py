@@ -22,6 +22,7 @@ import lzma
 import os
 import random
 import re
+import shlex
 import socket
 import sysconfig
 import urllib.request
@@ -179,13 +180,16 @@ def folder_files(folder, out_dir):
 
 
 def split_sources(dataset):
-    """The sources between the commas. A comma in the name of what exists parts nothing."""
+    """
+    The sources between the commas. A comma in the name of what exists parts nothing, and ~ is
+    the home folder, as a shell would have it, which looks at the beginning of words alone.
+    """
     parts = dataset.split(",")
     sources = []
     while parts:
         # the longest name that exists, or else what stands before the first comma
         for end in range(len(parts), 0, -1):
-            source = ",".join(parts[:end]).strip()
+            source = os.path.expanduser(",".join(parts[:end]).strip())
             if os.path.exists(source) or end == 1:
                 break
         if source:
@@ -1007,7 +1011,7 @@ def main():
     print_sample(training.gpt, tokenizer, data["val"], machine.device)
     final_loss = training.log[-1]["val"]
     print(f"val loss {final_loss:.3f}; wrote {training.path}; "
-          f"next: python train_sae.py --out_dir={args.out_dir}")
+          f"next: python train_sae.py --out_dir={shlex.quote(args.out_dir)}")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import glob
 import math
 import os
 import re
+import shlex
 import shutil
 from dataclasses import dataclass
 from functools import partial
@@ -67,7 +68,7 @@ def parse_args():
     add("--layer", type=int, default=0, help="which block, counted from 0")
     add("--n_acts", type=at_least(1), default=2_000_000,
         help="training vectors to keep on disk")
-    add("--acts", default="gpt",
+    add("--acts", type=os.path.expanduser, default="gpt",
         help="gpt: dump them from out_dir/gpt.pt; toy: made from known directions; or a "
         "pattern of your own .npy files, quoted (their last twentieth is held out)")
     add("--stream", action="store_true",
@@ -576,7 +577,8 @@ def main():
 
     judge(training.sae, val_store, machine.device)
     command = "analyze.py toy" if args.acts == "toy" else "analyze.py"
-    print(f"wrote {path}; next: python {command} --name={args.name} --out_dir={args.out_dir}")
+    out_dir = shlex.quote(args.out_dir)
+    print(f"wrote {path}; next: python {command} --name={args.name} --out_dir={out_dir}")
 
 
 if __name__ == "__main__":

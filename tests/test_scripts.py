@@ -10,6 +10,7 @@ import math
 import os
 import pickle
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -109,6 +110,21 @@ def test_a_folder_that_may_not_be_read_does_not_count_as_empty(tmp_path, monkeyp
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(PermissionError, match="closed"):
         texts_of(tmp_path)
+
+
+def test_a_home_folder_is_found_and_the_next_command_can_be_pasted(tmp_path, monkeypatch):
+    home = tmp_path / "a home"
+    home.mkdir()
+    (home / "text.txt").write_text(TEXT)
+    np.save(home / "rows.npy", np.random.default_rng(0).random((300, 8), dtype=np.float32))
+    for variable in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(variable, str(home))
+    monkeypatch.chdir(tmp_path)
+    done = script("train_gpt.py", "--dataset=~/text.txt", "--out_dir=~/out", *SMALL_GPT, "--max_iters=1")
+    assert shlex.split(done.stdout.splitlines()[-1])[-2:] == ["train_sae.py", f"--out_dir={home}/out"]
+    done = script("train_sae.py", "--acts=~/rows.npy", "--out_dir=~/out", *SMALL_SAE, "--max_iters=1", "--name=own")
+    assert shlex.split(done.stdout.splitlines()[-1])[-2:] == ["--name=own", f"--out_dir={home}/out"]
+    assert (home / "out/sae/own/sae.pt").exists() and not (tmp_path / "~").exists()
 
 
 def test_a_comma_in_a_name_that_exists_parts_nothing(tmp_path, monkeypatch):
