@@ -36,7 +36,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import UserError, load_checkpoint, reading, save_checkpoint
+from model import Progress, UserError, load_checkpoint, reading, save_checkpoint
 
 # -----------------------------------------------------------------------------
 # what the papers differ in
@@ -714,10 +714,12 @@ class ActivationStore:
         until = np.floor(shares + rng.random()).astype(np.int64)
         counts = np.diff(until, prepend=0)
         parts = []
+        progress = Progress("reading a sample", len(counts), "slices")
         for i, count in enumerate(counts):
             if count:
                 indices = rng.choice(self.sizes[i], count, replace=False)
                 parts.append(self.read(i, np.sort(indices)))
+            progress.show(i + 1)  # of some 100 GB it takes a while
         return torch.from_numpy(np.concatenate(parts))
 
 

@@ -864,13 +864,16 @@ def measure(training, loss_on, args):
     and returns them as a line of text. loss_on(split, seed, rank) gives that of one batch.
     UserError when a loss or a weight is not finite.
     """
-    # the same batches each time, so that two measurements differ by the model alone
-    seeds = [(args.seed, 1, i) for i in range(args.eval_iters)]
     means = {}
     for split in ("train", "val"):
-        # rank 0's share on all ranks, so that all stop if it is not finite
-        losses = [loss_on(split, seed, rank=0).item() for seed in seeds]
-        means[split] = sum(losses) / len(losses)
+        progress = Progress(f"measuring {split} loss", args.eval_iters, "batches")
+        losses = 0.0
+        for i in range(args.eval_iters):
+            # the same batches each time, so that two measurements differ by the model alone;
+            # rank 0's share on all ranks, so that all stop if it is not finite
+            losses += loss_on(split, (args.seed, 1, i), rank=0).item()
+            progress.show(i + 1)
+        means[split] = losses / args.eval_iters
     step = training.step
     check_finite(means["train"], training.gpt, training)
     tokens = step * args.batch_size * args.block_size

@@ -27,6 +27,7 @@ import pytest
 import torch
 
 import analyze
+import model
 import sae as sae_module
 import train_gpt
 import train_sae
@@ -125,6 +126,23 @@ def test_a_home_folder_is_found_and_the_next_command_can_be_pasted(tmp_path, mon
     done = script("train_sae.py", "--acts=~/rows.npy", "--out_dir=~/out", *SMALL_SAE, "--max_iters=1", "--name=own")
     assert shlex.split(done.stdout.splitlines()[-1])[-2:] == ["--name=own", f"--out_dir={home}/out"]
     assert (home / "out/sae/own/sae.pt").exists() and not (tmp_path / "~").exists()
+
+
+def test_measuring_takes_the_mean_of_the_same_batches_and_shows_how_far_it_is(monkeypatch, capsys):
+    monkeypatch.setattr(model.time, "time", iter(range(0, 10**6, 10)).__next__)  # ten seconds pass at every look
+    monkeypatch.setattr(model.Progress, "last", -100)
+    training = SimpleNamespace(gpt=torch.nn.Linear(1, 1), step=7, log=[])
+    args = SimpleNamespace(seed=3, eval_iters=4, batch_size=2, block_size=5)
+    seen = []
+
+    def loss_on(split, seed, rank):
+        seen.append((split, seed, rank))
+        return torch.tensor(10.0 * (split == "val") + seed[2])
+
+    assert train_gpt.measure(training, loss_on, args) == "step 7  train loss 1.500  val loss 11.500"
+    assert training.log == [{"step": 7, "tokens": 70, "train": 1.5, "val": 11.5}]
+    assert seen == [(split, (3, 1, i), 0) for split in ("train", "val") for i in range(4)]
+    assert "measuring val loss 3/4 batches" in capsys.readouterr().out
 
 
 def test_a_comma_in_a_name_that_exists_parts_nothing(tmp_path, monkeypatch):
