@@ -69,10 +69,10 @@ def parse_args():
     add = parser.add_argument_group("analysis").add_argument
     add("--name", default=SAEConfig.recipe, help="folder under out_dir/sae")
     add("--names", default="", help="complete, scaling: several names, with commas between")
-    add("--acts", default="",
+    add("--acts", type=os.path.expanduser, default="",
         help="judge it on your own activations, a quoted pattern of .npy files: on all their "
         "rows, or the last twentieth where they are what it was trained on")
-    add("--texts", default="",
+    add("--texts", type=os.path.expanduser, default="",
         help="of your own activations: a text file with a line for each row of all their files "
         "in order, to be shown beside the rows")
     add("--eval_tokens", type=at_least(1), default=2**18,

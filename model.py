@@ -309,11 +309,10 @@ def save_tokenizer(path, tokenizer):
     save_json(path, saved)
 
 
-def load_tokenizer(path):
+def load_tokenizer(path, hint="run python train_gpt.py again"):
     """
     Loads what save_tokenizer wrote: a tiktoken.Encoding. UserError when it is no such file.
     """
-    hint = "run python train_gpt.py again"
     saved = load_json(path, hint)
     if saved.get("kind") == "gpt2":
         return gpt2_tokenizer()
@@ -327,16 +326,21 @@ def load_tokenizer(path):
 def load_tokens(out_dir, split, config):
     """
     The token ids (n,) of out_dir/train.bin or val.bin as train_gpt.py left them: uint16,
-    mapped from the disk. UserError when they are missing or do not fit a model of this
-    GPTConfig.
+    mapped from the disk. UserError when they are missing, not as many as data.json says, or
+    do not fit a model of this GPTConfig.
     """
     path = os.path.join(out_dir, f"{split}.bin")
     hint = "run python train_gpt.py again"
     with reading(path, hint):
         tokens = np.memmap(path, dtype=np.uint16, mode="r")
+    data = load_json(os.path.join(out_dir, "data.json"), hint)
+    n_tokens = data.get(split, len(tokens))
+    if len(tokens) != n_tokens:  # a copy broke off, say
+        raise UserError(f"{path} holds {len(tokens):,} tokens, and data.json says "
+                        f"{n_tokens}: delete it and {hint}")
     if len(tokens) <= config.block_size or tokens.max() >= config.vocab_size:
         raise UserError(f"{path} is too short for a context or of another vocabulary "
-                        f"than the model: {hint}")
+                        f"than the model: delete it and {hint}")
     return tokens
 
 
@@ -356,8 +360,11 @@ def reading(path, hint):
         raise UserError(f"{path} not found: {hint}")
     except UserError as error:  # a better reason than the one below
         raise UserError(f"{path}: {error}")
-    except Exception:  # torch's, numpy's and json's readers refuse wrong bytes in a dozen ways
-        raise UserError(f"{path} is damaged or of another kind: {hint}")
+    except Exception as error:  # readers refuse wrong bytes in a dozen ways
+        what = "is damaged or of another kind"
+        if getattr(error, "strerror", None):  # the system's reason, such as "Permission denied"
+            what = f"cannot be read ({error.strerror})"
+        raise UserError(f"{path} {what}: {hint}")
 
 
 def run(main):
@@ -375,9 +382,10 @@ def run(main):
     except (UserError, OSError) as error:  # an OSError names the file and the system's reason
         reason = f"error: {error}"
         status = 2
-    except (MemoryError, RuntimeError) as error:
-        torch_says_so = re.search("out of memory|allocate memory", str(error))
-        if not isinstance(error, MemoryError) and not torch_says_so:
+    except (MemoryError, RuntimeError, ValueError) as error:
+        # torch's words, and those of torch and numpy for sizes beyond any memory
+        words = "out of memory|allocate memory|calculation overflowed|array is too big"
+        if not isinstance(error, MemoryError) and not re.search(words, str(error)):
             raise
         reason = f"error: too large for the memory: {str(error).splitlines()[0]}"
         status = 2
@@ -391,8 +399,14 @@ def run(main):
         for file in LOCKS.values():
             file.close()
         LOCKS.clear()
-    print(reason, file=sys.stderr)
+    # one line, whatever a file's name or a flag holds
+    print("".join(map(printable, reason)), file=sys.stderr)
     sys.exit(status)
+
+
+def printable(character):
+    """A character, or its escape if it has no sign of its own: \\n for a new line."""
+    return character if character.isprintable() else repr(character)[1:-1]
 
 
 # -----------------------------------------------------------------------------
@@ -416,7 +430,9 @@ def make_parser(doc):
 
     parser.error = error
     group = parser.add_argument_group("common")
-    group.add_argument("--out_dir", default="out", help="folder of everything that is written")
+    # expanduser: after a "=", most shells leave ~ as it is
+    group.add_argument("--out_dir", type=os.path.expanduser, default="out",
+                       help="folder of everything that is written")
     group.add_argument("--device", default="auto",
                        help="cpu, cuda, cuda:1, mps; auto: cuda if there is one")
     group.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
@@ -481,7 +497,8 @@ def find_device(flag, local_rank):
         name = f"cuda:{local_rank}"
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)  # torch.device alone does not ask whether it exists
+        # torch.device alone does not ask whether it exists, or holds values: "meta" does not
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         first_line = str(error).splitlines()[0]
         raise UserError(f"--device={flag} is not available here: {first_line}")
@@ -754,6 +771,8 @@ def resumable(path, args, device):
         step = checkpoint["step"]
         saved_args = dict(checkpoint["args"])
         more_steps = args.max_iters - saved_args["max_iters"]
+        if step not in range(saved_args["max_iters"] + 1):
+            raise ValueError("no such step")  # for `reading`, which says it in its own words
 
     for flag, value in vars(args).items():
         saved_value = saved_args.get(flag)

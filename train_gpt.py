@@ -11,6 +11,7 @@ Text -> tokens -> a small trained transformer.
 The first needs no network and takes minutes on a CPU. Writes to out_dir: tokenizer.json,
 train.bin and val.bin (uint16 token ids), data.json, gpt.pt, gpt.jsonl, gpt_loss.png.
 """
+import codecs
 import csv
 import gzip
 import hashlib
@@ -21,6 +22,7 @@ import lzma
 import os
 import random
 import re
+import shlex
 import socket
 import sysconfig
 import urllib.request
@@ -52,9 +54,9 @@ URLS = {
 
 # Whoever changes what tokens come of the same files (how they are read, cut into words, merged
 # or held out) raises this number: tokens made by other rules are then made anew.
-READING = 2
+READING = 3
 
-# by a file's last suffix; any other file is read as it is
+# by a file's last suffix, in small letters; any other file is read as it is
 OPENERS = {".gz": gzip.open, ".xz": lzma.open}
 
 
@@ -102,10 +104,10 @@ def parse_args():
 def download(url, folder):
     """
     The path of a URL's file in `folder`, downloaded unless it is there. UserError when it
-    cannot be had, or is shorter than the server said.
+    cannot be had, is shorter than the server said, or is a page around the file.
     """
     name = url.rstrip("/").split("/")[-1].split("?")[0]
-    name = re.sub(r"[^\w.-]", "_", name)
+    name = re.sub(r"[^\w.-]", "_", name)[-100:]  # with the suffix, which says how to read it
     prefix = hashlib.sha256(url.encode()).hexdigest()[:8]  # many a URL ends in input.txt
     path = os.path.join(folder, f"{prefix}-{name}")
     if os.path.exists(path):
@@ -121,10 +123,13 @@ def download(url, folder):
     socket.setdefaulttimeout(60)  # seconds of silence, after which a server counts as dead
     try:
         # raises an error when fewer bytes came than were announced
-        urllib.request.urlretrieve(url, path + ".part", show)
+        _, headers = urllib.request.urlretrieve(url, path + ".part", show)
     except (OSError, ValueError, HTTPException) as error:  # no network, no URL, no HTTP
         raise UserError(f"{url} cannot be downloaded ({error}): "
                         "run again, or give a file as --dataset")
+    if headers.get_content_type() == "text/html":
+        raise UserError(f"{url} is a web page: give the address of the file itself, "
+                        "or save the page and give its path")
     os.replace(path + ".part", path)  # what has its final name is whole
     return path
 
@@ -150,12 +155,16 @@ def python_files():
 def folder_files(folder, out_dir):
     """
     All files below a folder, sorted, but for hidden ones and those below out_dir. Links to
-    folders are followed, but no folder is read twice. UserError when there are no files.
+    folders are followed, but no folder is read twice. UserError when there are no files,
+    OSError for a folder that may not be read.
     """
+    def refuse(error):  # else a folder that may not be read would count as empty
+        raise error
+
     out_dir = Path(out_dir).resolve()
     paths = []
     seen = set()
-    for place, folders, files in os.walk(folder, followlinks=True):
+    for place, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
         real = os.path.realpath(place)
         if real in seen:  # a link may lead back to where it stands
             folders.clear()
@@ -174,13 +183,16 @@ def folder_files(folder, out_dir):
 
 
 def split_sources(dataset):
-    """The sources between the commas. A comma in the name of what exists parts nothing."""
+    """
+    The sources between the commas. A comma in the name of what exists parts nothing, and ~ is
+    the home folder, as a shell would have it, which looks at the beginning of words alone.
+    """
     parts = dataset.split(",")
     sources = []
     while parts:
         # the longest name that exists, or else what stands before the first comma
         for end in range(len(parts), 0, -1):
-            source = ",".join(parts[:end]).strip()
+            source = os.path.expanduser(",".join(parts[:end]).strip())
             if os.path.exists(source) or end == 1:
                 break
         if source:
@@ -194,7 +206,7 @@ def check_readable(path):
     if not path.is_file():  # <(command) gives a pipe
         raise UserError(f"{path} is no file but a pipe or device, and the text is read twice: "
                         "write it to a file first")
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         raise UserError(f"{path}: .parquet is not read: write its text to a .jsonl file, with "
                         "pandas: read_parquet(...).to_json(..., orient='records', lines=True)")
 
@@ -205,7 +217,10 @@ def source_files(dataset, out_dir):
     held out is then of all kinds. UserError for a source that does not exist.
     """
     paths = []
-    for source in split_sources(dataset):
+    sources = split_sources(dataset)
+    if not sources:
+        raise UserError("--dataset is empty: leave it out, or name files or folders")
+    for source in sources:
         if source == "python":
             paths += python_files()
         elif source in URLS or "://" in source:
@@ -248,8 +263,8 @@ def plain_documents(text):
     size = 0  # bytes in lines
     starts_a_line = True
     for line in read_lines(text):
-        # a file from Windows ends its lines with both
-        is_separator = starts_a_line and line.rstrip(b"\r\n") == END_OF_TEXT.encode()
+        # a file from Windows ends its lines with \r\n
+        is_separator = starts_a_line and line.strip() == END_OF_TEXT.encode()
         if is_separator or size > 2**22:
             yield b"".join(lines)
             lines = []
@@ -261,16 +276,30 @@ def plain_documents(text):
     yield b"".join(lines)  # what follows the last separator
 
 
+def numbered(rows):
+    """Yields (number, row), from 1 on. UserError with the number of one that cannot be read."""
+    number = 0
+    try:
+        for number, row in enumerate(rows, 1):
+            yield number, row
+    except (ValueError, RecursionError, csv.Error) as error:
+        reason = getattr(error, "msg", error)  # json adds a line and column of the row alone
+        raise UserError(f"row {number + 1:,} cannot be read ({reason}): mend it or take it out")
+
+
 def row_documents(rows):
     """
     Yields the texts of rows, which are dicts, as bytes: a document each, or several where
     one has more than 4 million characters. UserError for a row without a text.
     """
-    for number, row in enumerate(rows, 1):
+    for number, row in numbered(rows):
         text = row.get("text") if isinstance(row, dict) else None
         if not isinstance(text, str):
             raise UserError(f"row {number:,} has no \"text\": add it, "
                             "or rename the file to .txt to read it as it stands")
+        if any(row.get(None, ())):  # where csv puts the fields beyond those that have a name
+            raise UserError(f"row {number:,} has more fields than the first line has names: "
+                            "put a text with commas between double quotes")
         for start in range(0, len(text), 2**22):
             # what no UTF-8 can say goes through, and is then skipped as no text
             yield text[start:start + 2**22].encode(errors="surrogatepass")
@@ -285,23 +314,24 @@ def jsonl_documents(text):
 def csv_documents(text):
     """Yields the documents of a binary .csv file, whose first line names a column "text"."""
     csv.field_size_limit(2**31 - 1)  # 131,072 characters at first
-    # utf-8-sig: spreadsheets write a mark before the first name
-    lines = io.TextIOWrapper(text, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    return row_documents(csv.DictReader(lines))
+    lines = io.TextIOWrapper(text, encoding="utf-8", errors="surrogateescape", newline="")
+    # strict: without it, a quote that is not closed would take all rows after it for one text
+    return row_documents(csv.DictReader(lines, strict=True))
 
 
 # by a file's last suffix, or the one before .gz and .xz; any other holds plain text
-READERS = {".jsonl": jsonl_documents, ".csv": csv_documents}
+READERS = {".jsonl": jsonl_documents, ".ndjson": jsonl_documents, ".csv": csv_documents}
 
 
 def format_of(path):
     """How a file is read: a suffix of READERS and one of OPENERS, "" for each it has not."""
-    packed = ""
-    if path.suffix in OPENERS:
-        packed = path.suffix
+    packed = path.suffix.lower()
+    if packed in OPENERS:
         path = path.with_suffix("")
-    suffix = path.suffix if path.suffix in READERS else ""
-    return suffix, packed
+    else:
+        packed = ""
+    suffix = path.suffix.lower()
+    return suffix if suffix in READERS else "", packed
 
 
 def read_documents(path):
@@ -313,6 +343,8 @@ def read_documents(path):
     reader = READERS.get(suffix, plain_documents)
     opener = OPENERS.get(packed, nullcontext)  # nullcontext gives the file itself
     with open(path, "rb") as file, opener(file) as text:
+        if text.peek(3).startswith(codecs.BOM_UTF8):  # a mark that Windows' programs write
+            text.read(3)
         for document in reader(text):
             yield document, file.tell()
 
@@ -346,6 +378,14 @@ def documents(paths, label, skipped):
                 elif text.strip():  # a blank one teaches nothing
                     yield text
         before += path.stat().st_size
+
+
+def skipped_note(skipped):
+    """The end of a sentence: how many documents were left out, if any, and where one is."""
+    if not skipped:
+        return ""
+    path, _ = min(skipped)
+    return f"; {len(skipped):,} documents are left out, since they are no UTF-8 text: see {path}"
 
 
 # -----------------------------------------------------------------------------
@@ -635,13 +675,11 @@ def make_token_files(paths, tokenizer, skipped, args):
         pieces, held_out = hold_out(lengths, args.block_size)
         n_held_out = sum(compress(pieces, held_out))
         counts = {"train": sum(lengths) - n_held_out, "val": n_held_out}
-        if skipped:
-            print(f"data: skipped {len(skipped):,} documents that are not UTF-8 text")
         if min(counts.values()) <= args.block_size:
             raise UserError(
                 f"data set {args.dataset} has {counts['train']:,} tokens to train on, "
                 f"{counts['val']:,} held out: both must be more than "
-                f"--block_size={args.block_size}")
+                f"--block_size={args.block_size}{skipped_note(skipped)}")
         split_tokens(both, pieces, held_out, part["train"], part["val"])
         # without data.json, nothing is whole: it goes before the first file is replaced
         data_json = os.path.join(args.out_dir, "data.json")
@@ -649,6 +687,9 @@ def make_token_files(paths, tokenizer, skipped, args):
             os.remove(data_json)
         for split in splits:
             os.replace(part[split], final[split])
+    except OSError as error:  # of a full disk it does not name the file
+        name = error.filename or both
+        raise UserError(f"{name}: {error.strerror}: make room and run again")
     finally:
         for path in (both, *part.values()):
             if os.path.exists(path):  # after an error or Ctrl-C, but for `both`
@@ -688,16 +729,19 @@ def describe(paths, args):
 
 def is_prepared(out_dir, made_from, block_size):
     """
-    Whether out_dir has all files of the data set, made from the same sources and with more
-    tokens than a context has: what is held out of a short text depends on that.
+    Whether out_dir has all files of the data set, whole, made from the same sources and with
+    more tokens than a context has: what is held out of a short text depends on that.
     """
     # data.json alone says it, but for files that somebody has deleted since
     for name in ("tokenizer.json", "train.bin", "val.bin", "data.json"):
         if not os.path.exists(os.path.join(out_dir, name)):
             return False
     data = load_json(os.path.join(out_dir, "data.json"), "delete it")
-    enough = min(data.get("train", 0), data.get("val", 0)) > block_size
-    return enough and data.get("made_from") == made_from
+    for split in ("train", "val"):
+        n_tokens = os.path.getsize(os.path.join(out_dir, f"{split}.bin")) / 2
+        if n_tokens <= block_size or n_tokens != data.get(split):
+            return False
+    return data.get("made_from") == made_from
 
 
 def prepare(args, checkpoint=None):
@@ -710,9 +754,10 @@ def prepare(args, checkpoint=None):
     """
     paths = source_files(args.dataset, args.out_dir)
     made_from = describe(paths, args)
-    if checkpoint and checkpoint["data"] != made_from:
+    made_then = checkpoint.get("data") or {} if checkpoint else made_from
+    if made_then != made_from:
         other = "other files than"
-        if checkpoint["data"].get("reading") != READING:
+        if made_then.get("reading") != READING:
             other = "tokens that another version of train_gpt.py made of"
         raise UserError(f"gpt.pt was trained on {other} --dataset={args.dataset}: "
                         "run without --resume")
@@ -720,7 +765,7 @@ def prepare(args, checkpoint=None):
     if is_prepared(args.out_dir, made_from, args.block_size):
         train_path = os.path.join(args.out_dir, "train.bin")
         print(f"data: {train_path} and val.bin are there, made from the same files")
-        return load_tokenizer(tokenizer_path), made_from
+        return load_tokenizer(tokenizer_path, "delete it"), made_from
 
     megabytes = sum(path.stat().st_size for path in paths) / 1e6
     print(f"data: {len(paths):,} files, {megabytes:.1f} MB")
@@ -732,7 +777,8 @@ def prepare(args, checkpoint=None):
     save_json(os.path.join(args.out_dir, "data.json"), data)
     bytes_a_token = n_bytes / sum(counts.values())
     print(f"data: {counts['train']:,} tokens for training, {counts['val']:,} held out, "
-          f"{bytes_a_token:.2f} bytes a token, vocabulary {tokenizer.n_vocab:,}")
+          f"{bytes_a_token:.2f} bytes a token, vocabulary {tokenizer.n_vocab:,}"
+          f"{skipped_note(skipped)}")
     return tokenizer, made_from
 
 
@@ -800,7 +846,7 @@ def restore(training, checkpoint):
         training.gpt.load_state_dict(checkpoint["model"])
         training.optimizer.load_state_dict(checkpoint["optimizer"])
         training.step = checkpoint["step"]
-        training.log = checkpoint["log"]
+        training.log = [dict(line) for line in checkpoint["log"]]
 
 
 @torch.no_grad()
@@ -810,13 +856,16 @@ def measure(training, loss_on, args):
     and returns them as a line of text. loss_on(split, seed, rank) gives that of one batch.
     UserError when a loss or a weight is not finite.
     """
-    # the same batches each time, so that two measurements differ by the model alone
-    seeds = [(args.seed, 1, i) for i in range(args.eval_iters)]
     means = {}
     for split in ("train", "val"):
-        # rank 0's share on all ranks, so that all stop if it is not finite
-        losses = [loss_on(split, seed, rank=0).item() for seed in seeds]
-        means[split] = sum(losses) / len(losses)
+        progress = Progress(f"measuring {split} loss", args.eval_iters, "batches")
+        losses = 0.0
+        for i in range(args.eval_iters):
+            # the same batches each time, so that two measurements differ by the model alone;
+            # rank 0's share on all ranks, so that all stop if it is not finite
+            losses += loss_on(split, (args.seed, 1, i), rank=0).item()
+            progress.show(i + 1)
+        means[split] = losses / args.eval_iters
     step = training.step
     check_finite(means["train"], training.gpt, training)
     tokens = step * args.batch_size * args.block_size
@@ -960,7 +1009,7 @@ def main():
     print_sample(training.gpt, tokenizer, data["val"], machine.device)
     final_loss = training.log[-1]["val"]
     print(f"val loss {final_loss:.3f}; wrote {training.path}; "
-          f"next: python train_sae.py --out_dir={args.out_dir}")
+          f"next: python train_sae.py --out_dir={shlex.quote(args.out_dir)}")
 
 
 if __name__ == "__main__":

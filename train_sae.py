@@ -17,6 +17,7 @@ import glob
 import math
 import os
 import re
+import shlex
 import shutil
 from dataclasses import dataclass
 from functools import partial
@@ -74,7 +75,7 @@ def parse_args():
     add("--n_acts", type=at_least(1), default=3_072_000,
         help=f"training vectors to keep on disk, in whole files of {SHARD_ROWS:,}; the default "
         "is as many as the default run trains on")
-    add("--acts", default="gpt",
+    add("--acts", type=os.path.expanduser, default="gpt",
         help="gpt: dump them from out_dir/gpt.pt; toy: made from known directions; or a "
         "pattern of your own .npy files, quoted (their last twentieth is held out)")
     add("--toy_offset", type=at_least(0, float), default=0.0,
@@ -397,7 +398,8 @@ def begin_training(path, source, store, args, device):
             f"--batch_size={args.batch_size} is more than the {store.rows:,} rows there are"
         )
     sample = store.sample(32768, (args.seed, FIRST_SAMPLE)).to(device)
-    if not 0 < sample.float().var(0).sum() < math.inf:  # NaN is refused, too
+    # NaN is refused, too; correction=0, since that of one row is then 0
+    if not 0 < sample.float().var(0, correction=0).sum() < math.inf:
         reason = "are all the same, or too large or too small for float32"
         raise UserError(f"the activations {reason}")
     print(mean_note(mean_share(sample), args.center))
@@ -475,7 +477,7 @@ def restore(training, checkpoint):
         training.optimizer.load_state_dict(checkpoint["optimizer"])
         training.last_fired = checkpoint["last_fired"]
         training.step = checkpoint["step"]
-        training.log = checkpoint["log"]
+        training.log = [dict(line) for line in checkpoint["log"]]
 
 
 def save(training, loss, args, rank):
@@ -487,7 +489,6 @@ def save(training, loss, args, rank):
     if rank > 0:
         return
     folder = os.path.dirname(training.path)
-    os.makedirs(folder, exist_ok=True)
     save_jsonl(os.path.join(folder, "log.jsonl"), training.log)
     save_sae(
         training.path,
@@ -647,7 +648,7 @@ def main():
     machine = setup(args)
     args.batch_size *= machine.ranks  # of all ranks together, here and in the checkpoint
     folder = os.path.join(args.out_dir, "sae", args.name)
-    os.makedirs(folder, exist_ok=True)
+    os.makedirs(folder, exist_ok=True)  # an error now rather than after an hour
     if machine.rank == 0 and not lock_alone(folder):
         raise UserError(f"another run is training {folder}: wait for it, or give another --name")
     path = os.path.join(folder, "sae.pt")
@@ -675,7 +676,8 @@ def main():
         raise KeyboardInterrupt(f"step {training.step:,}")  # `run` says how to go on
 
     command = "analyze.py toy" if args.acts == "toy" else "analyze.py"
-    print(f"wrote {path}; next: python {command} --name={args.name} --out_dir={args.out_dir}")
+    out_dir = shlex.quote(args.out_dir)
+    print(f"wrote {path}; next: python {command} --name={args.name} --out_dir={out_dir}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import math
 import os
 import pickle
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -86,6 +87,85 @@ def test_rows_of_jsonl_and_csv_are_documents_compressed_or_not(tmp_path):
     assert texts_of(tmp_path / "latin.csv") == (["ok"], 1)
 
 
+def test_a_mark_of_the_byte_order_is_no_text_and_suffixes_may_be_in_capitals(tmp_path):
+    mark = b"\xef\xbb\xbf"
+    (tmp_path / "a.txt").write_bytes(mark + f"{END_OF_TEXT} \r\none {END_OF_TEXT}\n{END_OF_TEXT}\ntwo".encode())
+    (tmp_path / "b.JSONL").write_bytes(mark + b'{"text": "three"}\n')
+    with gzip.open(tmp_path / "c.CSV.GZ", "wb") as f:
+        f.write(mark + b"text,id\nfour,1\nfive,2,\n")
+    (tmp_path / "d.ndjson").write_text('{"text": "six"}\n')
+    assert texts_of(tmp_path) == (sorted([f"one {END_OF_TEXT}\n", "two", "three", "four", "five", "six"]), 0)
+
+
+def test_a_folder_that_may_not_be_read_does_not_count_as_empty(tmp_path, monkeypatch):
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "a.txt").write_text("open")
+    scandir = os.scandir
+
+    def refuse(place):
+        if str(place).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(place))
+        return scandir(place)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="closed"):
+        texts_of(tmp_path)
+
+
+def test_a_home_folder_is_found_and_the_next_command_can_be_pasted(tmp_path, monkeypatch):
+    home = tmp_path / "a home"
+    home.mkdir()
+    (home / "text.txt").write_text(TEXT)
+    np.save(home / "rows.npy", np.random.default_rng(0).random((300, 8), dtype=np.float32))
+    for variable in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(variable, str(home))
+    monkeypatch.chdir(tmp_path)
+    done = script("train_gpt.py", "--dataset=~/text.txt", "--out_dir=~/out", *SMALL_GPT, "--max_iters=1")
+    assert shlex.split(done.stdout.splitlines()[-1])[-2:] == ["train_sae.py", f"--out_dir={home}/out"]
+    done = script("train_sae.py", "--acts=~/rows.npy", "--out_dir=~/out", *SMALL_SAE, "--max_iters=1", "--name=own")
+    assert shlex.split(done.stdout.splitlines()[-1])[-2:] == ["--name=own", f"--out_dir={home}/out"]
+    assert (home / "out/sae/own/sae.pt").exists() and not (tmp_path / "~").exists()
+
+
+def test_measuring_takes_the_mean_of_the_same_batches_and_shows_how_far_it_is(monkeypatch, capsys):
+    monkeypatch.setattr(model.time, "time", iter(range(0, 10**6, 10)).__next__)  # ten seconds pass at every look
+    monkeypatch.setattr(model.Progress, "last", -100)
+    training = SimpleNamespace(gpt=torch.nn.Linear(1, 1), step=7, log=[])
+    args = SimpleNamespace(seed=3, eval_iters=4, batch_size=2, block_size=5)
+    seen = []
+
+    def loss_on(split, seed, rank):
+        seen.append((split, seed, rank))
+        return torch.tensor(10.0 * (split == "val") + seed[2])
+
+    assert train_gpt.measure(training, loss_on, args) == "step 7  train loss 1.500  val loss 11.500"
+    assert training.log == [{"step": 7, "tokens": 70, "train": 1.5, "val": 11.5}]
+    assert seen == [(split, (3, 1, i), 0) for split in ("train", "val") for i in range(4)]
+    assert "measuring val loss 3/4 batches" in capsys.readouterr().out
+
+
+def test_a_disk_that_is_full_of_tokens_is_named_and_nothing_is_left(tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text(TEXT)
+
+    def full(texts, tokenizer, path):
+        open(path, "wb").close()
+        raise OSError(28, "No space left on device")  # the system names no file here
+
+    monkeypatch.setattr(train_gpt, "write_tokens", full)
+    done = script("train_gpt.py", f"--dataset={tmp_path / 'text.txt'}", f"--out_dir={tmp_path / 'out'}", *SMALL_GPT)
+    assert done.returncode == 2 and "tokens.part" in done.stderr and "No space left" in done.stderr
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_folder_that_cannot_be_made_is_found_before_the_activations(trained, tmp_path):
+    (tmp_path / "file").mkdir()
+    (tmp_path / "file" / "sae").write_text("a file in the folder's place")
+    for folder, name in (("file", "x"), ("new", "n" * 300)):
+        flags = ("--acts=toy", *SMALL_SAE, f"--out_dir={tmp_path / folder}", f"--name={name}")
+        done = script("train_sae.py", *flags)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and not done.stdout
+
+
 def test_a_comma_in_a_name_that_exists_parts_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("a", "b,c", "d,e,f"):
@@ -125,7 +205,7 @@ def test_long_documents_are_cut_at_the_end_of_a_line(tmp_path):
 
 def test_whoever_changes_the_tokens_of_a_text_raises_the_version_of_the_reading(tmp_path):
     endless = "".join(str(i * i) for i in range(3000)) + "x" * 1000 + "=" * 1000 + " " * 1000
-    (tmp_path / "a.txt").write_text(f"{TEXT * 3}\n{END_OF_TEXT}\n{endless}\n漢字 naïve\n", encoding="utf-8", newline="\n")
+    (tmp_path / "a.txt").write_text(f"\ufeff{TEXT * 3}\n{END_OF_TEXT}\n{endless}\n漢字 naïve\n", encoding="utf-8", newline="\n")
     (tmp_path / "b.csv").write_text("id,text\n1,one\n2,two\n")
     (tmp_path / "c.jsonl").write_text('{"text": "three"}\n')
     args = SimpleNamespace(
@@ -135,7 +215,7 @@ def test_whoever_changes_the_tokens_of_a_text_raises_the_version_of_the_reading(
     train_gpt.prepare(args)
     files = b"".join((tmp_path / "out" / name).read_bytes() for name in ("train.bin", "val.bin"))
     # another hash? then add it here under a new version, and give that to READING
-    assert hashlib.sha256(files).hexdigest()[:16] == {2: "e9fcbc5cab8c176d"}[train_gpt.READING]
+    assert hashlib.sha256(files).hexdigest()[:16] == {3: "e9fcbc5cab8c176d"}[train_gpt.READING]
 
 
 def test_a_file_is_told_by_what_it_holds_and_a_large_one_by_samples(tmp_path):
@@ -204,6 +284,10 @@ def test_token_files_hold_every_document_once_and_hold_out_a_twentieth(tmp_path)
     again, same = train_gpt.prepare(args)
     assert again.n_vocab == tokenizer.n_vocab and same == made_from
     assert os.stat(tmp_path / "train.bin").st_mtime_ns == before
+    whole = (tmp_path / "train.bin").read_bytes()
+    (tmp_path / "train.bin").write_bytes(whole[:-100])  # a copy that broke off, say
+    train_gpt.prepare(args)
+    assert (tmp_path / "train.bin").read_bytes() == whole
     args.vocab_size = 290
     other, differs = train_gpt.prepare(args)
     assert other.n_vocab == 290 and differs != made_from
@@ -305,11 +389,12 @@ def server():
     """An HTTP server on this machine that announces 100 bytes and sends the first `limit` of them."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
-        limit, requests = 40, []
+        limit, requests, kind = 40, [], "application/octet-stream"
 
         def do_GET(self):
             self.requests.append(self.path)
             self.send_response(200)
+            self.send_header("Content-Type", Handler.kind)
             self.send_header("Content-Length", "100")
             self.end_headers()
             self.wfile.write(bytes(range(100))[: Handler.limit])
@@ -333,6 +418,15 @@ def test_a_broken_download_is_never_taken_for_whole(tmp_path, server):
     assert Path(path).read_bytes() == bytes(range(100)) and path.endswith("-te_xt.txt")
     assert [p.name for p in tmp_path.iterdir()] == [os.path.basename(path)]
     assert train_gpt.download(server.url, tmp_path) == path and len(server.requests) == 2
+    long = train_gpt.download(server.url.replace("te*xt.txt", "x" * 300 + ".jsonl"), tmp_path)
+    assert Path(long).read_bytes() == bytes(range(100)) and long.endswith("x.jsonl")
+
+
+def test_the_page_around_a_file_is_not_taken_for_the_file(tmp_path, server):
+    server.limit, server.kind = 100, "text/html; charset=utf-8"
+    with pytest.raises(UserError, match="web page"):
+        train_gpt.download(server.url, tmp_path)
+    assert not [p for p in tmp_path.iterdir() if p.suffix != ".part"]
 
 
 # -----------------------------------------------------------------------------
@@ -999,6 +1093,22 @@ TEXT_MISTAKES = {  # case: the file's name, what it holds, words that the one li
     "column without text": ("t.csv", "title,body\none,two\n", ["row 1", '"text"', ".txt"]),
     "short row": ("t.csv", "title,text\none,two\nthree\n", ["row 2", '"text"']),
     "parquet": ("t.parquet", "PAR1", [".jsonl", "to_json"]),
+    "parquet in capitals": ("t.PARQUET", "PAR1", [".jsonl", "to_json"]),
+    "half a row": ("t.jsonl", '{"text": "one"}\n{"text": "tw', ["row 2", "Unterminated string"]),
+    "deep row": ("t.jsonl", "[" * 200_000, ["row 1"]),
+    "quote that is not closed": ("t.csv", 'text\none\n"two\nthree\n', ["row 2", "unexpected end"]),
+    "comma without quotes": ("t.csv", "text\none, two\n", ["row 1", "quotes"]),
+    "UTF-16": ("t.txt", TEXT.encode("utf-16").decode("latin-1"), ["1 documents", "no UTF-8"]),
+}
+
+
+CHECKPOINT_MISTAKES = {  # case: the checkpoint to resume, what is wrong in it
+    "step that is no number": ("gpt.pt", "step", None),
+    "step below 0": ("gpt.pt", "step", -1),
+    "step beyond the last": ("sae/scaling/sae.pt", "step", 10**6),
+    "log that is no list": ("gpt.pt", "log", None),
+    "log of other things": ("sae/scaling/sae.pt", "log", ["x"]),
+    "text that is not known": ("gpt.pt", "data", None),
 }
 
 
@@ -1034,8 +1144,37 @@ def spoil(case, out, folder):
         return ("train_gpt.py", f"--out_dir={folder / 'new'}", f"--dataset={folder / 't.xz'}"), ["t.xz"]
     if case in TEXT_MISTAKES:
         name, content, words = TEXT_MISTAKES[case]
-        (folder / name).write_text(content)
+        (folder / name).write_text(content, encoding="latin-1", newline="")
         return ("train_gpt.py", f"--out_dir={folder / 'new'}", f"--dataset={folder / name}"), [name, *words]
+    if case == "no name of data":
+        return ("train_gpt.py", f"--out_dir={folder / 'new'}", "--dataset= , "), ["--dataset", "empty"]
+    if case == "width beyond any memory":
+        return ("train_gpt.py", f"--out_dir={folder / 'new'}", f"--dataset={text}", "--n_embd=4611686018427387904"), ["memory"]
+    if case == "batch beyond any memory":
+        return ("train_gpt.py", f"--out_dir={folder / 'new'}", f"--dataset={text}", f"--batch_size={2**62}"), ["memory"]
+    if case == "features beyond any memory":
+        return ("train_sae.py", flag, *SMALL_SAE, f"--n_features={2**62}"), ["memory"]
+    if case == "device that holds no values":
+        return ("train_sae.py", flag, "--device=meta"), ["--device=meta"]
+    if case == "name of two lines":
+        return ("train_sae.py", flag, "--name=a\nb"), [r"--name=a\nb", "letters"]
+    if case == "broken tokenizer of prepared data":
+        (out / "tokenizer.json").write_text("[1, 2")
+        return ("train_gpt.py", flag, *SMALL_GPT, f"--dataset={text}"), ["tokenizer.json", "delete it"]
+    if case == "folder in a file's place":
+        (out / "data.json").unlink()
+        (out / "data.json").mkdir()
+        return ("analyze.py", flag), ["data.json", "cannot be read"]
+    if case == "two rows":
+        write_npy(folder, a=floats[:2])
+        return (*acts, "--batch_size=1"), ["all the same"]
+    if case == "more than float32 holds":
+        write_npy(folder, a=floats.astype(float) * 1e300)
+        return acts, ["a.npy", "float32"]
+    if case == "negative number of rows":
+        write_npy(folder, a=floats)
+        (folder / "a.npy").write_bytes((folder / "a.npy").read_bytes().replace(b"(300", b"(-30"))
+        return acts, ["a.npy", "no .npy file"]
     if case == "out_dir is the folder of text":
         (folder / "texts").mkdir()
         text.rename(folder / "texts" / "text.txt")
@@ -1095,6 +1234,14 @@ def spoil(case, out, folder):
         np.savez(folder / "a.npz", a=floats)
         (folder / "a.npz").rename(folder / "a.npy")
         return acts, ["a.npy", "archive"]
+    if case in CHECKPOINT_MISTAKES:
+        name, key, value = CHECKPOINT_MISTAKES[case]
+        path = out / name
+        torch.save(torch.load(path, weights_only=True) | {key: value}, path)
+        flags = {"gpt.pt": SMALL_GPT, "sae/scaling/sae.pt": SMALL_SAE}[name]
+        command = "train_gpt.py" if name == "gpt.pt" else "train_sae.py"
+        dataset = [f"--dataset={text}"] if name == "gpt.pt" else []
+        return (command, flag, *flags, *dataset, "--max_iters=70", "--resume"), [path.name, "without --resume"]
     if case == "list for a model":
         torch.save([1, 2], out / "gpt.pt")
         return ("train_sae.py", flag), ["gpt.pt", "train_gpt.py"]
@@ -1119,7 +1266,12 @@ def spoil(case, out, folder):
     if case == "tokens of another tokenizer":
         np.full(4000, 60_000, np.uint16).tofile(out / "val.bin")
         return ("analyze.py", flag), ["val.bin", "train_gpt.py"]
+    if case == "half the held-out tokens":
+        path = out / "val.bin"
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 4 * 2])
+        return ("analyze.py", flag), ["val.bin", "data.json says", "train_gpt.py"]
     if case == "few held-out tokens":
+        (out / "data.json").write_text((out / "data.json").read_text().replace('"val":', '"value":'))
         np.zeros(20, np.uint16).tofile(out / "val.bin")
         return ("analyze.py", flag), ["val.bin", "train_gpt.py"]
     if case == "tokenizer of another shape":
@@ -1219,6 +1371,7 @@ def spoil(case, out, folder):
         "malicious checkpoint to resume",
         "malicious .npy",
         "archive",
+        *CHECKPOINT_MISTAKES,
         "list for a model",
         "model of other sizes",
         "weights missing",
@@ -1226,6 +1379,7 @@ def spoil(case, out, folder):
         "no data.json",
         "no tokens",
         "tokens of another tokenizer",
+        "half the held-out tokens",
         "few held-out tokens",
         "tokenizer of another shape",
         "log of another shape",
@@ -1240,6 +1394,17 @@ def spoil(case, out, folder):
         "a bias that tied weights lack",
         "bfloat16",
         "one context for two",
+        "no name of data",
+        "width beyond any memory",
+        "batch beyond any memory",
+        "features beyond any memory",
+        "device that holds no values",
+        "name of two lines",
+        "broken tokenizer of prepared data",
+        "folder in a file's place",
+        "two rows",
+        "more than float32 holds",
+        "negative number of rows",
     ],
 )
 def test_a_mistake_is_one_line_and_harms_nothing(trained, tmp_path, case, monkeypatch):
@@ -1250,7 +1415,9 @@ def test_a_mistake_is_one_line_and_harms_nothing(trained, tmp_path, case, monkey
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # nothing listens there: offline
     command, words = spoil(case, out, tmp_path)
     before = hashes(out)
-    done = script(*command)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a warning would be a second line
+        done = script(*command)
     assert done.returncode == 2, done.stdout + done.stderr
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
     for word in words:
