@@ -204,6 +204,7 @@ class Run:
         n_contexts = len(text) // T
         n = min(n_contexts, max(1, n_tokens // T))
         starts = T * (np.arange(n) * n_contexts // n)  # evenly spread
+        # some 4,096 tokens at a time
         pieces = np.array_split(starts, math.ceil(n * T / 4096))
         for piece in tracked("counting activity", pieces, "contexts"):
             idx = torch.from_numpy(text[piece[:, None] + np.arange(T)].astype(np.int64))
@@ -327,7 +328,7 @@ def load_rows(loaded, args):
     own files, or all of other ones, which --acts names. UserError when they are of another width.
     """
     part = HELD_OUT
-    if args.acts:
+    if args.acts:  # which may be the rows it was trained on, or others
         paths = matching_files(args.acts)
         contents = [content_hash(path) for path in paths]
         if contents != loaded.source.get("contents"):
@@ -340,6 +341,7 @@ def load_rows(loaded, args):
             f"{paths[0]} has rows of width {loaded.store.width}, "
             f"{loaded.folder}/sae.pt takes {loaded.sae.config.d_in}: give other --acts"
         )
+    # of rows that it was not trained on at all, all serve for everything
     others = TRAINED_ON if part == HELD_OUT else part
     loaded.trained_on = ActivationStore(paths, part=others)
     loaded.held_out = loaded.store.at(loaded.store.spread(args.eval_tokens))
@@ -452,7 +454,8 @@ def count_active(run, n_tokens=None):
     so ten million are a matter of minutes. None: as many as DENSITY_WORK allows.
     """
     if n_tokens is None:
-        work = run.sae.W_enc.numel()  # of one token
+        # multiplications: a weight takes one a token
+        work = run.sae.W_enc.numel()
         if run.gpt:
             work += sum(p.numel() for p in run.gpt.blocks.parameters())
         faster = 1 if run.device.type == "cpu" else 100
@@ -493,6 +496,7 @@ def massive_metrics(run):
     share = massive_share(x)
     if share <= MASSIVE:
         return {"massive_share": share}
+    # the others, and the sums of squares about their mean, not about that of all
     norms = x.norm(dim=1)
     ordinary = x[norms < norms.topk(math.ceil(len(x) / 100)).values[-1]]
     mean = ordinary.mean(0, dtype=torch.float64)
@@ -844,6 +848,7 @@ def summary(run, metrics):
         share = metrics[key]
         return (name, "undefined", reason) if share is None else (name, f"{share:.3f}", note)
 
+    # of the features: how many are active, and how many never
     m = metrics["n_features"]
     n_dead = round(metrics["dead"] * m)
     training = f"{metrics['density_tokens']:,} training {run.unit}s"
@@ -858,11 +863,11 @@ def summary(run, metrics):
         rows.append(("ultra-low density", "undefined", too_few))
     else:
         rows.append(("ultra-low density", f"{metrics['ultra_low']:.2%}", note))
-    if "explained_without" in metrics:
+    if "explained_without" in metrics:  # few rows hold most of the norm
         note = f"but the largest 1% of the {run.unit}s, {metrics['massive_share']:.1%} of the norm"
         others = row("explained, all", "explained_without", f"{note}^2", "no two rows differ")
         rows.insert(2, others)
-    if run.gpt:
+    if run.gpt:  # what becomes of its predictions
         others = (
             f"spliced {metrics['loss_spliced']:.3f}, "
             f"mean-ablated {metrics['loss_mean_ablated']:.3f}, "
@@ -880,7 +885,7 @@ def draw_density(run, density, n_tokens):
     lowest = np.log10(alive.min(initial=ULTRA_LOW if n_tokens >= ENOUGH else 1)) - 0.1
     bins = np.linspace(lowest, 0, 60)
     ordinary = alive[alive >= ULTRA_LOW]
-    ultra_low = alive[alive < ULTRA_LOW]
+    ultra_low = alive[alive < ULTRA_LOW]  # of few tokens it is empty
     with figure(os.path.join(run.folder, "density.png")) as ax:
         ax.hist(np.log10(ordinary), bins=bins, color=BLUE, label=f"alive: {len(ordinary):,}")
         if n_tokens >= ENOUGH:
@@ -1120,9 +1125,9 @@ def top_overlaps(found, n=10):
         return set(np.argsort(-np.abs(values), kind="stable")[:n].tolist())
 
     shared = {"attribution": [], "activation": [], "chance": []}
-    for row in np.unique(found.row):
+    for row in np.unique(found.row):  # one token after the other
         here = found.row == row
-        if here.sum() > n:
+        if here.sum() > n:  # of ten or fewer all are among the ten
             ablated = strongest(found.ablation[here])
             shared["attribution"].append(len(ablated & strongest(found.attribution[here])))
             shared["activation"].append(len(ablated & strongest(found.activation[here])))
@@ -1148,6 +1153,7 @@ def show_cause(run, args, n_tokens=400):
     if len(found.row) == 0:
         raise run.all_dead()
     numbers = {"tokens": n_tokens, "active_features": len(found.row)}
+    # a dot is one active feature at one of the tokens
     with figure(os.path.join(run.folder, "cause.png"), panels=2, width=8) as axes:
         for ax, name in zip(axes, ("attribution", "activation")):
             values = getattr(found, name)
@@ -1274,9 +1280,10 @@ def steered(run, i, acts, token, multiples, contexts, directions):
     activations acts (N T,), clamped to multiples of its maximum; and with the same pushes along
     each of directions (k, n) in its place, as mean and standard deviation -> dict, to be saved
     """
-    clamped = []
+    clamped = []  # of each multiple
     for multiple in tracked(f"feature {i}", multiples, "values", lambda _: 1):
         value = multiple * acts.max().item()
+        # the control takes off and adds as much, but along another direction
         hooks = [clamp(run, [i], value, direction[None]) for direction in directions]
         control = [mean_probability(run, contexts, token, hook) for hook in hooks]
         clamped.append({
@@ -1462,6 +1469,7 @@ def explainability(run, alive, mlp, density, rng, n_sample):
     The two tell different things: of a neuron, tokens explain most of its many small activations,
     less of the few highest. Bricken et al. judge features and neurons over their whole range.
     """
+    # as many of each kind, drawn at random
     directions = rng.standard_normal((run.sae.config.d_in, n_sample)).astype(np.float32)
     features = rng.permutation(alive)[:n_sample]
     neurons = rng.permutation(len(mlp))[:n_sample]
@@ -1525,6 +1533,8 @@ def show_neurons(run, args, n_sample=256):
         )
     if len(run.x()) < 2:
         raise UserError("a correlation needs two rows: raise --read_tokens, or give more rows")
+
+    # are they the same?
     mlp = run.neurons()
     alive, best, density = highest_correlations(run, unit_rows(mlp))
     share = float((best <= 0.3).mean())
@@ -1541,6 +1551,8 @@ def show_neurons(run, args, n_sample=256):
         "median_correlation": median,
         "density": float(np.median(density)),
     }
+
+    # which of them do the tokens explain?
     scores = {}
     if run.gpt:  # somebody's own rows have no tokens
         rng = np.random.default_rng(args.seed)
@@ -1716,7 +1728,7 @@ def completeness(run, places, frequency, threshold):
     if n_alive == 0:
         raise run.all_dead()
     found = f1 > threshold
-    words = {}
+    words = {}  # what is saved of each
     for k, word in enumerate(places):
         words[word] = {
             "frequency": frequency[k].item(),
@@ -1836,11 +1848,14 @@ def read_finished(args, name):
         flags = sae.extra["args"]
         source = sae.extra["source"]
         log = sae.extra["log"]
+        # only at the end of a run, where the rate has fallen, is its loss what it can reach
         if sae.extra["step"] < flags["max_iters"]:
             raise UserError("the run is not finished: run train_sae.py again with --resume")
         if log[-1].get("held_out_loss") is None:
             raise UserError("an older train_sae.py kept no held-out loss: train it again")
-        data = (source.get("gpt"), source["site"], source.get("acts"), config.d_in)
+        contents = tuple(source.get("contents", ()))  # of somebody's own rows
+        data = (source.get("gpt"), source["site"], source.get("offset"), contents, config.d_in)
+        # all of the autoencoder's settings but its size and the norm it starts with
         recipe = (config.recipe, config.input_norm, config.center, config.pre_bias, config.tied)
         return Finished(
             name=name,
@@ -1924,6 +1939,7 @@ def scaling_laws(runs):
     they are fitted to: the learning rate that most runs have, the frontier of the runs with it,
     best_rates. As in the paper, the rate is fixed for the frontier and swept afterwards.
     """
+    # the frontier, at one rate
     counts = Counter(run.learning_rate for run in runs)
     fixed_rate = counts.most_common(1)[0][0]
     best = frontier([run for run in runs if run.learning_rate == fixed_rate])
@@ -1935,6 +1951,7 @@ def scaling_laws(runs):
         laws["n_features"] = power_law(budgets, sizes)
         laws["steps x batch"] = power_law(budgets, rows)
         laws["loss"] = power_law(budgets, losses)
+    # the best rate, of runs of one size and length
     rates = best_rates(runs)
     if len(rates) > 1:
         laws["learning_rate"] = power_law(list(rates), list(rates.values()))
@@ -1967,6 +1984,7 @@ def draw_scaling(run, runs, best):
 
 def show_scaling(run, args):
     """Loss against compute: finished runs that differ in size, steps or learning rate."""
+    # the runs
     print(f"{'run':>20}  features  steps x batch        lr   compute  held-out loss")
     runs = []
     for name in args.names:
@@ -1981,6 +1999,8 @@ def show_scaling(run, args):
             "these runs differ in data, site, recipe, normalisation or lambda: "
             "give --names that agree"
         )
+
+    # what they tell
     laws, fixed_rate, best, rates = scaling_laws(runs)
     print(f"\nat learning rate {fixed_rate:g}, of runs of equal compute the best:")
     at_fixed_rate = [other for other in runs if other.learning_rate == fixed_rate]
@@ -2140,6 +2160,7 @@ def show_splitting(run, small, large, n_shown, rng):
     al., "Feature Splitting").
     """
     found = splitting(small, large, rng.permutation(len(small.x())))
+    # a table of all, then what became of those that were split most
     print(
         f"{small.n_features:,} features of {small.folder}, each with all "
         f"{large.n_features:,} of {large.folder}:\n"
@@ -2172,6 +2193,7 @@ def show_similarities(found):
     )
     kinds = {}
     for kind, (highest, n_similar) in found.items():
+        # the shares of features with a counterpart, by what counts as one
         shares = {f"{cosine}": float((highest > cosine).mean()) for cosine in (0.5, 0.7, 0.9)}
         kinds[kind] = {
             "median": float(np.median(highest)),
@@ -2207,6 +2229,7 @@ def draw_splitting(run, found):
     with figure(path, panels=2, width=9) as (left, right):
         for place, (kind, colour) in enumerate(colours.items()):
             highest, n_similar = found[kind]
+            # sorted, they are their own cumulative distribution
             shares = np.linspace(0, 1, len(highest))
             label = kind.replace("_", " ")
             left.plot(np.sort(highest), shares, color=colour, label=label)
@@ -2214,7 +2237,7 @@ def draw_splitting(run, found):
                 shuffled, _ = found[f"{kind}_shuffled"]
                 label = f"{label}, shuffled"
                 left.plot(np.sort(shuffled), shares, ":", color=colour, label=label)
-            where = np.arange(len(GROUPS)) + 0.27 * (place - 1)
+            where = np.arange(len(GROUPS)) + 0.27 * (place - 1)  # bars side by side
             right.bar(where, in_groups(n_similar), 0.25, color=colour)
         left.set(xlabel="highest cosine with a feature of the larger", ylabel="cumulative share")
         right.set_xticks(range(len(GROUPS)), list(GROUPS))
@@ -2279,6 +2302,7 @@ def best_matches(a, b, order):
         best["features"][name] = correlation
         best["logit weights"][name] = logit_correlations(a, b, features, partners)
     if a.source["gpt"] != b.source["gpt"] and a.neuron_sites and b.neuron_sites:
+        # the same question of the neurons
         mlp = a.neurons()
         mlp = unit_rows(mlp[mlp.any(1)])  # dead ones correlate with nothing
         others = unit_rows(b.neurons())

@@ -40,6 +40,8 @@ TOY_DIRECTIONS = 4
 FIRST_SAMPLE = 5
 RESAMPLING = 6
 
+RESAMPLING_ROWS = 819_200  # at most so many are looked at (Bricken et al., appendix)
+
 # Whoever changes which rows are made raises this: activations on disk are then made anew.
 ROWS_VERSION = 2
 VAL_ROWS = 2**15  # held-out rows on disk, for a last look; analyze.py reads the text itself
@@ -512,9 +514,10 @@ def fired_on_any_rank(fired):
 
 
 def resample(training, dead, store, l1_coeff, args):
-    """Gives dead features a new start, from a fresh sample of 100 batches, the paper's 819,200."""
+    """Gives dead features a new start, from a fresh sample of rows."""
     key = (args.seed, RESAMPLING, training.step - 1)
-    inputs = store.sample(100 * args.batch_size, key).to(dead.device)
+    n_rows = min(100 * args.batch_size, RESAMPLING_ROWS)  # 100 batches are the paper's, too
+    inputs = store.sample(n_rows, key).to(dead.device)
     generator = torch.Generator().manual_seed(args.seed + training.step)
     n_resampled = training.sae.resample(dead, inputs, training.optimizer, l1_coeff, generator)
 
