@@ -341,6 +341,10 @@ def reading(path, hint):
         raise UserError(f"{path} not found: {hint}")
     except UserError as error:  # a better reason than the one below
         raise UserError(f"{path}: {error}")
+    except OSError as error:
+        # the system's reason, such as "Permission denied"; gzip's errors have none
+        reason = error.strerror or "damaged"
+        raise UserError(f"{path} cannot be read ({reason}): {hint}")
     except Exception:  # torch's, numpy's and json's readers refuse wrong bytes in a dozen ways
         raise UserError(f"{path} is damaged or of another kind: {hint}")
 
@@ -360,9 +364,10 @@ def run(main):
     except (UserError, OSError) as error:  # an OSError names the file and the system's reason
         reason = f"error: {error}"
         status = 2
-    except (MemoryError, RuntimeError) as error:
-        torch_says_so = re.search("out of memory|allocate memory", str(error))
-        if not isinstance(error, MemoryError) and not torch_says_so:
+    except (MemoryError, RuntimeError, ValueError) as error:
+        # torch's words, and those of torch and numpy for sizes beyond any memory
+        words = "out of memory|allocate memory|calculation overflowed|array is too big"
+        if not isinstance(error, MemoryError) and not re.search(words, str(error)):
             raise
         reason = f"error: too large for the memory: {str(error).splitlines()[0]}"
         status = 2
@@ -372,8 +377,14 @@ def run(main):
             reason = (f"interrupted at {stop}, which is saved: "
                       "go on with the same command and --resume")
         status = 130
-    print(reason, file=sys.stderr)
+    # one line, whatever a file's name or a flag holds
+    print("".join(map(printable, reason)), file=sys.stderr)
     sys.exit(status)
+
+
+def printable(character):
+    """A character, or its escape if it has no sign of its own: \\n for a new line."""
+    return character if character.isprintable() else repr(character)[1:-1]
 
 
 # -----------------------------------------------------------------------------
@@ -464,7 +475,8 @@ def find_device(flag, local_rank):
         name = f"cuda:{local_rank}"
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)  # torch.device alone does not ask whether it exists
+        # torch.device alone does not ask whether it exists, or holds values: "meta" does not
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         first_line = str(error).splitlines()[0]
         raise UserError(f"--device={flag} is not available here: {first_line}")

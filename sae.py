@@ -673,11 +673,12 @@ class ActivationStore:
         path, start, stop = self.slices[i]
         rows = open_npy(path)[start:stop][indices]
         small = np.float32 if rows.itemsize == 8 else rows.dtype.newbyteorder("=")
-        rows = rows.astype(small, copy=False)  # of this machine's byte order, too
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinity
+            rows = rows.astype(small, copy=False)  # of this machine's byte order, too
         if not np.isfinite(rows).all():
             raise UserError(
-                f"{path} holds NaN or infinity in rows {start:,} to {stop:,}: "
-                "mend it or leave it out"
+                f"{path} holds NaN, infinity or more than float32 can hold in rows "
+                f"{start:,} to {stop:,}: mend it or leave it out"
             )
         return rows
 
@@ -759,7 +760,7 @@ def open_npy(path):
         rows = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise UserError(f"{path} not found")
-    except (ValueError, EOFError, OSError) as error:
+    except Exception as error:  # numpy refuses wrong headers in half a dozen ways
         reason = "is truncated, holds Python objects or is no .npy file"
         raise UserError(f"{path} {reason} ({error})")
     found = "an archive"

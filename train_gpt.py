@@ -214,7 +214,10 @@ def source_files(dataset, out_dir):
     held out is then of all kinds. UserError for a source that does not exist.
     """
     paths = []
-    for source in split_sources(dataset):
+    sources = split_sources(dataset)
+    if not sources:
+        raise UserError("--dataset is empty: leave it out, or name files or folders")
+    for source in sources:
         if source == "python":
             paths += python_files()
         elif source in URLS or "://" in source:
@@ -681,6 +684,9 @@ def make_token_files(paths, tokenizer, skipped, args):
             os.remove(data_json)
         for split in splits:
             os.replace(part[split], final[split])
+    except OSError as error:  # of a full disk it does not name the file
+        name = error.filename or both
+        raise UserError(f"{name}: {error.strerror}: make room and run again")
     finally:
         for path in (both, *part.values()):
             if os.path.exists(path):  # after an error or Ctrl-C, but for `both`

@@ -339,7 +339,8 @@ def begin_training(path, source, store, args, device):
             f"--batch_size={args.batch_size} is more than the {store.rows:,} rows there are"
         )
     sample = store.sample(32768, (args.seed, FIRST_SAMPLE)).to(device)
-    if not 0 < sample.float().var(0).sum() < math.inf:  # NaN is refused, too
+    # NaN is refused, too; correction=0, since that of one row is then 0
+    if not 0 < sample.float().var(0, correction=0).sum() < math.inf:
         reason = "are all the same, or too large or too small for float32"
         raise UserError(f"the activations {reason}")
     print(mean_note(mean_share(sample), args.center))
@@ -414,7 +415,6 @@ def save(training, loss, args, rank):
     if rank > 0:
         return
     folder = os.path.dirname(training.path)
-    os.makedirs(folder, exist_ok=True)
     save_jsonl(os.path.join(folder, "log.jsonl"), training.log)
     save_sae(
         training.path,
@@ -555,6 +555,7 @@ def main():
     machine = setup(args)
     args.batch_size *= machine.ranks  # of all ranks together, here and in the checkpoint
     path = os.path.join(args.out_dir, "sae", args.name, "sae.pt")
+    os.makedirs(os.path.dirname(path), exist_ok=True)  # an error now rather than after an hour
     checkpoint = resumable(path, args, machine.device)
     with rank_0_first():  # one writes the rows, the others read them
         store, val_store, source = prepare(args, machine.device)

@@ -145,6 +145,28 @@ def test_measuring_takes_the_mean_of_the_same_batches_and_shows_how_far_it_is(mo
     assert "measuring val loss 3/4 batches" in capsys.readouterr().out
 
 
+def test_a_disk_that_is_full_of_tokens_is_named_and_nothing_is_left(tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text(TEXT)
+
+    def full(texts, tokenizer, path):
+        open(path, "wb").close()
+        raise OSError(28, "No space left on device")  # the system names no file here
+
+    monkeypatch.setattr(train_gpt, "write_tokens", full)
+    done = script("train_gpt.py", f"--dataset={tmp_path / 'text.txt'}", f"--out_dir={tmp_path / 'out'}", *SMALL_GPT)
+    assert done.returncode == 2 and "tokens.part" in done.stderr and "No space left" in done.stderr
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_folder_that_cannot_be_made_is_found_before_the_activations(trained, tmp_path):
+    (tmp_path / "file").mkdir()
+    (tmp_path / "file" / "sae").write_text("a file in the folder's place")
+    for folder, name in (("file", "x"), ("new", "n" * 300)):
+        flags = ("--acts=toy", *SMALL_SAE, f"--out_dir={tmp_path / folder}", f"--name={name}")
+        done = script("train_sae.py", *flags)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and not done.stdout
+
+
 def test_a_comma_in_a_name_that_exists_parts_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("a", "b,c", "d,e,f"):
@@ -870,7 +892,7 @@ def test_a_slope_that_is_not_finite_is_found_before_the_first_step(tmp_path, mon
     done = script("train_sae.py", "--recipe=other", *flags)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert "before the first step" in done.stderr and "penalty" in done.stderr and "activation" in done.stderr
-    assert not (tmp_path / "sae").exists()
+    assert not any((tmp_path / "sae/other").iterdir())
 
 
 def test_the_report_of_an_autoencoder_that_is_all_dead_warns_of_nothing(tmp_path):
@@ -1076,6 +1098,35 @@ def spoil(case, out, folder):
         name, content, words = TEXT_MISTAKES[case]
         (folder / name).write_text(content, encoding="latin-1", newline="")
         return ("train_gpt.py", f"--out_dir={folder / 'new'}", f"--dataset={folder / name}"), [name, *words]
+    if case == "no name of data":
+        return ("train_gpt.py", f"--out_dir={folder / 'new'}", "--dataset= , "), ["--dataset", "empty"]
+    if case == "width beyond any memory":
+        return ("train_gpt.py", f"--out_dir={folder / 'new'}", f"--dataset={text}", "--n_embd=4611686018427387904"), ["memory"]
+    if case == "batch beyond any memory":
+        return ("train_gpt.py", f"--out_dir={folder / 'new'}", f"--dataset={text}", f"--batch_size={2**62}"), ["memory"]
+    if case == "features beyond any memory":
+        return ("train_sae.py", flag, *SMALL_SAE, f"--n_features={2**62}"), ["memory"]
+    if case == "device that holds no values":
+        return ("train_sae.py", flag, "--device=meta"), ["--device=meta"]
+    if case == "name of two lines":
+        return ("train_sae.py", flag, "--name=a\nb"), [r"--name=a\nb", "letters"]
+    if case == "broken tokenizer of prepared data":
+        (out / "tokenizer.json").write_text("[1, 2")
+        return ("train_gpt.py", flag, *SMALL_GPT, f"--dataset={text}"), ["tokenizer.json", "delete it"]
+    if case == "folder in a file's place":
+        (out / "data.json").unlink()
+        (out / "data.json").mkdir()
+        return ("analyze.py", flag), ["data.json", "cannot be read"]
+    if case == "two rows":
+        write_npy(folder, a=floats[:2])
+        return (*acts, "--batch_size=1"), ["all the same"]
+    if case == "more than float32 holds":
+        write_npy(folder, a=floats.astype(float) * 1e300)
+        return acts, ["a.npy", "float32"]
+    if case == "negative number of rows":
+        write_npy(folder, a=floats)
+        (folder / "a.npy").write_bytes((folder / "a.npy").read_bytes().replace(b"(300", b"(-30"))
+        return acts, ["a.npy", "no .npy file"]
     if case == "out_dir is the folder of text":
         (folder / "texts").mkdir()
         text.rename(folder / "texts" / "text.txt")
@@ -1283,6 +1334,17 @@ def spoil(case, out, folder):
         "a bias that tied weights lack",
         "bfloat16",
         "one context for two",
+        "no name of data",
+        "width beyond any memory",
+        "batch beyond any memory",
+        "features beyond any memory",
+        "device that holds no values",
+        "name of two lines",
+        "broken tokenizer of prepared data",
+        "folder in a file's place",
+        "two rows",
+        "more than float32 holds",
+        "negative number of rows",
     ],
 )
 def test_a_mistake_is_one_line_and_harms_nothing(trained, tmp_path, case, monkeypatch):
@@ -1293,7 +1355,9 @@ def test_a_mistake_is_one_line_and_harms_nothing(trained, tmp_path, case, monkey
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # nothing listens there: offline
     command, words = spoil(case, out, tmp_path)
     before = hashes(out)
-    done = script(*command)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a warning would be a second line
+        done = script(*command)
     assert done.returncode == 2, done.stdout + done.stderr
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
     for word in words:
