@@ -312,13 +312,18 @@ def load_tokenizer(path, hint="run python train_gpt.py again"):
 def load_tokens(out_dir, split, config):
     """
     The token ids (n,) of out_dir/train.bin or val.bin as train_gpt.py left them: uint16,
-    mapped from the disk. UserError when they are missing or do not fit a model of this
-    GPTConfig.
+    mapped from the disk. UserError when they are missing, not as many as data.json says, or
+    do not fit a model of this GPTConfig.
     """
     path = os.path.join(out_dir, f"{split}.bin")
     hint = "run python train_gpt.py again"
     with reading(path, hint):
         tokens = np.memmap(path, dtype=np.uint16, mode="r")
+    data = load_json(os.path.join(out_dir, "data.json"), hint)
+    n_tokens = data.get(split, len(tokens))
+    if len(tokens) != n_tokens:  # a copy broke off, say
+        raise UserError(f"{path} holds {len(tokens):,} tokens, and data.json says "
+                        f"{n_tokens}: delete it and {hint}")
     if len(tokens) <= config.block_size or tokens.max() >= config.vocab_size:
         raise UserError(f"{path} is too short for a context or of another vocabulary "
                         f"than the model: delete it and {hint}")

@@ -1210,7 +1210,12 @@ def spoil(case, out, folder):
     if case == "tokens of another tokenizer":
         np.full(4000, 60_000, np.uint16).tofile(out / "val.bin")
         return ("analyze.py", flag), ["val.bin", "train_gpt.py"]
+    if case == "half the held-out tokens":
+        path = out / "val.bin"
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 4 * 2])
+        return ("analyze.py", flag), ["val.bin", "data.json says", "train_gpt.py"]
     if case == "few held-out tokens":
+        (out / "data.json").write_text((out / "data.json").read_text().replace('"val":', '"value":'))
         np.zeros(20, np.uint16).tofile(out / "val.bin")
         return ("analyze.py", flag), ["val.bin", "train_gpt.py"]
     if case == "tokenizer of another shape":
@@ -1319,6 +1324,7 @@ def spoil(case, out, folder):
         "no data.json",
         "no tokens",
         "tokens of another tokenizer",
+        "half the held-out tokens",
         "few held-out tokens",
         "tokenizer of another shape",
         "log of another shape",
