@@ -346,12 +346,11 @@ def reading(path, hint):
         raise UserError(f"{path} not found: {hint}")
     except UserError as error:  # a better reason than the one below
         raise UserError(f"{path}: {error}")
-    except OSError as error:
-        # the system's reason, such as "Permission denied"; gzip's errors have none
-        reason = error.strerror or "damaged"
-        raise UserError(f"{path} cannot be read ({reason}): {hint}")
-    except Exception:  # torch's, numpy's and json's readers refuse wrong bytes in a dozen ways
-        raise UserError(f"{path} is damaged or of another kind: {hint}")
+    except Exception as error:  # readers refuse wrong bytes in a dozen ways
+        what = "is damaged or of another kind"
+        if getattr(error, "strerror", None):  # the system's reason, such as "Permission denied"
+            what = f"cannot be read ({error.strerror})"
+        raise UserError(f"{path} {what}: {hint}")
 
 
 def run(main):

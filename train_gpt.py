@@ -104,10 +104,10 @@ def parse_args():
 def download(url, folder):
     """
     The path of a URL's file in `folder`, downloaded unless it is there. UserError when it
-    cannot be had, or is shorter than the server said.
+    cannot be had, is shorter than the server said, or is a page around the file.
     """
     name = url.rstrip("/").split("/")[-1].split("?")[0]
-    name = re.sub(r"[^\w.-]", "_", name)
+    name = re.sub(r"[^\w.-]", "_", name)[-100:]  # with the suffix, which says how to read it
     prefix = hashlib.sha256(url.encode()).hexdigest()[:8]  # many a URL ends in input.txt
     path = os.path.join(folder, f"{prefix}-{name}")
     if os.path.exists(path):
@@ -123,10 +123,13 @@ def download(url, folder):
     socket.setdefaulttimeout(60)  # seconds of silence, after which a server counts as dead
     try:
         # raises an error when fewer bytes came than were announced
-        urllib.request.urlretrieve(url, path + ".part", show)
+        _, headers = urllib.request.urlretrieve(url, path + ".part", show)
     except (OSError, ValueError, HTTPException) as error:  # no network, no URL, no HTTP
         raise UserError(f"{url} cannot be downloaded ({error}): "
                         "run again, or give a file as --dataset")
+    if headers.get_content_type() == "text/html":
+        raise UserError(f"{url} is a web page: give the address of the file itself, "
+                        "or save the page and give its path")
     os.replace(path + ".part", path)  # what has its final name is whole
     return path
 

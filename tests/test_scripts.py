@@ -390,11 +390,12 @@ def server():
     """An HTTP server on this machine that announces 100 bytes and sends the first `limit` of them."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
-        limit, requests = 40, []
+        limit, requests, kind = 40, [], "application/octet-stream"
 
         def do_GET(self):
             self.requests.append(self.path)
             self.send_response(200)
+            self.send_header("Content-Type", Handler.kind)
             self.send_header("Content-Length", "100")
             self.end_headers()
             self.wfile.write(bytes(range(100))[: Handler.limit])
@@ -418,6 +419,15 @@ def test_a_broken_download_is_never_taken_for_whole(tmp_path, server):
     assert Path(path).read_bytes() == bytes(range(100)) and path.endswith("-te_xt.txt")
     assert [p.name for p in tmp_path.iterdir()] == [os.path.basename(path)]
     assert train_gpt.download(server.url, tmp_path) == path and len(server.requests) == 2
+    long = train_gpt.download(server.url.replace("te*xt.txt", "x" * 300 + ".jsonl"), tmp_path)
+    assert Path(long).read_bytes() == bytes(range(100)) and long.endswith("x.jsonl")
+
+
+def test_the_page_around_a_file_is_not_taken_for_the_file(tmp_path, server):
+    server.limit, server.kind = 100, "text/html; charset=utf-8"
+    with pytest.raises(UserError, match="web page"):
+        train_gpt.download(server.url, tmp_path)
+    assert not [p for p in tmp_path.iterdir() if p.suffix != ".part"]
 
 
 # -----------------------------------------------------------------------------
