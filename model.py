@@ -695,6 +695,8 @@ def resumable(path, args, device):
         step = checkpoint["step"]
         saved_args = dict(checkpoint["args"])
         more_steps = args.max_iters - saved_args["max_iters"]
+        if step not in range(saved_args["max_iters"] + 1):
+            raise ValueError("no such step")  # for `reading`, which says it in its own words
 
     for flag, value in vars(args).items():
         saved_value = saved_args.get(flag)

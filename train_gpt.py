@@ -772,9 +772,10 @@ def prepare(args, checkpoint=None):
     """
     paths = source_files(args.dataset, args.out_dir)
     made_from = describe(paths, args)
-    if checkpoint and checkpoint["data"] != made_from:
+    made_then = checkpoint.get("data") or {} if checkpoint else made_from
+    if made_then != made_from:
         other = "other files than"
-        if checkpoint["data"].get("reading") != READING:
+        if made_then.get("reading") != READING:
             other = "tokens that another version of train_gpt.py made of"
         raise UserError(f"gpt.pt was trained on {other} --dataset={args.dataset}: "
                         "run without --resume")
@@ -863,7 +864,7 @@ def restore(training, checkpoint):
         training.gpt.load_state_dict(checkpoint["model"])
         training.optimizer.load_state_dict(checkpoint["optimizer"])
         training.step = checkpoint["step"]
-        training.log = checkpoint["log"]
+        training.log = [dict(line) for line in checkpoint["log"]]
 
 
 @torch.no_grad()

@@ -403,7 +403,7 @@ def restore(training, checkpoint):
         training.optimizer.load_state_dict(checkpoint["optimizer"])
         training.last_fired = checkpoint["last_fired"]
         training.step = checkpoint["step"]
-        training.log = checkpoint["log"]
+        training.log = [dict(line) for line in checkpoint["log"]]
 
 
 def save(training, loss, args, rank):

@@ -1074,6 +1074,16 @@ TEXT_MISTAKES = {  # case: the file's name, what it holds, words that the one li
 }
 
 
+CHECKPOINT_MISTAKES = {  # case: the checkpoint to resume, what is wrong in it
+    "step that is no number": ("gpt.pt", "step", None),
+    "step below 0": ("gpt.pt", "step", -1),
+    "step beyond the last": ("sae/scaling/sae.pt", "step", 10**6),
+    "log that is no list": ("gpt.pt", "log", None),
+    "log of other things": ("sae/scaling/sae.pt", "log", ["x"]),
+    "text that is not known": ("gpt.pt", "data", None),
+}
+
+
 def spoil(case, out, folder):
     """Makes a mistake -> script, flags, words that the one line must hold."""
     text, flag = folder / "text.txt", f"--out_dir={out}"
@@ -1196,6 +1206,14 @@ def spoil(case, out, folder):
         np.savez(folder / "a.npz", a=floats)
         (folder / "a.npz").rename(folder / "a.npy")
         return acts, ["a.npy", "archive"]
+    if case in CHECKPOINT_MISTAKES:
+        name, key, value = CHECKPOINT_MISTAKES[case]
+        path = out / name
+        torch.save(torch.load(path, weights_only=True) | {key: value}, path)
+        flags = {"gpt.pt": SMALL_GPT, "sae/scaling/sae.pt": SMALL_SAE}[name]
+        command = "train_gpt.py" if name == "gpt.pt" else "train_sae.py"
+        dataset = [f"--dataset={text}"] if name == "gpt.pt" else []
+        return (command, flag, *flags, *dataset, "--max_iters=70", "--resume"), [path.name, "without --resume"]
     if case == "list for a model":
         torch.save([1, 2], out / "gpt.pt")
         return ("train_sae.py", flag), ["gpt.pt", "train_gpt.py"]
@@ -1327,6 +1345,7 @@ def spoil(case, out, folder):
         "malicious checkpoint to resume",
         "malicious .npy",
         "archive",
+        *CHECKPOINT_MISTAKES,
         "list for a model",
         "model of other sizes",
         "weights missing",
