@@ -1237,7 +1237,7 @@ def test_scaling_says_where_features_grow_faster_than_steps(out):
 
 
 def test_scaling_lists_what_was_trained_and_says_what_a_law_needs(out):
-    printed, lines = analyzed(out, "scaling", "--names=scaling,small"), {}
+    printed = analyzed(out, "scaling", "--names=scaling,small")
     for name, features in (("scaling", 96), ("small", 48)):
         numbers = [str(features), "7,680", "1.0e-03", f"{12 * 64 * features * 60 * 128:.2e}",
                    f"{log_of(out, name)[-1]['held_out_loss']:.3f}"]

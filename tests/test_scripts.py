@@ -922,7 +922,7 @@ def test_a_slope_that_is_not_finite_is_found_before_the_first_step(tmp_path, mon
     done = script("train_sae.py", "--recipe=other", *flags)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert "before the first step" in done.stderr and "penalty" in done.stderr and "activation" in done.stderr
-    assert not (tmp_path / "sae").exists()
+    assert not any((tmp_path / "sae/other").iterdir())
 
 
 def test_the_report_of_an_autoencoder_that_is_all_dead_warns_of_nothing(tmp_path):
