@@ -833,7 +833,7 @@ def print_related(run, i, largest, n):
             print(f"  {label:>8}  " + "  ".join(texts))
     else:
         direction = run.sae.W_dec[i]
-        nearest = ranked_pairs(direction, direction.abs(), n)
+        nearest = ranked_pairs(range(len(direction)), direction, direction.abs(), n)
     texts = [f"{number} {cosine:+.2f}" for number, cosine in nearest]
     print(f"  {axes:>8}  " + "  ".join(texts))
 

@@ -326,8 +326,10 @@ def dump(folder, meta, make, n_acts):
     Returns the paths of the training shards and those of the held-out one. UserError when
     there is no room, or when files would have to go that another run may be reading.
     """
-    shards = plan_shards(folder, n_acts)
     os.makedirs(folder, exist_ok=True)
+    if n_acts > 2**40:  # no disk holds them, and the list of their files would take minutes
+        raise UserError(f"--n_acts={n_acts}: lower --n_acts or use --stream")
+    shards = plan_shards(folder, n_acts)
     alone = lock_alone(folder)  # nobody starts reading until it is clear which files are good
     if not alone:
         lock_shared(folder)

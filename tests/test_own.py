@@ -287,7 +287,7 @@ def test_a_copy_without_its_log_is_analyzed_and_scaling_proposes_nothing_that_ha
     printed = analyzed(tmp_path / "out", "--show=1")
     assert "no log.jsonl" in printed and (tmp_path / "out/sae/scaling/features.html").exists()
     done = script("analyze.py", "scaling", f"--out_dir={tmp_path / 'out'}")
-    assert done.returncode == 2 and "log.jsonl not found" in done.stderr and "run " not in done.stderr
+    assert done.returncode == 0, done.stderr  # sae.pt alone tells
 
 
 @pytest.mark.parametrize("flags, words", [

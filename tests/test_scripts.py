@@ -154,7 +154,7 @@ def test_a_disk_that_is_full_of_tokens_is_named_and_nothing_is_left(tmp_path, mo
     monkeypatch.setattr(train_gpt, "write_tokens", full)
     done = script("train_gpt.py", f"--dataset={tmp_path / 'text.txt'}", f"--out_dir={tmp_path / 'out'}", *SMALL_GPT)
     assert done.returncode == 2 and "tokens.part" in done.stderr and "No space left" in done.stderr
-    assert not list((tmp_path / "out").iterdir())
+    assert os.listdir(tmp_path / "out") == [".lock"]
 
 
 def test_a_folder_that_cannot_be_made_is_found_before_the_activations(trained, tmp_path):
@@ -636,7 +636,7 @@ def test_a_perfect_autoencoder_changes_no_loss_and_an_empty_one_is_zero_ablation
     metrics, features = analyze.measure(run_on(gpt, empty, site, contexts))
     by_hand = gpt(contexts[:, :-1], contexts[:, 1:], lambda s, x: 0 * x if s == site else None)[1].item()
     assert metrics["loss_spliced"] == metrics["loss_zero_ablated"] == pytest.approx(by_hand, rel=1e-5)
-    assert metrics["loss_recovered"] == 0 and metrics["dead"] == 1 and metrics["l0"] == 0 and not features.density.any()
+    assert metrics["loss_recovered"] == 0 and metrics["l0"] == 0 and not features.density.any()
 
 
 def test_the_metrics_are_those_of_plain_numpy():
@@ -662,7 +662,6 @@ def test_the_metrics_are_those_of_plain_numpy():
     assert metrics["variance_explained"] == pytest.approx(
         1 - ((x - x_hat) ** 2).sum() / ((x - x.mean(0)) ** 2).sum(), rel=1e-4
     )
-    assert metrics["dead"] == ((f > 0).sum(0) == 0).mean() >= 1 / 20
     np.testing.assert_allclose(features.density, (f > 0).mean(0), atol=1e-3)
     energy = (f**2).mean(0) * np.linalg.norm(W_dec, axis=1) ** 2 / 9.0
     np.testing.assert_allclose(features.energy, energy, rtol=1e-4, atol=1e-6)
@@ -894,17 +893,83 @@ def judged_by_numpy(out, rows):
     return 1 - ((x - x_hat) ** 2).sum() / ((x - x.mean(0)) ** 2).sum()
 
 
+def loaded_run(out, *flags):
+    """analyze.py's Run of the autoencoder `scaling`, and its flags."""
+    with mock.patch.object(sys, "argv", ["analyze.py", f"--out_dir={out}", *flags]):
+        args = analyze.parse_args()
+    return analyze.load_run(args, torch.device("cpu"), "scaling"), args
+
+
+def test_the_density_pass_counts_every_token_of_the_training_text_once(trained):
+    run, _ = loaded_run(trained)
+    tokens = np.fromfile(trained / "train.bin", dtype=np.uint16).astype(np.int64)
+    contexts = torch.from_numpy(tokens[: len(tokens) // 32 * 32].reshape(-1, 32))
+    kept = {}
+    run.gpt(contexts, hook=lambda s, x: kept.update({s: x}))
+    f = run.sae.encode(kept["mlp.0"].flatten(0, 1)).numpy()
+    density, n_tokens = analyze.count_active(run)  # the text is short: all of it fits
+    assert n_tokens == len(f) == contexts.numel() and 0 < (density > 0).sum()
+    np.testing.assert_allclose(density, (f > 0).mean(0), atol=3 / len(f))
+    some, n_some = analyze.count_active(run, 100)  # three contexts from all of the text
+    few = f.reshape(len(contexts), 32, -1)[[0, len(contexts) // 3, len(contexts) * 2 // 3]]
+    assert n_some == 96 and some.tolist() == (few.reshape(96, -1) > 0).mean(0).tolist()
+
+
+def test_dead_and_ultra_low_are_told_on_tokens_enough():
+    density = np.array([0, 0, 5e-7, 2e-6, 0.1])
+    enough, few = analyze.density_metrics(density, 10**7), analyze.density_metrics(density, 10**7 - 1)
+    assert enough == {"density_tokens": 10**7, "dead": 0.4, "ultra_low": 0.2}
+    assert few == {"density_tokens": 10**7 - 1, "dead": 0.4, "ultra_low": None}
+
+
+@pytest.mark.parametrize("factor", [1, 1e4])
+def test_variance_explained_is_told_without_massive_rows_too(factor):
+    """An autoencoder that gives back the 1 % of large rows and nothing of the others."""
+    x = torch.from_numpy(DRAWN[:500].astype(np.float32))
+    x[::100] *= 50
+    x *= factor
+
+    class Run(SimpleNamespace):
+        def x(self):
+            return x
+
+    large = (x.norm(dim=1) > 20 * x.norm(dim=1).median()).numpy()
+    run = Run(device="cpu", sae=lambda rows: rows * (rows.norm(dim=1, keepdim=True) > 20 * x.norm(dim=1).median()))
+    found = analyze.massive_metrics(run)
+    rest = x.numpy().astype(np.float64)[~large]
+    expected = 1 - (rest**2).sum() / ((rest - rest.mean(0)) ** 2).sum()  # about 0: nothing is explained
+    assert large.sum() == 5 and found["explained_without"] == pytest.approx(expected, rel=1e-6)
+    assert found["massive_share"] == pytest.approx((x[large] ** 2).sum().item() / (x**2).sum().item(), rel=1e-5)
+    x /= x.norm(dim=1, keepdim=True)
+    assert analyze.massive_metrics(run) == {"massive_share": pytest.approx(0.01)}
+
+
+def test_massive_rows_are_said_to_be_there_at_the_start_and_in_the_report(tmp_path):
+    x = DRAWN.astype(np.float32)
+    x[30::60] *= 200
+    np.save(tmp_path / "a.npy", x)
+    flags = (f"--acts={tmp_path}/a.npy", f"--out_dir={tmp_path}", *SMALL_SAE)
+    done = script("train_sae.py", *flags)
+    assert re.search(r"the largest 1% of the rows hold \d\d\.\d% of .* try --input_norm=token", done.stdout)
+    done = script("analyze.py", f"--out_dir={tmp_path}")
+    metrics = json.loads((tmp_path / "sae/scaling/metrics.json").read_text())
+    assert f"explained, all      {metrics['explained_without']:9.3f}" in done.stdout, done.stdout
+    assert metrics["explained_without"] < metrics["variance_explained"]
+    done = script("train_sae.py", *flags, "--input_norm=token")
+    assert "each is divided by its own" in done.stdout
+
+
 def test_activations_of_three_dimensions_are_flattened_and_the_script_says_so(tmp_path):
     cube = DRAWN.reshape(30, 20, 24).astype(">f4")
     np.save(tmp_path / "a.npy", cube)
     done = script("train_sae.py", f"--acts={tmp_path}/a.npy", f"--out_dir={tmp_path / 'cube'}", *SMALL_SAE)
     assert done.returncode == 0 and "a.npy: shape (30, 20, 24) is read as rows of 24" in done.stdout, done.stderr
+    assert script("analyze.py", f"--out_dir={tmp_path / 'cube'}").returncode == 0
     np.save(tmp_path / "a.npy", DRAWN.astype(np.float32))
     done = script("train_sae.py", f"--acts={tmp_path}/a.npy", f"--out_dir={tmp_path / 'flat'}", *SMALL_SAE)
     assert "is read as" not in done.stdout
     cube, flat = (load_sae(tmp_path / name / "sae/scaling/sae.pt").state_dict() for name in ("cube", "flat"))
     assert all(torch.equal(cube[name], flat[name]) for name in flat)
-    assert script("analyze.py", f"--out_dir={tmp_path / 'cube'}").returncode == 0
 
 
 SLOPES = {
@@ -922,7 +987,7 @@ def test_a_slope_that_is_not_finite_is_found_before_the_first_step(tmp_path, mon
     done = script("train_sae.py", "--recipe=other", *flags)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert "before the first step" in done.stderr and "penalty" in done.stderr and "activation" in done.stderr
-    assert not any((tmp_path / "sae/other").iterdir())
+    assert os.listdir(tmp_path / "sae/other") == [".lock"]
 
 
 def test_the_report_of_an_autoencoder_that_is_all_dead_warns_of_nothing(tmp_path):
@@ -1014,7 +1079,7 @@ def test_a_batch_without_variance_is_null_in_the_log_and_the_log_can_be_read(tmp
 def test_a_damaged_log_is_said_to_be_so(tmp_path, text):
     if text:
         (tmp_path / "log.jsonl").write_text(text)
-    with pytest.raises(UserError, match="log.jsonl .*: run python train_sae.py --name="):
+    with pytest.raises(UserError, match="log.jsonl .*: train_sae.py writes it"):
         analyze.read_log(tmp_path)
 
 
@@ -1215,7 +1280,7 @@ def spoil(case, out, folder):
     if case == "out_dir":
         return ("train_gpt.py", f"--out_dir={text}/below a file"), ["below a file"]
     if case == "batch":
-        return ("train_sae.py", flag, *SMALL_SAE, "--batch_size=5000"), ["--batch_size=5000", "4,000"]
+        return ("train_sae.py", flag, *SMALL_SAE, "--batch_size=200000"), ["--batch_size=200000", "131,072"]
     if case == "no .npy":
         return acts, ["no file matches"]
     if case == "malicious model":  # a pickle that would make a folder when loaded
