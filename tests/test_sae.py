@@ -453,7 +453,10 @@ def test_resampling_gives_dead_features_new_weights_and_leaves_the_others(recipe
     for name in before:
         kept = slice(None) if name == "b_dec" else alive
         np.testing.assert_array_equal(feature_first(name, after[name])[kept], feature_first(name, before[name])[kept])
-    unit_inputs = x.numpy() / np.linalg.norm(x.numpy(), axis=1, keepdims=True)
+    read = 0.7 * x.numpy()                              # what the encoder reads: in towards less b_dec
+    if recipe == "towards":
+        read = read - before["b_dec"]
+    unit_inputs = read / np.linalg.norm(read, axis=1, keepdims=True)
     for i in dead:
         assert np.abs(unit_inputs - after["W_dec"][i]).max(axis=1).min() < 1e-14      # the row is some x / ||x||
         if recipe == "tied":                        # one matrix: see the test of its newcomers below
@@ -516,7 +519,8 @@ def test_the_draw_is_over_all_of_the_sample():
     x = 1e-3 * torch.randn(5000, 3)
     x[4500] = torch.tensor([3.0, 0.0, -4.0])        # the only input with a loss worth mentioning
     sae.resample(mask(4, [2]), x.half(), adam(sae), 0.1)         # in the precision of the files
-    assert_close(sae.W_dec[2], np.array([0.6, 0.0, -0.8]), 1e-6)
+    read = np.array([3.0, 0.0, -4.0]) - sae.b_dec.detach().numpy()
+    assert_close(sae.W_dec[2], read / np.linalg.norm(read), 1e-6)
 
 
 @every_recipe
@@ -535,7 +539,8 @@ def test_without_dead_features_resampling_changes_nothing(recipe):
 def test_all_features_may_be_dead_and_outnumber_the_inputs(recipe, n_inputs):
     sae, x = make(recipe), inputs(n_inputs)
     assert sae.resample(torch.ones(11, dtype=torch.bool), x, adam(sae), 0.5) == 11
-    cosines = (sae.W_dec.detach().numpy() @ x.numpy().T) / np.linalg.norm(x.numpy(), axis=1)
+    read = 0.7 * x.numpy() - (sae.b_dec.detach().numpy() if recipe == "towards" else 0)
+    cosines = (sae.W_dec.detach().numpy() @ read.T) / np.linalg.norm(read, axis=1)
     np.testing.assert_allclose(cosines.max(axis=1), 1, rtol=1e-12)
     np.testing.assert_allclose(np.linalg.norm(sae.W_dec.detach().numpy(), axis=1), 1, rtol=1e-12)
     encoder = sae.W_enc.detach().numpy().T
@@ -592,7 +597,9 @@ def test_resampling_works_before_adams_first_step(recipe):
 def test_an_input_of_zeros_becomes_no_decoder_row(recipe, dead):
     sae, x = make(recipe), torch.zeros(1000, 5, dtype=torch.float64)   # with biases, zeros have a loss too
     x[6] = inputs(1)
-    assert sae.resample(mask(11, dead), x, adam(sae), 0.5) == len(dead)
+    optimizer = adam(sae)
+    sae.b_dec.data.zero_()                              # towards reads x - b_dec, so that zeros are zeros
+    assert sae.resample(mask(11, dead), x, optimizer, 0.5) == len(dead)
     for i in dead:
         assert_close(sae.W_dec[i], x[6].numpy() / np.linalg.norm(x[6].numpy()), 1e-14)
 
@@ -630,9 +637,9 @@ def test_towards_and_tied_keep_lambda_and_learning_rate(recipe, step):
 @pytest.mark.parametrize("max_iters, steps, window", [
     (1_000_000, [25_000, 50_000, 75_000, 100_000], 12_500),
     (200_000, [25_000, 50_000, 75_000, 100_000], 12_500),
-    (100_000, [12_500, 25_000, 37_500, 50_000], 6_250),
-    (1600, [200, 400, 600, 800], 100)])
-def test_resampling_steps_are_the_papers_or_shrink_with_a_short_run(max_iters, steps, window):
+    (100_000, [40_000, 50_000, 60_000, 70_000, 80_000, 90_000], 10_000),
+    (1500, [600, 750, 900, 1050, 1200, 1350], 150)])
+def test_resampling_steps_are_the_papers_or_those_of_a_short_run(max_iters, steps, window):
     assert resample_schedule(max_iters, RECIPES["towards"]) == (steps, window)
 
 
@@ -830,9 +837,11 @@ def test_the_start_with_center_is_that_of_rows_without_their_mean(recipe, input_
 def test_resampling_with_center_takes_directions_from_the_mean(make_centred, recipe, input_norm):
     """And what equals the mean has none, as zeros have none without it."""
     sae = make_centred(recipe, input_norm)
+    optimizer = adam(sae)
+    sae.b_dec.data.zero_()                              # towards takes it off, too
     x = sae.mean.expand(50, 5).clone()
     x[6] += torch.tensor([3.0, 0.0, -4.0, 0.0, 0.0])
-    assert sae.resample(mask(11, [2, 5]), x, adam(sae), 0.5) == 2
+    assert sae.resample(mask(11, [2, 5]), x, optimizer, 0.5) == 2
     assert_close(sae.W_dec[[2, 5]], np.array([[0.6, 0.0, -0.8, 0.0, 0.0]] * 2), 1e-12)
 
 

@@ -807,10 +807,10 @@ def test_activations_are_reused_while_they_match_and_redone_when_the_model_chang
     assert script("analyze.py", f"--out_dir={out}", "--show=1").returncode == 0
 
 
-def test_towards_resamples_at_the_eighths_of_a_short_run(trained, tmp_path):
+def test_towards_resamples_at_the_tenths_of_a_short_run(trained, tmp_path):
     shutil.copytree(trained, tmp_path / "out")
     done = script("train_sae.py", f"--out_dir={tmp_path / 'out'}", "--recipe=towards", "--l1_coeff=100", *SMALL_SAE)
-    assert re.findall(r"step (\d+): resampled", done.stdout) == ["7", "15", "22", "30"]
+    assert re.findall(r"step (\d+): resampled", done.stdout) == ["24", "30", "36", "42", "48", "54"]
     done = script("train_sae.py", f"--out_dir={tmp_path / 'out'}", "--recipe=towards", "--resample=none", *SMALL_SAE)
     assert done.returncode == 0 and "resampled" not in done.stdout
 
