@@ -96,7 +96,7 @@ def parse_args():
     add("--recipe", default=SAEConfig.recipe, choices=RECIPES, help=papers)
     add("--name", default="auto", help="folder under out_dir/sae; auto: the recipe")
     add("--n_features", type=at_least(1), default=2048, help="dictionary size")
-    add("--decoder_norm", type=at_least(1e-6, float), default=0.3,
+    add("--decoder_norm", type=at_least(1e-6, float), default=SAEConfig.decoder_norm,
         help="norm of the decoder rows at the start, where the recipe leaves it free")
     add("--pre_bias", default="auto", choices=["auto", "yes", "no"],
         help="subtract b_dec from the activations before they are encoded; auto: as the "
