@@ -11,6 +11,7 @@ import pytest
 
 import analyze
 import sae
+import train_sae
 from conftest import ROOT, SMALL_SAE
 
 with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as file:
@@ -40,7 +41,7 @@ def test_every_equation_has_the_function_and_the_test_that_the_table_names():
     assert len(rows) > 20
     for _, _, functions, keywords in rows:
         for function in re.findall(r"`(\w+)`", functions):
-            places = (sae, analyze, sae.SparseAutoencoder)
+            places = (sae, analyze, train_sae, sae.SparseAutoencoder)
             assert any(hasattr(place, function) for place in places), function
         for keyword in keywords.strip("`").split(" or "):
             assert any(keyword in test for test in tests), keyword
