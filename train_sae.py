@@ -44,7 +44,7 @@ RESAMPLING_ROWS = 819_200  # at most so many are looked at (Bricken et al., appe
 
 # Whoever changes which rows are made raises this: activations on disk are then made anew.
 ROWS_VERSION = 2
-VAL_ROWS = 2**15  # held-out rows on disk, for a last look; analyze.py reads the text itself
+VAL_ROWS = 2**16  # held-out rows on disk, for a last look; analyze.py reads the text itself
 
 # Where the mean holds more of the squared norm than this, --center is recommended: features that
 # point against the mean never fire (arXiv 2605.31518). Of `scaling` on toy data moved away from 0,

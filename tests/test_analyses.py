@@ -1176,7 +1176,7 @@ def test_a_finished_run_keeps_its_loss_on_held_out_rows(out, recipe):
     f = np.maximum((x - b_dec if recipe == "towards" else x) @ W_enc + b_enc, 0)
     weights = np.linalg.norm(W_dec, axis=1) if recipe == "scaling" else np.ones(96)
     loss = ((f @ W_dec + b_dec - x) ** 2).sum(1).mean() + 3 * (f * weights).sum(1).mean()
-    assert log[-1]["held_out_loss"] == pytest.approx(loss, rel=1e-5) and len(x) == 2**15
+    assert log[-1]["held_out_loss"] == pytest.approx(loss, rel=1e-5) and len(x) == 2**16
     assert all("held_out_loss" not in line for line in log[:-1]) and sae.extra["log"] == log
 
 
