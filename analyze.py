@@ -284,20 +284,26 @@ def folder_of(args, name):
 
 
 def load_run(args, device, name):
-    """A name or folder -> Run. UserError where files are missing or do not belong together."""
+    """
+    A name or folder -> Run. UserError where files are missing, hold NaN or do not belong
+    together.
+    """
     folder = folder_of(args, name)
     sae = load_sae(os.path.join(folder, "sae.pt"), device)
     source = sae.extra.get("source")
     if not isinstance(source, dict):  # somebody else's note, or none
         source = {}
-    if args.acts:
-        source = source | {"site": "own"}
-    elif not source.keys() & {"gpt", "truth", "contents"}:  # another program or version wrote it
+    if args.acts:  # of a model that it may have been trained on nothing is asked then
+        source = {"site": "own", "contents": source.get("contents")}
+    elif not source.keys() >= noted(source):  # another program or version wrote it
         raise UserError(
             f"{folder}/sae.pt does not say what it was trained on: "
             "name activations to judge it on, as --acts='my/*.npy'"
         )
-    loaded = Run(folder, sae.fold().requires_grad_(False), source)
+    folded = sae.fold().requires_grad_(False)
+    if not all(weights.isfinite().all() for weights in folded.parameters()):
+        raise UserError(f"{folder}/sae.pt holds NaN or infinity: train it again")
+    loaded = Run(folder, folded, source)
     if COMMANDS[args.command].logs_only:
         return loaded
     if loaded.kind == "model":
@@ -305,6 +311,15 @@ def load_run(args, device, name):
     if loaded.kind == "own":
         load_rows(loaded, args)
     return loaded
+
+
+def noted(source):
+    """The keys that train_sae.py writes into a source of its kind and that are needed here."""
+    if source.get("site") == "own":
+        return {"site", "contents", "paths"}
+    if source.get("site") == "toy":
+        return {"site", "truth"}
+    return {"site", "gpt"}
 
 
 def load_model(loaded, args):
@@ -315,6 +330,12 @@ def load_model(loaded, args):
         raise UserError(
             f"{loaded.folder}/sae.pt was trained on another gpt.pt than {out_dir} has now: "
             "put that one back, or train on this one with another --name"
+        )
+    width = loaded.gpt.site_width(loaded.site)  # UserError where there is no such site
+    if width != loaded.sae.config.d_in:
+        raise UserError(
+            f"{loaded.folder}/sae.pt takes width {loaded.sae.config.d_in}, "
+            f"{loaded.site} has {width}: train it again"
         )
     tokens = load_tokens(out_dir, "val", loaded.gpt.config)
     tokens = torch.from_numpy(tokens.astype(np.int64))
@@ -2562,8 +2583,8 @@ def main():
     if loaded.kind not in command.kinds:
         able = [name for name, other in COMMANDS.items() if loaded.kind in other.kinds]
         raise UserError(
-            f"{loaded.folder} was trained on {loaded.site} activations: "
-            f"choose from {', '.join(able)}"
+            f"{args.command} is not for {loaded.site} activations, on which {loaded.folder} "
+            f"is judged: choose from {', '.join(able)}"
         )
     with torch.no_grad():
         command.show(loaded, args)

@@ -1426,6 +1426,36 @@ def test_a_mistake_is_one_line_and_harms_nothing(out, tmp_path, monkeypatch, arg
     assert hashes(out) == before
 
 
+@pytest.mark.parametrize("change, words", [
+    ({"source": {}}, "--acts"),
+    ({"source": {"gpt": "GPT"}}, "--acts"),
+    ({"source": {"site": "own", "contents": ["a"]}}, "--acts"),
+    ({"source": {"site": "toy"}}, "--acts"),
+    ({"source": {"site": "mlp.7", "gpt": "GPT"}}, "no site mlp.7"),
+    ({"source": {"site": ["mlp.0"], "gpt": "GPT"}}, "no site"),
+    ({"source": {"site": "resid.0", "gpt": "GPT"}}, "width 64, resid.0 has 16"),
+    ({"W_enc": float("nan")}, "NaN"),
+    ({"b_dec": float("inf")}, "infinity"),
+    ({"scale": 0.0}, "NaN"),
+], ids=str)
+def test_a_file_that_says_too_little_or_holds_no_numbers_is_one_line(out, tmp_path, change, words):
+    shutil.copytree(out, tmp_path / "out", ignore=shutil.ignore_patterns("acts"))
+    path = tmp_path / "out/sae/scaling/sae.pt"
+    checkpoint = torch.load(path, weights_only=True)
+    for key, value in change.items():
+        if key == "source" and "gpt" in value:
+            value = value | {"gpt": checkpoint["source"]["gpt"]}
+        if key in checkpoint["weights"]:
+            checkpoint["weights"][key][..., 0] = value
+        else:
+            checkpoint[key] = value
+    torch.save(checkpoint, path)
+    for arguments in (("feature", "3"), ("cause",)):
+        done = script("analyze.py", *arguments, f"--out_dir={tmp_path / 'out'}", "--device=cpu")
+        assert done.returncode == 2 and words in done.stderr, done.stderr
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
 def test_a_command_that_is_added_changes_no_other(out):
     own = ("--name=own", f"--out_dir={out}", "--device=cpu")
     before = script("analyze.py", "cause", *own).stderr
