@@ -1797,10 +1797,8 @@ def show_complete(run, args, threshold=0.5):
     found = {}
     for name in args.names:
         other = load_run(args, run.device, name)
-        if other.source.get("gpt") != run.source["gpt"]:
-            raise UserError(
-                f"{name} was trained on activations of another model than {args.names[0]}"
-            )
+        if other.source.get("gpt") != run.source["gpt"] or not same_positions(run, other):
+            raise UserError(f"{name} is of another model or text than {args.names[0]}")
         other.kept = run.kept  # activations of the same model on the same contexts
         results[name], found[name] = completeness(other, places, frequency, threshold)
         share = results[name]["found"]
@@ -2076,13 +2074,13 @@ def show_compare(run, args):
         raise UserError("compare takes two names, or folders such as other_out/sae/small")
     small = run
     large = load_run(args, run.device, args.names[1])
-    # of one model the smaller is looked up in the larger, in whichever order they were named
+    # the smaller is looked up in the larger, in whichever order they were named
     if small.n_features > large.n_features:
         small, large = large, small
     if not same_positions(small, large):
         raise UserError(
-            "compare needs two autoencoders on models with the same tokenizer and held-out "
-            "text, or both on the same rows of your own"
+            "compare needs two autoencoders on models with the same tokenizer, held-out text and "
+            "length of context, or both on the same rows of your own"
         )
     rng = np.random.default_rng(args.seed)
     if small.site == large.site and small.source.get("gpt") == large.source.get("gpt"):
@@ -2094,8 +2092,8 @@ def show_compare(run, args):
 
 def same_positions(a, b):
     """Whether what two Runs are judged on is the same text, or are the same rows."""
-    if a.gpt and b.gpt:
-        return np.array_equal(a.tokens, b.tokens)
+    if a.gpt and b.gpt:  # contexts, not tokens: they may be of another length
+        return torch.equal(a.contexts, b.contexts)
     return a.kind == b.kind and torch.equal(a.x(), b.x())
 
 
@@ -2281,7 +2279,8 @@ def best_partners(a, b, order):
     if len(alive) == 0:
         raise a.all_dead()
     # of activations about their means; what is constant correlates with nothing
-    norms = np.sqrt((squares - sums**2 / len(ones)).clip(1e-20))[alive]
+    variances = squares - sums**2 / len(ones)
+    norms = np.sqrt(np.where(variances > 1e-9 * squares, variances, np.inf))[alive]
     highest = np.full(len(alive), -np.inf)
     partner = np.zeros(len(alive), dtype=int)
     for block in tracked("correlating", blocks(b.n_features), "features"):
@@ -2335,7 +2334,7 @@ def best_matches(a, b, order):
 
 
 # what best_matches compares, in words
-KINDS = {
+COMPARED = {
     "features": "features, activations",
     "logit weights": "the same pairs, logit weights",
     "neurons": "neurons, activations",
@@ -2361,7 +2360,7 @@ def show_universality(run, a, b, rng):
     for kind, values in best.items():
         medians[kind] = {name: float(np.median(parts)) for name, parts in values.items()}
         found, shuffled = medians[kind].values()
-        print(f"  {KINDS[kind]:<40}{found:12.2f}{shuffled:12.2f}")
+        print(f"  {COMPARED[kind]:<40}{found:12.2f}{shuffled:12.2f}")
     draw_universality(run, best)
     sites = [a.site, b.site]
     save(run, "compare", of=[a.folder, b.folder], sites=sites, models=models, medians=medians)
@@ -2373,7 +2372,7 @@ def draw_universality(run, best):
         bins = np.linspace(-1, 1, 81)
         style = {"density": True, "histtype": "step"}
         for (kind, values), colour in zip(best.items(), (BLUE, GREY, RED)):
-            ax.hist(values["found"], bins, color=colour, label=KINDS[kind], **style)
+            ax.hist(values["found"], bins, color=colour, label=COMPARED[kind], **style)
             ax.hist(values["shuffled"], bins, color=colour, ls=":", **style)
         ax.set(xlabel="correlation (dotted: shuffled)", ylabel="density", yscale="log")
 

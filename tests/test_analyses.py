@@ -1307,7 +1307,7 @@ def test_two_models_are_compared_by_activation_and_logit_weights_features_beside
         exact = [np.corrcoef(w, v)[0, 1] for w, v in zip(ours, theirs)]
         assert medians["logit weights"][name] == pytest.approx(np.median(exact), abs=0.02), name
     for kind in medians:
-        line, = [line for line in printed.splitlines() if line.startswith(f"  {analyze.KINDS[kind]}  ")]
+        line, = [line for line in printed.splitlines() if line.startswith(f"  {analyze.COMPARED[kind]}  ")]
         assert line.split()[-2:] == [f"{value:.2f}" for value in medians[kind].values()]
     assert medians["features"]["shuffled"] < 0.5 * medians["features"]["found"]
     assert numbers["models"] == "two models" and "two models: mlp.0 (" in printed
@@ -1321,6 +1321,42 @@ def test_two_sites_of_one_model_are_called_so(out):
     numbers = numbers_in(out / "sae/small/compare.json")
     assert re.search(r"two sites of one model: resid.0 \(.* and mlp.0 \(", printed)
     assert numbers["sites"] == ["resid.0", "mlp.0"] and set(numbers["medians"]) == {"features", "logit weights"}
+
+
+def test_what_is_always_equally_active_correlates_with_nothing(tmp_path):
+    table = fires({1: {"a": 1.0}}, 3)
+    table[:, 0] = 0.7
+    this = lookup_run(tmp_path, "abcab" * 80, table)
+    order = np.random.default_rng(0).permutation(len(this.tokens))
+    features, ((_, found, _), (_, shuffled, _)) = analyze.best_partners(this, this, order)
+    assert features.tolist() == [0, 1]
+    np.testing.assert_allclose(found, [0, 1], atol=1e-5)
+    assert shuffled[0] == 0
+
+
+def test_autoencoders_of_two_models_are_compared_on_rows_that_are_named(out, tmp_path):
+    """The models play no part then."""
+    rows = np.random.default_rng(0).standard_normal((50, 64)).astype(np.float32)
+    np.save(tmp_path / "rows.npy", rows)
+    twin = out.parent / "twin/sae/scaling"
+    analyzed(out, "compare", "scaling", str(twin), f"--acts={tmp_path}/rows.npy")
+    saes = [load_sae(path / "sae.pt") for path in (out / "sae/scaling", twin)]
+    cosines = torch.cosine_similarity(saes[0].W_dec[:, None], saes[1].W_dec[None], dim=2).amax(1)
+    kinds = numbers_in(out / "sae/scaling/compare.json")["kinds"]
+    assert kinds["directions"]["median"] == pytest.approx(cosines.quantile(0.5).item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("command", [("compare", "scaling"), ("complete", "--names=scaling,")])
+def test_texts_of_other_contexts_are_not_compared(out, tmp_path, command):
+    """Of one model and tokenizer, but of a held-out text that was exchanged."""
+    other = tmp_path / "other"
+    shutil.copytree(out, other, ignore=shutil.ignore_patterns("acts"))
+    np.fromfile(out / "val.bin", dtype=np.uint16)[::-1].tofile(other / "val.bin")
+    *start, last = command
+    second = str(other / "sae/small")
+    arguments = [*command, second] if command[0] == "compare" else [*start, last + second]
+    done = script("analyze.py", *arguments, f"--out_dir={out}", "--device=cpu")
+    assert done.returncode == 2 and "text" in done.stderr and done.stderr.count("\n") == 1
 
 
 @pytest.fixture(scope="module")
