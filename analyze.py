@@ -16,7 +16,8 @@ features.
     python analyze.py feature 5 --name=own --texts=lines.txt  # of activations without a model
 
 Everything is measured on held-out tokens (val.bin), or on the last twentieth of somebody's own
-rows. Numbers and plots go to out_dir/sae/<name>/.
+rows, except which features are dead: that takes more tokens, those of the training text. Numbers
+and plots go to out_dir/sae/<name>/.
 
 What a command computes comes from functions that return it, for those who import them; a
 function show_... prints, draws and saves it. To add a command, write these and append a line to
@@ -190,8 +191,8 @@ class Run:
 
     def trained_x(self, n_tokens):
         """
-        Yields activations (b, n) of some n_tokens tokens of the training text, from all of it, or
-        of as many rows that were trained on; of all if there are fewer. Prints progress.
+        Yields activations (b, n) of n_tokens tokens of the training text, from all of it, in whole
+        contexts, or of as many rows of trained_on; of all if there are fewer. Prints progress.
         """
         if not self.gpt:
             n = min(n_tokens, self.trained_on.rows)
@@ -202,10 +203,10 @@ class Run:
         text = load_tokens(self.out_dir, "train", self.gpt.config)
         T = self.gpt.config.block_size
         n_contexts = len(text) // T
-        n = min(n_contexts, max(1, n_tokens // T))
+        n = min(n_contexts, math.ceil(n_tokens / T))  # no fewer: ENOUGH is to be enough
         starts = T * (np.arange(n) * n_contexts // n)  # evenly spread
         # some 4,096 tokens at a time
-        pieces = np.array_split(starts, math.ceil(n * T / 4096))
+        pieces = np.array_split(starts, min(n, math.ceil(n * T / 4096)))
         for piece in tracked("counting activity", pieces, "contexts"):
             idx = torch.from_numpy(text[piece[:, None] + np.arange(T)].astype(np.int64))
             yield self.gpt.activations(idx.to(self.device), self.site).flatten(0, 1)
@@ -515,10 +516,10 @@ def massive_metrics(run):
     """
     x = run.x()
     share = massive_share(x)
-    if share <= MASSIVE:
+    if not share > MASSIVE:  # of zeros alone it is NaN
         return {"massive_share": share}
     # the others, and the sums of squares about their mean, not about that of all
-    norms = x.norm(dim=1)
+    norms = x.norm(dim=1, dtype=torch.float64)
     ordinary = x[norms < norms.topk(math.ceil(len(x) / 100)).values[-1]]
     mean = ordinary.mean(0, dtype=torch.float64)
     variance = error = 0.0
@@ -880,13 +881,13 @@ def summary(run, metrics):
     ]
     note = f"on fewer than 1 in {1 / ULTRA_LOW:,.0f} of them"
     if metrics["ultra_low"] is None:
-        too_few = f"{note}: too few, give --density_tokens={ENOUGH:.0f} and as much text"
+        too_few = f"{note}: it takes {ENOUGH:,.0f} to tell (--density_tokens)"
         rows.append(("ultra-low density", "undefined", too_few))
     else:
         rows.append(("ultra-low density", f"{metrics['ultra_low']:.2%}", note))
     if "explained_without" in metrics:  # few rows hold most of the norm
-        note = f"but the largest 1% of the {run.unit}s, {metrics['massive_share']:.1%} of the norm"
-        others = row("explained, all", "explained_without", f"{note}^2", "no two rows differ")
+        note = f"the largest 1% of {run.unit}s, which hold {metrics['massive_share']:.1%} of norm^2"
+        others = row("explained without", "explained_without", note, f"{note}: none differ")
         rows.insert(2, others)
     if run.gpt:  # what becomes of its predictions
         others = (
@@ -1339,7 +1340,7 @@ def beyond_random(results):
 def print_steered(results, counts, n_directions):
     """The table of what `steered` found of each feature and `beyond_random` of several."""
     print(
-        f"\nfeature  token          clamped to  probability  "
+        f"\nfeature  token         clamped to  probability  "
         f"along {n_directions} random directions"
     )
     for result in results:
