@@ -975,7 +975,7 @@ def show_report(run, args):
     print_features(run, "drawn at random", drawn[:args.show])
     print()
     if run.gpt:
-        write_page(run, headline, rows)
+        write_page(run, headline, rows, density)
         print(f"wrote {os.path.join(run.folder, 'features.html')}: open it in a browser")
     save(run, "metrics", **metrics)
 
@@ -2447,8 +2447,11 @@ def describe_feature(run, i, acts, width):
     return description, windows
 
 
-def describe_features(run):
-    """All features as the page wants them, and the Windows of all examples."""
+def describe_features(run, density):
+    """
+    All features as the page wants them, and the Windows of all examples. density: (m,), that of
+    count_active, as the contexts are too few to tell what is dead or of ultra-low density.
+    """
     mlp = unit_rows(run.neurons())
     features = []
     windows = []
@@ -2457,7 +2460,7 @@ def describe_features(run):
         nearest = (unit_rows(acts) @ mlp.T).max(1, initial=-np.inf)  # there may be no neurons
         explained = explained_by_tokens(run, acts)[:, 1]
         for k, i in enumerate(block.tolist()):
-            description = {"density": short((acts[k] > 0).mean())}
+            description = {"density": short(density[i])}
             if acts[k].any():
                 rest, own_windows = describe_feature(run, i, acts[k], min(24, run.T))
                 description["explained"] = short(explained[k])
@@ -2520,13 +2523,13 @@ def example_texts(run, n_texts):
     return texts
 
 
-def write_page(run, headline, rows, n_texts=8):
+def write_page(run, headline, rows, density, n_texts=8):
     """
-    features.html, one file: every feature with its examples, and some held-out texts with every
-    token's features.
+    features.html, one file: every feature with its density (m,) and its examples, and some
+    held-out texts with every token's features.
     """
     fill_page({})  # a page that somebody has edited is refused now rather than after a minute
-    features, windows = describe_features(run)
+    features, windows = describe_features(run, density)
     add_effects(run, windows)
     data = {
         "title": headline,

@@ -519,10 +519,10 @@ def test_at_attn_0_no_neuron_comes_before_and_the_page_says_nothing_of_them(tmp_
     done = script("analyze.py", "neurons", f"--out_dir={tmp_path}")
     assert done.returncode == 2 and "attn.0, which no neuron comes before" in done.stderr
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    analyze.write_page(this, "tiny", [], n_texts=3)
+    analyze.write_page(this, "tiny", [], np.zeros(14), n_texts=3)
     html = (tmp_path / "sae/scaling/features.html").read_text(encoding="utf-8")
     data = json.loads(re.search('id="data">(.*?)</script>', html, re.S).group(1))
-    alive = [feature for feature in data["features"] if feature["density"]]
+    alive = [feature for feature in data["features"] if "examples" in feature]
     assert len(alive) > 5 and {feature["neuron_correlation"] for feature in alive} == {None}
 
 
@@ -911,7 +911,7 @@ def test_the_bytes_that_a_feature_raises_are_told_apart_in_the_terminal_and_on_t
     analyze.print_feature(this, 7, this.activations([7])[0], n_tokens=4)
     line, = [line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("raises")]
     assert re.findall(r"'(\S+)' \+", line) == ["\\xe6", "\\xbc", "\\xa2", "\\"]
-    analyze.write_page(this, "title", [])
+    analyze.write_page(this, "title", [], np.zeros(300))
     page = (tmp_path / "sae/scaling/features.html").read_text(encoding="utf-8")
     data = json.loads(page.split('id="data">')[1].split("</script>")[0])
     shown = [data["vocabulary"][token] for token, _ in data["features"][7]["raised"][:4]]
@@ -927,7 +927,8 @@ def test_the_page_tells_activations_and_the_effect_of_ablating_the_feature_on_th
     """Every active token of every example: log-probability of the next token without the feature minus with it."""
     tokens = np.random.default_rng(0).integers(0, V, 2000)
     this, _ = random_run(tmp_path, "resid.0", recipe, input_norm, tokens, block_size=30)
-    analyze.write_page(this, "tiny", [], n_texts=3)
+    density = np.arange(14) / 1e6
+    analyze.write_page(this, "tiny", [], density, n_texts=3)
     html = (tmp_path / "sae/scaling/features.html").read_text(encoding="utf-8")
     data = json.loads(re.search('id="data">(.*?)</script>', html, re.S).group(1))
     f, _ = all_by_hand(this)
@@ -937,7 +938,7 @@ def test_the_page_tells_activations_and_the_effect_of_ablating_the_feature_on_th
         hook = analyze.clamp(this, [i], 0.0)
         without = this.gpt(this.contexts[:, :-1], hook=hook)[0].log_softmax(2).gather(2, this.contexts[:, 1:, None])
         change = (without[..., 0] - plain).flatten().numpy()
-        assert d["density"] == pytest.approx((f[i] > 0).mean(), rel=5e-3)
+        assert d["density"] == pytest.approx(density[i]) and ("examples" in d) == f[i].any()
         for example in d.get("examples", ()):
             tokens, marked, active = (example[key] for key in ("tokens", "marked", "active"))
             starts = [s for s in range(len(this.tokens)) if this.tokens[s:s + len(tokens)].tolist() == tokens
