@@ -125,7 +125,7 @@ class Run:
     tokenizer: tiktoken.Encoding | None = None
     # (N, T + 1) token ids, for all other analyses; the last token of each is a target only
     contexts: torch.Tensor | None = None
-    # what x() has read: site -> activations; runs of one model may share it
+    # what x() has read, site -> activations, and inverse_sigma; runs of one model may share it
     kept: dict = field(default_factory=dict)
     # only where the activations are somebody's own rows:
     store: ActivationStore | None = None  # those that were not trained on
@@ -1518,25 +1518,22 @@ def median_scores(scores):
     return np.median(known, axis=0).tolist() if len(known) else [None, None]
 
 
-def as_text(share):
-    """A share with two digits; None is one of nothing."""
-    return "none" if share is None else f"{share:.2f}"
-
-
 def show_explained_by_tokens(scores, density):
     """Prints the medians of explainability's scores and returns them, as its dict of dicts."""
     print(
         "\nvariance of the activation that tokens explain (R^2 on other contexts), median over\n"
         f"the whole range, and cut to the highest {density:.2%}\n"
-        f"{'':22}   current token    previous and current\n"
-        f"{'':22}{'whole':>8}{'cut':>8}{'':8}{'whole':>8}{'cut':>8}"
+        f"{'':22}{'current token':>20}{'':4}{'previous and current':>20}\n"
+        f"{'':22}{'whole':>10}{'cut':>10}{'':4}{'whole':>10}{'cut':>10}"
     )
     medians = {}
     for kind, parts in scores.items():
         medians[kind] = {name: median_scores(values) for name, values in parts.items()}
-        pairs = zip(medians[kind]["whole"], medians[kind]["cut"])  # by token, by pair of tokens
-        columns = [f"{as_text(whole):>8}{as_text(cut):>8}" for whole, cut in pairs]
-        print(f"  {kind:<20}{columns[0]}{'':8}{columns[1]}")
+        columns = []
+        for pair in zip(medians[kind]["whole"], medians[kind]["cut"]):  # by token, by two tokens
+            whole, cut = [or_undefined(median, ".2f") for median in pair]
+            columns.append(f"{whole:>10}{cut:>10}")
+        print(f"  {kind:<20}{columns[0]}{'':4}{columns[1]}")
     return medians
 
 
