@@ -68,8 +68,8 @@ def parse_args():
     parser.add_argument("arguments", nargs="*",
                         help="feature: number; search: texts; compare: two names or folders")
     add = parser.add_argument_group("analysis").add_argument
-    add("--name", default=SAEConfig.recipe, help="folder under out_dir/sae")
-    add("--names", default="", help="complete, scaling: several names, with commas between")
+    add("--name", default=SAEConfig.recipe, help="folder under out_dir/sae, or a path to one")
+    add("--names", default="", help="complete, scaling: several of them, with commas between")
     add("--acts", type=os.path.expanduser, default="",
         help="judge it on your own activations, a quoted pattern of .npy files: on all their "
         "rows, or the last twentieth where they are what it was trained on")
@@ -147,6 +147,11 @@ class Run:
     def unit(self):
         """What one vector of activations belongs to."""
         return "token" if self.gpt else "row"
+
+    @property
+    def counted(self):
+        """What trained_x yields; rows that --acts names are not always rows trained on."""
+        return "training tokens" if self.gpt else "rows"
 
     @property
     def device(self):
@@ -274,7 +279,7 @@ class Run:
 
     def all_dead(self):
         """The error of an analysis that needs active features where there are none."""
-        return UserError(f"{self.folder}: every feature is dead on these tokens")
+        return UserError(f"{self.folder}: every feature is dead on these {self.unit}s")
 
 
 def folder_of(args, name):
@@ -873,11 +878,11 @@ def summary(run, metrics):
     # of the features: how many are active, and how many never
     m = metrics["n_features"]
     n_dead = round(metrics["dead"] * m)
-    training = f"{metrics['density_tokens']:,} training {run.unit}s"
+    never = f"{n_dead:,} of {m:,} never active on {metrics['density_tokens']:,} {run.counted}"
     rows = [
         ("L0", f"{metrics['l0']:.1f}", f"active features a {run.unit}"),
         row("variance explained", "variance_explained", "about the mean", "no two rows differ"),
-        ("dead", f"{metrics['dead']:.2%}", f"{n_dead:,} of {m:,} never active on {training}"),
+        ("dead", f"{metrics['dead']:.2%}", never),
     ]
     note = f"on fewer than 1 in {1 / ULTRA_LOW:,.0f} of them"
     if metrics["ultra_low"] is None:
@@ -916,7 +921,7 @@ def draw_density(run, density, n_tokens):
             ax.axvline(math.log10(ULTRA_LOW), color=RED, lw=1, ls=":")
         n_dead = len(density) - len(alive)
         ax.plot([], [], " ", label=f"dead: {n_dead:,}")  # no log10 of 0: in the legend alone
-        ax.set_xlabel(f"log10 of feature density on {n_tokens:,} training {run.unit}s")
+        ax.set_xlabel(f"log10 of feature density on {n_tokens:,} {run.counted}")
         ax.set_ylabel("features")
 
 
