@@ -248,7 +248,7 @@ def test_the_strongest_features_in_common_are_counted_token_by_token():
 def test_attribution_is_ablation_where_all_that_follows_is_linear(tmp_path, site):
     this, _ = random_run(tmp_path, site)
     e = analyze.effects(this, IDX, P, TARGETS)
-    assert np.abs(e.attribution - e.ablation).max() > 0.01 * np.abs(e.ablation).max()  # the last LayerNorm is not
+    assert np.abs(e.attribution - e.ablation).max() > 0.003 * np.abs(e.ablation).max()  # the last LayerNorm is not
     this.gpt.ln_f = torch.nn.Identity()
     e = analyze.effects(this, IDX, P, TARGETS)
     np.testing.assert_allclose(e.attribution, e.ablation, rtol=1e-3, atol=1e-4 * np.abs(e.ablation).max())
