@@ -330,6 +330,8 @@ def noted(source):
 
 def load_model(loaded, args):
     """Adds the model, its tokenizer and the held-out text to a Run."""
+    if args.texts:
+        raise UserError("--texts is for your own activations: those of a model have its text")
     out_dir = loaded.out_dir
     loaded.gpt, loaded.tokenizer = load_gpt(out_dir, loaded.device)
     if loaded.gpt.fingerprint() != loaded.source["gpt"]:

@@ -1425,6 +1425,7 @@ def test_what_cannot_be_said_of_ones_own_rows_is_one_line(own, arguments, words)
     (("steer", "--feature=ALIVE", "--value=-1e300"), ["--value=-1e300", "less"]),
     (("steer", "--feature=ALIVE", "--value=1e20"), ["--value=1e20", "less"]),
     (("neurons", "--read_tokens=1"), ["neurons", "--read_tokens"]),
+    (("feature", "3", "--texts=nowhere.txt"), ["--texts", "own activations"]),
     (("search",), ["search", "texts"]),
     (("search", ""), ["0 tokens"]),
     (("cause", "--prompt=" + "word " * 50), ["tokens", "1 to 32"]),
