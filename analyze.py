@@ -16,7 +16,8 @@ features.
     python analyze.py feature 5 --name=own --texts=lines.txt  # of activations without a model
 
 Everything is measured on held-out tokens (val.bin), or on the last twentieth of somebody's own
-rows. Numbers and plots go to out_dir/sae/<name>/.
+rows, except which features are dead: that takes more tokens, those of the training text. Numbers
+and plots go to out_dir/sae/<name>/.
 
 What a command computes comes from functions that return it, for those who import them; a
 function show_... prints, draws and saves it. To add a command, write these and append a line to
@@ -67,8 +68,8 @@ def parse_args():
     parser.add_argument("arguments", nargs="*",
                         help="feature: number; search: texts; compare: two names or folders")
     add = parser.add_argument_group("analysis").add_argument
-    add("--name", default=SAEConfig.recipe, help="folder under out_dir/sae")
-    add("--names", default="", help="complete, scaling: several names, with commas between")
+    add("--name", default=SAEConfig.recipe, help="folder under out_dir/sae, or a path to one")
+    add("--names", default="", help="complete, scaling: several of them, with commas between")
     add("--acts", type=os.path.expanduser, default="",
         help="judge it on your own activations, a quoted pattern of .npy files: on all their "
         "rows, or the last twentieth where they are what it was trained on")
@@ -124,7 +125,7 @@ class Run:
     tokenizer: tiktoken.Encoding | None = None
     # (N, T + 1) token ids, for all other analyses; the last token of each is a target only
     contexts: torch.Tensor | None = None
-    # what x() has read: site -> activations; runs of one model may share it
+    # what x() has read, site -> activations, and inverse_sigma; runs of one model may share it
     kept: dict = field(default_factory=dict)
     # only where the activations are somebody's own rows:
     store: ActivationStore | None = None  # those that were not trained on
@@ -146,6 +147,11 @@ class Run:
     def unit(self):
         """What one vector of activations belongs to."""
         return "token" if self.gpt else "row"
+
+    @property
+    def counted(self):
+        """What trained_x yields; rows that --acts names are not always rows trained on."""
+        return "training tokens" if self.gpt else "rows"
 
     @property
     def device(self):
@@ -190,8 +196,8 @@ class Run:
 
     def trained_x(self, n_tokens):
         """
-        Yields activations (b, n) of some n_tokens tokens of the training text, from all of it, or
-        of as many rows that were trained on; of all if there are fewer. Prints progress.
+        Yields activations (b, n) of n_tokens tokens of the training text, from all of it, in whole
+        contexts, or of as many rows of trained_on; of all if there are fewer. Prints progress.
         """
         if not self.gpt:
             n = min(n_tokens, self.trained_on.rows)
@@ -202,10 +208,10 @@ class Run:
         text = load_tokens(self.out_dir, "train", self.gpt.config)
         T = self.gpt.config.block_size
         n_contexts = len(text) // T
-        n = min(n_contexts, max(1, n_tokens // T))
+        n = min(n_contexts, math.ceil(n_tokens / T))  # no fewer: ENOUGH is to be enough
         starts = T * (np.arange(n) * n_contexts // n)  # evenly spread
         # some 4,096 tokens at a time
-        pieces = np.array_split(starts, math.ceil(n * T / 4096))
+        pieces = np.array_split(starts, min(n, math.ceil(n * T / 4096)))
         for piece in tracked("counting activity", pieces, "contexts"):
             idx = torch.from_numpy(text[piece[:, None] + np.arange(T)].astype(np.int64))
             yield self.gpt.activations(idx.to(self.device), self.site).flatten(0, 1)
@@ -273,7 +279,7 @@ class Run:
 
     def all_dead(self):
         """The error of an analysis that needs active features where there are none."""
-        return UserError(f"{self.folder}: every feature is dead on these tokens")
+        return UserError(f"{self.folder}: every feature is dead on these {self.unit}s")
 
 
 def folder_of(args, name):
@@ -284,20 +290,26 @@ def folder_of(args, name):
 
 
 def load_run(args, device, name):
-    """A name or folder -> Run. UserError where files are missing or do not belong together."""
+    """
+    A name or folder -> Run. UserError where files are missing, hold NaN or do not belong
+    together.
+    """
     folder = folder_of(args, name)
     sae = load_sae(os.path.join(folder, "sae.pt"), device)
     source = sae.extra.get("source")
     if not isinstance(source, dict):  # somebody else's note, or none
         source = {}
-    if args.acts:
-        source = source | {"site": "own"}
-    elif not source.keys() & {"gpt", "truth", "contents"}:  # another program or version wrote it
+    if args.acts:  # of a model that it may have been trained on nothing is asked then
+        source = {"site": "own", "contents": source.get("contents")}
+    elif not source.keys() >= noted(source):  # another program or version wrote it
         raise UserError(
             f"{folder}/sae.pt does not say what it was trained on: "
             "name activations to judge it on, as --acts='my/*.npy'"
         )
-    loaded = Run(folder, sae.fold().requires_grad_(False), source)
+    folded = sae.fold().requires_grad_(False)
+    if not all(weights.isfinite().all() for weights in folded.parameters()):
+        raise UserError(f"{folder}/sae.pt holds NaN or infinity: train it again")
+    loaded = Run(folder, folded, source)
     if COMMANDS[args.command].logs_only:
         return loaded
     if loaded.kind == "model":
@@ -307,14 +319,31 @@ def load_run(args, device, name):
     return loaded
 
 
+def noted(source):
+    """The keys that train_sae.py writes into a source of its kind and that are needed here."""
+    if source.get("site") == "own":
+        return {"site", "contents", "paths"}
+    if source.get("site") == "toy":
+        return {"site", "truth"}
+    return {"site", "gpt"}
+
+
 def load_model(loaded, args):
     """Adds the model, its tokenizer and the held-out text to a Run."""
+    if args.texts:
+        raise UserError("--texts is for your own activations: those of a model have its text")
     out_dir = loaded.out_dir
     loaded.gpt, loaded.tokenizer = load_gpt(out_dir, loaded.device)
     if loaded.gpt.fingerprint() != loaded.source["gpt"]:
         raise UserError(
             f"{loaded.folder}/sae.pt was trained on another gpt.pt than {out_dir} has now: "
             "put that one back, or train on this one with another --name"
+        )
+    width = loaded.gpt.site_width(loaded.site)  # UserError where there is no such site
+    if width != loaded.sae.config.d_in:
+        raise UserError(
+            f"{loaded.folder}/sae.pt takes width {loaded.sae.config.d_in}, "
+            f"{loaded.site} has {width}: train it again"
         )
     tokens = load_tokens(out_dir, "val", loaded.gpt.config)
     tokens = torch.from_numpy(tokens.astype(np.int64))
@@ -494,10 +523,10 @@ def massive_metrics(run):
     """
     x = run.x()
     share = massive_share(x)
-    if share <= MASSIVE:
+    if not share > MASSIVE:  # of zeros alone it is NaN
         return {"massive_share": share}
     # the others, and the sums of squares about their mean, not about that of all
-    norms = x.norm(dim=1)
+    norms = x.norm(dim=1, dtype=torch.float64)
     ordinary = x[norms < norms.topk(math.ceil(len(x) / 100)).values[-1]]
     mean = ordinary.mean(0, dtype=torch.float64)
     variance = error = 0.0
@@ -851,21 +880,21 @@ def summary(run, metrics):
     # of the features: how many are active, and how many never
     m = metrics["n_features"]
     n_dead = round(metrics["dead"] * m)
-    training = f"{metrics['density_tokens']:,} training {run.unit}s"
+    never = f"{n_dead:,} of {m:,} never active on {metrics['density_tokens']:,} {run.counted}"
     rows = [
         ("L0", f"{metrics['l0']:.1f}", f"active features a {run.unit}"),
         row("variance explained", "variance_explained", "about the mean", "no two rows differ"),
-        ("dead", f"{metrics['dead']:.2%}", f"{n_dead:,} of {m:,} never active on {training}"),
+        ("dead", f"{metrics['dead']:.2%}", never),
     ]
     note = f"on fewer than 1 in {1 / ULTRA_LOW:,.0f} of them"
     if metrics["ultra_low"] is None:
-        too_few = f"{note}: too few, give --density_tokens={ENOUGH:.0f} and as much text"
+        too_few = f"{note}: it takes {ENOUGH:,.0f} to tell (--density_tokens)"
         rows.append(("ultra-low density", "undefined", too_few))
     else:
         rows.append(("ultra-low density", f"{metrics['ultra_low']:.2%}", note))
     if "explained_without" in metrics:  # few rows hold most of the norm
-        note = f"but the largest 1% of the {run.unit}s, {metrics['massive_share']:.1%} of the norm"
-        others = row("explained, all", "explained_without", f"{note}^2", "no two rows differ")
+        note = f"the largest 1% of {run.unit}s, which hold {metrics['massive_share']:.1%} of norm^2"
+        others = row("explained without", "explained_without", note, f"{note}: none differ")
         rows.insert(2, others)
     if run.gpt:  # what becomes of its predictions
         others = (
@@ -894,7 +923,7 @@ def draw_density(run, density, n_tokens):
             ax.axvline(math.log10(ULTRA_LOW), color=RED, lw=1, ls=":")
         n_dead = len(density) - len(alive)
         ax.plot([], [], " ", label=f"dead: {n_dead:,}")  # no log10 of 0: in the legend alone
-        ax.set_xlabel(f"log10 of feature density on {n_tokens:,} training {run.unit}s")
+        ax.set_xlabel(f"log10 of feature density on {n_tokens:,} {run.counted}")
         ax.set_ylabel("features")
 
 
@@ -953,7 +982,7 @@ def show_report(run, args):
     print_features(run, "drawn at random", drawn[:args.show])
     print()
     if run.gpt:
-        write_page(run, headline, rows)
+        write_page(run, headline, rows, density)
         print(f"wrote {os.path.join(run.folder, 'features.html')}: open it in a browser")
     save(run, "metrics", **metrics)
 
@@ -1318,7 +1347,7 @@ def beyond_random(results):
 def print_steered(results, counts, n_directions):
     """The table of what `steered` found of each feature and `beyond_random` of several."""
     print(
-        f"\nfeature  token          clamped to  probability  "
+        f"\nfeature  token         clamped to  probability  "
         f"along {n_directions} random directions"
     )
     for result in results:
@@ -1496,25 +1525,22 @@ def median_scores(scores):
     return np.median(known, axis=0).tolist() if len(known) else [None, None]
 
 
-def as_text(share):
-    """A share with two digits; None is one of nothing."""
-    return "none" if share is None else f"{share:.2f}"
-
-
 def show_explained_by_tokens(scores, density):
     """Prints the medians of explainability's scores and returns them, as its dict of dicts."""
     print(
         "\nvariance of the activation that tokens explain (R^2 on other contexts), median over\n"
         f"the whole range, and cut to the highest {density:.2%}\n"
-        f"{'':22}   current token    previous and current\n"
-        f"{'':22}{'whole':>8}{'cut':>8}{'':8}{'whole':>8}{'cut':>8}"
+        f"{'':22}{'current token':>20}{'':4}{'previous and current':>20}\n"
+        f"{'':22}{'whole':>10}{'cut':>10}{'':4}{'whole':>10}{'cut':>10}"
     )
     medians = {}
     for kind, parts in scores.items():
         medians[kind] = {name: median_scores(values) for name, values in parts.items()}
-        pairs = zip(medians[kind]["whole"], medians[kind]["cut"])  # by token, by pair of tokens
-        columns = [f"{as_text(whole):>8}{as_text(cut):>8}" for whole, cut in pairs]
-        print(f"  {kind:<20}{columns[0]}{'':8}{columns[1]}")
+        columns = []
+        for pair in zip(medians[kind]["whole"], medians[kind]["cut"]):  # by token, by two tokens
+            whole, cut = [or_undefined(median, ".2f") for median in pair]
+            columns.append(f"{whole:>10}{cut:>10}")
+        print(f"  {kind:<20}{columns[0]}{'':4}{columns[1]}")
     return medians
 
 
@@ -1776,10 +1802,8 @@ def show_complete(run, args, threshold=0.5):
     found = {}
     for name in args.names:
         other = load_run(args, run.device, name)
-        if other.source.get("gpt") != run.source["gpt"]:
-            raise UserError(
-                f"{name} was trained on activations of another model than {args.names[0]}"
-            )
+        if other.source.get("gpt") != run.source["gpt"] or not same_positions(run, other):
+            raise UserError(f"{name} is of another model or text than {args.names[0]}")
         other.kept = run.kept  # activations of the same model on the same contexts
         results[name], found[name] = completeness(other, places, frequency, threshold)
         share = results[name]["found"]
@@ -2055,13 +2079,13 @@ def show_compare(run, args):
         raise UserError("compare takes two names, or folders such as other_out/sae/small")
     small = run
     large = load_run(args, run.device, args.names[1])
-    # of one model the smaller is looked up in the larger, in whichever order they were named
+    # the smaller is looked up in the larger, in whichever order they were named
     if small.n_features > large.n_features:
         small, large = large, small
     if not same_positions(small, large):
         raise UserError(
-            "compare needs two autoencoders on models with the same tokenizer and held-out "
-            "text, or both on the same rows of your own"
+            "compare needs two autoencoders on models with the same tokenizer, held-out text and "
+            "length of context, or both on the same rows of your own"
         )
     rng = np.random.default_rng(args.seed)
     if small.site == large.site and small.source.get("gpt") == large.source.get("gpt"):
@@ -2073,8 +2097,8 @@ def show_compare(run, args):
 
 def same_positions(a, b):
     """Whether what two Runs are judged on is the same text, or are the same rows."""
-    if a.gpt and b.gpt:
-        return np.array_equal(a.tokens, b.tokens)
+    if a.gpt and b.gpt:  # contexts, not tokens: they may be of another length
+        return torch.equal(a.contexts, b.contexts)
     return a.kind == b.kind and torch.equal(a.x(), b.x())
 
 
@@ -2260,7 +2284,8 @@ def best_partners(a, b, order):
     if len(alive) == 0:
         raise a.all_dead()
     # of activations about their means; what is constant correlates with nothing
-    norms = np.sqrt((squares - sums**2 / len(ones)).clip(1e-20))[alive]
+    variances = squares - sums**2 / len(ones)
+    norms = np.sqrt(np.where(variances > 1e-9 * squares, variances, np.inf))[alive]
     highest = np.full(len(alive), -np.inf)
     partner = np.zeros(len(alive), dtype=int)
     for block in tracked("correlating", blocks(b.n_features), "features"):
@@ -2314,7 +2339,7 @@ def best_matches(a, b, order):
 
 
 # what best_matches compares, in words
-KINDS = {
+COMPARED = {
     "features": "features, activations",
     "logit weights": "the same pairs, logit weights",
     "neurons": "neurons, activations",
@@ -2340,7 +2365,7 @@ def show_universality(run, a, b, rng):
     for kind, values in best.items():
         medians[kind] = {name: float(np.median(parts)) for name, parts in values.items()}
         found, shuffled = medians[kind].values()
-        print(f"  {KINDS[kind]:<40}{found:12.2f}{shuffled:12.2f}")
+        print(f"  {COMPARED[kind]:<40}{found:12.2f}{shuffled:12.2f}")
     draw_universality(run, best)
     sites = [a.site, b.site]
     save(run, "compare", of=[a.folder, b.folder], sites=sites, models=models, medians=medians)
@@ -2352,7 +2377,7 @@ def draw_universality(run, best):
         bins = np.linspace(-1, 1, 81)
         style = {"density": True, "histtype": "step"}
         for (kind, values), colour in zip(best.items(), (BLUE, GREY, RED)):
-            ax.hist(values["found"], bins, color=colour, label=KINDS[kind], **style)
+            ax.hist(values["found"], bins, color=colour, label=COMPARED[kind], **style)
             ax.hist(values["shuffled"], bins, color=colour, ls=":", **style)
         ax.set(xlabel="correlation (dotted: shuffled)", ylabel="density", yscale="log")
 
@@ -2426,8 +2451,11 @@ def describe_feature(run, i, acts, width):
     return description, windows
 
 
-def describe_features(run):
-    """All features as the page wants them, and the Windows of all examples."""
+def describe_features(run, density):
+    """
+    All features as the page wants them, and the Windows of all examples. density: (m,), that of
+    count_active, as the contexts are too few to tell what is dead or of ultra-low density.
+    """
     mlp = unit_rows(run.neurons())
     features = []
     windows = []
@@ -2436,7 +2464,7 @@ def describe_features(run):
         nearest = (unit_rows(acts) @ mlp.T).max(1, initial=-np.inf)  # there may be no neurons
         explained = explained_by_tokens(run, acts)[:, 1]
         for k, i in enumerate(block.tolist()):
-            description = {"density": short((acts[k] > 0).mean())}
+            description = {"density": short(density[i])}
             if acts[k].any():
                 rest, own_windows = describe_feature(run, i, acts[k], min(24, run.T))
                 description["explained"] = short(explained[k])
@@ -2499,13 +2527,13 @@ def example_texts(run, n_texts):
     return texts
 
 
-def write_page(run, headline, rows, n_texts=8):
+def write_page(run, headline, rows, density, n_texts=8):
     """
-    features.html, one file: every feature with its examples, and some held-out texts with every
-    token's features.
+    features.html, one file: every feature with its density (m,) and its examples, and some
+    held-out texts with every token's features.
     """
     fill_page({})  # a page that somebody has edited is refused now rather than after a minute
-    features, windows = describe_features(run)
+    features, windows = describe_features(run, density)
     add_effects(run, windows)
     data = {
         "title": headline,
@@ -2562,8 +2590,8 @@ def main():
     if loaded.kind not in command.kinds:
         able = [name for name, other in COMMANDS.items() if loaded.kind in other.kinds]
         raise UserError(
-            f"{loaded.folder} was trained on {loaded.site} activations: "
-            f"choose from {', '.join(able)}"
+            f"{args.command} is not for {loaded.site} activations, on which {loaded.folder} "
+            f"is judged: choose from {', '.join(able)}"
         )
     with torch.no_grad():
         command.show(loaded, args)

@@ -268,6 +268,7 @@ def test_an_autoencoder_of_another_program_is_judged_on_all_rows_that_are_named(
     assert metrics["l0"] == pytest.approx((f > 0).sum(1).mean())
     assert metrics["variance_explained"] == pytest.approx(explained, abs=1e-6)
     assert "on 800 held-out rows" in printed and "no log.jsonl" in printed
+    assert "1 of 3 never active on 800 rows\n" in printed  # it was not trained on them
     best, drawn = re.split("drawn at random", printed)[0:2]
     energy = np.square(f).mean(0)
     assert re.findall(r"^feature (\d)", best, re.M) == [str(i) for i in np.argsort(-energy)]

@@ -413,6 +413,23 @@ def test_a_dead_feature_says_so(page):
     assert page.js("feature.querySelectorAll('.text, .ranked, .bar').length") == 0
 
 
+def test_what_is_active_in_training_alone_says_so_and_what_only_the_held_out_text_has_is_dead(
+        page, monkeypatch, tmp_path):
+    """By density, that on training tokens, features are dead or of ultra-low density."""
+    features = [DATA["features"][0], {"density": 3e-6}, DATA["features"][1] | {"density": 0}]
+    (tmp_path / "features.html").write_text(fill_page(DATA | {"features": features, "texts": []}), encoding="utf-8")
+    monkeypatch.setattr(page, "path", tmp_path / "features.html")
+    page.open("#1")
+    assert page.js(VALUES) == ["0.0003%"] and "not active on the held-out text" in page.js("feature.innerText")
+    for kind, kept in (("alive", [0, 1]), ("ultra-low", [1]), ("dead", [2])):
+        page.filter("", kind)
+        assert page.js(ROWS) == kept
+    page.js("location.hash = '#2'")
+    page.expect(HEADING, "feature 2")
+    assert page.js(VALUES)[:2] == ["0%", "1.50"] and "dead: never active" in page.js("feature.innerText")
+    assert page.js("feature.querySelectorAll('.text').length") == 4
+
+
 def test_a_new_feature_and_a_new_order_are_shown_from_the_top(page):
     page.call("Emulation.setDeviceMetricsOverride", width=1200, height=500, deviceScaleFactor=1, mobile=False)
     page.open("#0")

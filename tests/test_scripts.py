@@ -910,9 +910,26 @@ def test_the_density_pass_counts_every_token_of_the_training_text_once(trained):
     density, n_tokens = analyze.count_active(run)  # the text is short: all of it fits
     assert n_tokens == len(f) == contexts.numel() and 0 < (density > 0).sum()
     np.testing.assert_allclose(density, (f > 0).mean(0), atol=3 / len(f))
-    some, n_some = analyze.count_active(run, 100)  # three contexts from all of the text
+    some, n_some = analyze.count_active(run, 90)  # three contexts from all of the text, no fewer tokens
     few = f.reshape(len(contexts), 32, -1)[[0, len(contexts) // 3, len(contexts) * 2 // 3]]
     assert n_some == 96 and some.tolist() == (few.reshape(96, -1) > 0).mean(0).tolist()
+
+
+@pytest.mark.parametrize("n_tokens, expected", [(1, 5000), (5001, 10000), (10**6, 15000)])
+def test_the_density_pass_takes_contexts_that_are_longer_than_its_pieces(tmp_path, n_tokens, expected):
+    """Of a text of little more than three contexts."""
+    (np.arange(15_001) % 7).astype(np.uint16).tofile(tmp_path / "train.bin")
+    (tmp_path / "data.json").write_text("{}")
+    gpt = SimpleNamespace(config=GPTConfig(5000, 7), activations=lambda idx, site: torch.eye(7)[idx])
+    run = analyze.Run(str(tmp_path / "sae/a"), SparseAutoencoder(SAEConfig(7, 3)), {"site": "mlp.0"}, gpt=gpt)
+    x = torch.cat(list(run.trained_x(n_tokens)))
+    assert x.shape == (expected, 7) and x.sum(0).tolist() == [len(range(k, expected, 7)) for k in range(7)]
+
+
+def test_of_rows_of_zeros_no_share_is_massive(tmp_path):
+    run = SimpleNamespace(x=lambda: torch.zeros(300, 3))
+    found = analyze.massive_metrics(run)
+    assert set(found) == {"massive_share"} and math.isnan(found["massive_share"])
 
 
 def test_dead_and_ultra_low_are_told_on_tokens_enough():
@@ -922,7 +939,7 @@ def test_dead_and_ultra_low_are_told_on_tokens_enough():
     assert few == {"density_tokens": 10**7 - 1, "dead": 0.4, "ultra_low": None}
 
 
-@pytest.mark.parametrize("factor", [1, 1e4])
+@pytest.mark.parametrize("factor", [1, 1e4, 1e20])
 def test_variance_explained_is_told_without_massive_rows_too(factor):
     """An autoencoder that gives back the 1 % of large rows and nothing of the others."""
     x = torch.from_numpy(DRAWN[:500].astype(np.float32))
@@ -933,14 +950,16 @@ def test_variance_explained_is_told_without_massive_rows_too(factor):
         def x(self):
             return x
 
-    large = (x.norm(dim=1) > 20 * x.norm(dim=1).median()).numpy()
-    run = Run(device="cpu", sae=lambda rows: rows * (rows.norm(dim=1, keepdim=True) > 20 * x.norm(dim=1).median()))
+    limit = 20 * x.double().norm(dim=1).median()
+    large = (x.double().norm(dim=1) > limit).numpy()
+    run = Run(device="cpu", sae=lambda rows: rows * (rows.double().norm(dim=1, keepdim=True) > limit))
     found = analyze.massive_metrics(run)
     rest = x.numpy().astype(np.float64)[~large]
     expected = 1 - (rest**2).sum() / ((rest - rest.mean(0)) ** 2).sum()  # about 0: nothing is explained
     assert large.sum() == 5 and found["explained_without"] == pytest.approx(expected, rel=1e-6)
-    assert found["massive_share"] == pytest.approx((x[large] ** 2).sum().item() / (x**2).sum().item(), rel=1e-5)
-    x /= x.norm(dim=1, keepdim=True)
+    squares = x.double().numpy() ** 2
+    assert found["massive_share"] == pytest.approx(squares[large].sum() / squares.sum(), rel=1e-5)
+    x /= x.double().norm(dim=1, keepdim=True)
     assert analyze.massive_metrics(run) == {"massive_share": pytest.approx(0.01)}
 
 
@@ -953,7 +972,7 @@ def test_massive_rows_are_said_to_be_there_at_the_start_and_in_the_report(tmp_pa
     assert re.search(r"the largest 1% of the rows hold \d\d\.\d% of .* try --input_norm=token", done.stdout)
     done = script("analyze.py", f"--out_dir={tmp_path}")
     metrics = json.loads((tmp_path / "sae/scaling/metrics.json").read_text())
-    assert f"explained, all      {metrics['explained_without']:9.3f}" in done.stdout, done.stdout
+    assert f"explained without   {metrics['explained_without']:9.3f}" in done.stdout, done.stdout
     assert metrics["explained_without"] < metrics["variance_explained"]
     done = script("train_sae.py", *flags, "--input_norm=token")
     assert "each is divided by its own" in done.stdout
