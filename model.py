@@ -455,6 +455,11 @@ def at_least(low, kind=int):
     return number
 
 
+def step_count(text):
+    """An argparse type: auto, or a whole number of steps."""
+    return text if text == "auto" else at_least(1)(text)
+
+
 @dataclass(frozen=True)
 class Machine:
     """What a script runs on."""
@@ -734,9 +739,11 @@ def content_hash(path):
 
 ANEW = "run without --resume to start anew"
 
-# flags that may differ when a run goes on: where it runs, what it is called, when it saves, and
-# where its text or its activations lie (the scripts compare what the files hold)
-FREE_FLAGS = ("resume", "out_dir", "name", "device", "compile", "save_interval", "dataset", "acts")
+# flags that may differ when a run goes on: where it runs, what it is called, how often something
+# is written down, and where its text or its activations lie (the scripts compare what files hold)
+FREE_FLAGS = (
+    "resume", "out_dir", "name", "device", "compile", "dataset", "acts",
+    "save_interval", "log_interval", "eval_interval")
 
 
 def save_checkpoint(path, **contents):
@@ -794,6 +801,17 @@ def resumable(path, args, device):
         sys.exit(0)
     print(f"going on from {path}, step {step:,}")
     return checkpoint
+
+
+def interval(flag, max_iters, shortest, times):
+    """
+    How many steps lie between two checkpoints, lines of a log or measurements: as many as
+    their flag says. auto: `shortest`, which short runs keep to; a longer run has `times` of
+    them, so that they never take a larger share of it.
+    """
+    if flag == "auto":
+        return max(shortest, max_iters // times)
+    return flag
 
 
 def steps(start, stop):

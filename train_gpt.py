@@ -40,9 +40,10 @@ from matplotlib.figure import Figure
 
 from model import (
     ANEW, END_OF_TEXT, GPT, PATTERN, GPTConfig, Progress, UserError, at_least, average_gradients,
-    bpe_tokenizer, check_finite, content_hash, gpt2_tokenizer, load_json, load_tokenizer,
-    load_tokens, lock_alone, make_parser, rank_0_first, reading, resumable, run, same_on_all_ranks,
-    save_checkpoint, save_json, save_jsonl, save_tokenizer, setup, steps, write_atomic)
+    bpe_tokenizer, check_finite, content_hash, gpt2_tokenizer, interval, load_json,
+    load_tokenizer, load_tokens, lock_alone, make_parser, rank_0_first, reading, resumable, run,
+    same_on_all_ranks, save_checkpoint, save_json, save_jsonl, save_tokenizer, setup, step_count,
+    steps, write_atomic)
 
 GITHUB = "https://raw.githubusercontent.com"
 HUGGING_FACE = "https://huggingface.co/datasets"
@@ -87,12 +88,14 @@ def parse_args():
     group.add_argument("--learning_rate", type=at_least(0, float), default=3e-3,
                        help="peak of AdamW's rate: reached after 2%% of the steps, "
                        "then falls linearly to 0")
-    group.add_argument("--eval_interval", type=at_least(1), default=100,
-                       help="steps between measurements of loss")
+    group.add_argument("--eval_interval", type=step_count, default="auto",
+                       help="steps between measurements of loss; auto: 100, or a "
+                       "hundredth of the run where that is more")
     group.add_argument("--eval_iters", type=at_least(1), default=20,
                        help="batches a measurement")
-    group.add_argument("--save_interval", type=at_least(1), default=500,
-                       help="steps between checkpoints")
+    group.add_argument("--save_interval", type=step_count, default="auto",
+                       help="steps between checkpoints; auto: 500, or a twentieth of the "
+                       "run where that is more")
     group.add_argument("--resume", action="store_true",
                        help="go on from the last checkpoint, if there is one")
     return parser.parse_args()
@@ -943,6 +946,8 @@ def train(training, data, args, machine):
     gpt = training.gpt
     optimizer = training.optimizer
     model = torch.compile(gpt) if machine.compiled else gpt  # the parameters are gpt's
+    eval_interval = interval(args.eval_interval, args.max_iters, 100, times=100)
+    save_interval = interval(args.save_interval, args.max_iters, 500, times=20)
     batch_tokens = args.batch_size * args.block_size
     first_token = training.step * batch_tokens
     progress = Progress("training", args.max_iters * batch_tokens, "tokens", first_token)
@@ -959,7 +964,7 @@ def train(training, data, args, machine):
         progress.show(training.step * batch_tokens, lambda: line, now=True)
 
     for step in steps(training.step, args.max_iters):
-        if step % args.eval_interval == 0:
+        if step % eval_interval == 0:
             measure_and_show()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.max_iters, args.learning_rate)
@@ -975,7 +980,7 @@ def train(training, data, args, machine):
         # a function, since .item() waits for a GPU: it is called only when a line is due
         progress.show(training.step * batch_tokens,
                       lambda: f"step {training.step:,}  loss {loss.item():.3f}")
-        if training.step % args.save_interval == 0 and training.step < args.max_iters:
+        if training.step % save_interval == 0 and training.step < args.max_iters:
             save(training, loss, args, machine.rank)
 
     if training.step == args.max_iters:  # else a signal ended the loop

@@ -26,10 +26,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from model import (ANEW, Progress, UserError, at_least, average_gradients, check_finite, load_gpt,
-                   load_json, load_tokens, lock_alone, lock_shared, make_parser, rank_0_first,
-                   reading, resumable, run, same_on_all_ranks, save_json, save_jsonl, setup, steps,
-                   tracked, write_atomic)
+from model import (ANEW, Progress, UserError, at_least, average_gradients, check_finite, interval,
+                   load_gpt, load_json, load_tokens, lock_alone, lock_shared, make_parser,
+                   rank_0_first, reading, resumable, run, same_on_all_ranks, save_json,
+                   save_jsonl, setup, step_count, steps, tracked, write_atomic)
 from sae import (HELD_OUT, MASSIVE, RECIPES, SHARD_ROWS, STARTS, TRAINED_ON, ActivationStore,
                  ActivationStream, SAEConfig, SparseAutoencoder, explained_share, l1_at, lr_at,
                  massive_share, matching_files, mean_share, own_source, paper_lambda,
@@ -119,9 +119,12 @@ def parse_args():
     add("--dead_steps", type=at_least(1),
         help="a feature is dead when it was silent for so many steps; None: 12,500, fewer in "
         "runs of fewer than 200,000 steps")
-    add("--log_interval", type=at_least(1), default=50,
-        help="steps between lines of log.jsonl")
-    add("--save_interval", type=at_least(1), default=500, help="steps between checkpoints")
+    add("--log_interval", type=step_count, default="auto",
+        help="steps between lines of log.jsonl; auto: 50, or a 500th of the run "
+        "where that is more")
+    add("--save_interval", type=step_count, default="auto",
+        help="steps between checkpoints; auto: 500, or a twentieth of the run "
+        "where that is more")
     add("--resume", action="store_true",
         help="go on from the last checkpoint, if there is one")
     return parser.parse_args()
@@ -568,6 +571,8 @@ def train(training, store, val_store, args, machine):
         resample_steps = args.resample
     if args.dead_steps:
         dead_steps = args.dead_steps
+    log_interval = interval(args.log_interval, args.max_iters, 50, times=500)
+    save_interval = interval(args.save_interval, args.max_iters, 500, times=20)
     share = args.batch_size // machine.ranks  # this rank's part of a batch
     progress = Progress("training", args.max_iters, "steps", training.step)
 
@@ -601,12 +606,12 @@ def train(training, store, val_store, args, machine):
 
         # what is written down
         finished = training.step == args.max_iters
-        if training.step % args.log_interval == 0 or finished:
+        if training.step % log_interval == 0 or finished:
             check_finite(loss.item(), sae, training)
             training.log.append(log_line(training, x, loss, stats, dead, l1_coeff, args))
         if training.log:  # else there is nothing to show yet
             progress.show(training.step, lambda: log_note(training.log[-1]), finished)
-        if training.step % args.save_interval == 0 and not finished:
+        if training.step % save_interval == 0 and not finished:
             save(training, loss, args, machine.rank)
     if training.step == args.max_iters:  # before it is saved as finished, so that none lacks it
         judge(training, val_store, args, machine.device)

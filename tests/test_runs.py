@@ -276,6 +276,43 @@ def test_settings_that_would_make_another_run_are_refused(half, change, words):
     assert hashes(half) == before
 
 
+@pytest.mark.parametrize(
+    "flag, shortest, times, expected",
+    [
+        ("auto", 50, 500, {1: 50, 1500: 50, 25_000: 50, 100_000: 200, 1_000_000: 2000}),
+        ("auto", 500, 20, {1: 500, 1500: 500, 10_000: 500, 10_039: 501, 1_000_000: 50_000}),
+        ("auto", 100, 100, {1000: 100, 30_000: 300}),
+        (7, 50, 500, {1: 7, 1_000_000: 7}),
+    ],
+)
+def test_long_runs_log_measure_and_save_less_often_unless_a_flag_says_how_often(flag, shortest, times, expected):
+    found = {max_iters: model.interval(flag, max_iters, shortest, times) for max_iters in expected}
+    assert found == expected
+
+
+@pytest.mark.parametrize("saved", ["auto", 20, 50])
+def test_a_run_goes_on_whether_its_checkpoint_kept_auto_or_a_number(half, saved):
+    """Versions before `auto` kept numbers; what is computed is the same whichever there is."""
+    path = half / "sae/scaling/sae.pt"
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["args"] |= {"log_interval": saved, "save_interval": saved}
+    torch.save(checkpoint, path)
+    flags = [flag for flag in SMALL_SAE if not flag.startswith("--log_interval")]
+    done = script("train_sae.py", f"--out_dir={half}", *flags, "--resume", "--max_iters=110")
+    assert done.returncode == 0, done.stderr
+    log = [json.loads(line) for line in (half / "sae/scaling/log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == [20, 40, 50, 100, 110]  # from 40 on as auto has it
+    args = torch.load(path, weights_only=True)["args"]
+    assert args["log_interval"] == args["save_interval"] == "auto"
+
+
+@pytest.mark.parametrize("name, flag", [("train_sae.py", "log"), ("train_sae.py", "save"), ("train_gpt.py", "eval")])
+def test_an_interval_is_auto_or_a_whole_number(tmp_path, name, flag):
+    for value in ("0", "often", "1.5"):
+        done = script(name, f"--out_dir={tmp_path}", f"--{flag}_interval={value}")
+        assert done.returncode == 2 and f"--{flag}_interval" in done.stderr and done.stderr.count("\n") == 1
+
+
 def test_a_model_is_not_resumed_on_other_text(trained, tmp_path):
     shutil.copytree(trained, tmp_path / "out")
     (tmp_path / "text.txt").write_text(TEXT[::-1])
