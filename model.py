@@ -487,9 +487,10 @@ def setup(args):
     autocast = nullcontext()
     if args.dtype == "bfloat16" or (args.dtype == "auto" and on_cuda):
         autocast = torch.autocast(device.type, dtype=torch.bfloat16)
-    compiled = args.compile == "yes" or (args.compile == "auto" and on_cuda)
     if ranks > 1:
         join_ranks(device, rank)
+    compiled = args.compile == "yes" or (args.compile == "auto" and on_cuda)
+    compiled = compiled and can_compile(device)
     return Machine(device, autocast, compiled, rank, ranks)
 
 
@@ -508,6 +509,20 @@ def find_device(flag, local_rank):
         first_line = str(error).splitlines()[0]
         raise UserError(f"--device={flag} is not available here: {first_line}")
     return device
+
+
+def can_compile(device):
+    """
+    Whether torch.compile works on a device: it needs a C compiler on the CPU and on CUDA. Where
+    it does not, a line says so and why.
+    """
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
+    except Exception as error:  # of Inductor, of Triton or of the compiler they call
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        print(f"torch.compile does not work here, so this run goes on without: {reason}")
+        return False
+    return True
 
 
 # -----------------------------------------------------------------------------

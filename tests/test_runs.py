@@ -563,6 +563,22 @@ def test_a_stream_writes_no_activations_and_resumes(trained, tmp_path, monkeypat
     assert same(*(weights(out / f"sae/{name}/sae.pt", "weights") for name in ("whole", "halves")))
 
 
+def test_without_a_compiler_the_run_goes_on_and_says_so(trained, tmp_path, monkeypatch):
+    def compile_nothing(function):
+        def fail(*args):
+            raise RuntimeError("No working C++ compiler found in ...\nand more lines")
+
+        return fail
+
+    monkeypatch.setattr("torch.compile", compile_nothing)
+    shutil.copytree(trained, tmp_path / "out")
+    done = script("train_sae.py", f"--out_dir={tmp_path / 'out'}", *SMALL_SAE, "--compile=yes")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("goes on without: No working C++ compiler") == 1 and "more lines" not in done.stdout
+    path = "sae/scaling/sae.pt"
+    assert same(weights(tmp_path / "out" / path, "weights"), weights(trained / path, "weights"))
+
+
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
