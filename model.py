@@ -371,10 +371,13 @@ def run(main):
     """
     Calls a script's main(). A user's mistake is `error: ...` on stderr and exit status 2.
     """
+    finished = False
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # Windows writes files in code pages
     try:
-        return main()
+        main()
+        finished = True
+        return
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())  # or Python complains when it flushes at the end
@@ -399,6 +402,7 @@ def run(main):
         for file in LOCKS.values():
             file.close()
         LOCKS.clear()
+        leave_ranks(finished)
     # one line, whatever a file's name or a flag holds
     print("".join(map(printable, reason)), file=sys.stderr)
     sys.exit(status)
@@ -550,6 +554,15 @@ def join_ranks(device, rank):
         sys.stdout = open(os.devnull, "w")  # one voice
 
 
+def leave_ranks(finished):
+    """
+    Ends the process group, without which gloo aborts now and then when the process ends. NCCL
+    would wait for the other ranks; when this one has not finished, they may never come.
+    """
+    if dist.is_initialized() and (finished or not torch.cuda.is_initialized()):
+        dist.destroy_process_group()
+
+
 @contextmanager
 def rank_0_first():
     """The other ranks enter its block when rank 0 has left it, and find the files it wrote."""
@@ -562,11 +575,11 @@ def rank_0_first():
 
 
 @torch.no_grad()
-def same_on_all_ranks(module):
-    """Every rank takes rank 0's parameters and buffers. With one rank nothing happens."""
+def same_on_all_ranks(tensors):
+    """Every rank takes the values of rank 0's tensors. With one rank nothing happens."""
     if not dist.is_initialized():
         return
-    for tensor in [*module.parameters(), *module.buffers()]:
+    for tensor in tensors:
         values = tensor.contiguous()  # a copy of a transposed matrix: it cannot be sent as it is
         dist.broadcast(values, 0)
         tensor.copy_(values)
@@ -832,8 +845,10 @@ def interval(flag, max_iters, shortest, times):
 def steps(start, stop):
     """
     Yields start, start + 1, ... stop - 1, but no more after Ctrl-C or SIGTERM reached any
-    rank: the caller's loop ends, and it can save.
+    rank: the caller's loop ends, and it can save. Several ranks ask one another after every
+    16th step only, since they wait for the answer.
     """
+    several = dist.is_initialized()
     stop_requested = torch.zeros(1)  # a tensor, so that the ranks can add theirs up
 
     def request_stop(signal_number, frame):
@@ -845,8 +860,10 @@ def steps(start, stop):
     try:
         for step in range(start, stop):
             yield step
+            if several and step % 16 != 15:
+                continue
             ranks_stopping = stop_requested.clone()
-            if dist.is_initialized():
+            if several:
                 # all stop after the same step, or one would wait for another
                 dist.all_reduce(ranks_stopping)
             if ranks_stopping > 0:

@@ -932,7 +932,7 @@ def begin_training(args, config, machine, made_from, checkpoint):
     training = Training(path, made_from, gpt, optimizer, step=0, log=[])
     if checkpoint:
         restore(training, checkpoint)
-    same_on_all_ranks(gpt)
+    same_on_all_ranks(gpt.parameters())
     n_parameters = sum(p.numel() for p in gpt.parameters())
     print(f"gpt: {n_parameters:,} parameters, on {machine.device}")
     return training

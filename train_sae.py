@@ -527,7 +527,7 @@ def resample(training, dead, store, l1_coeff, args):
     n_resampled = training.sae.resample(dead, inputs, training.optimizer, l1_coeff, generator)
 
     # ranks may differ in the last bit of a loss, and so in what they drew
-    same_on_all_ranks(training.sae)
+    same_on_all_ranks(training.sae.parameters())
     training.last_fired[dead] = training.step  # time to show what they can do
     print(f"step {training.step:,}: resampled {n_resampled:,} dead features")
 
@@ -670,7 +670,7 @@ def main():
     training = begin_training(path, source, store, args, machine.device)
     if checkpoint:
         restore(training, checkpoint)
-    same_on_all_ranks(training.sae)
+    same_on_all_ranks([*training.sae.parameters(), *training.sae.buffers()])
     scale = training.sae.scale.item()
     total = f" of {store.rows:,}" if math.isfinite(store.rows) else ", made as they are needed"
     print(

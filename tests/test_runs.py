@@ -2,6 +2,7 @@
 
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -15,10 +16,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 import model
 import train_gpt
 from conftest import ROOT, SMALL_GPT, SMALL_SAE, TEXT, script
+from model import UserError
 from test_scripts import hashes
 
 KILLS = int(os.environ.get("KILLS", 20))  # of each script; by hand: KILLS=100 python -m pytest tests/test_runs.py
@@ -561,6 +564,73 @@ def test_a_stream_writes_no_activations_and_resumes(trained, tmp_path, monkeypat
     assert script("train_sae.py", *flags, "--resume").returncode == 0
     assert not (out / "acts").exists()
     assert same(*(weights(out / f"sae/{name}/sae.pt", "weights") for name in ("whole", "halves")))
+
+
+@pytest.fixture
+def on_two_ranks(tmp_path):
+    """on_two_ranks(function): function(rank) in two processes that have joined -> what each returned."""
+    if not hasattr(os, "fork"):
+        pytest.skip("needs fork")
+
+    def process(function, rank):
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "test"}
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=rank, world_size=2)
+        torch.save(function(rank), tmp_path / f"{rank}.result")
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def start(function):
+        context = multiprocessing.get_context("fork")
+        processes = [context.Process(target=process, args=(function, rank)) for rank in (0, 1)]
+        for one in processes:
+            one.start()
+        for one in processes:
+            one.join(60)
+            one.kill()  # nothing, when it has ended
+        assert [one.exitcode for one in processes] == [0, 0]
+        return [torch.load(tmp_path / f"{rank}.result", weights_only=True) for rank in (0, 1)]
+
+    return start
+
+
+def test_every_rank_takes_the_values_of_rank_0_however_they_lie_in_memory(on_two_ranks):
+    def on(rank):
+        tensors = [torch.arange(6.0).view(2, 3) + rank, (torch.arange(6.0).view(2, 3) - rank).t()]
+        model.same_on_all_ranks(tensors)
+        return tensors
+
+    expected = [torch.arange(6.0).view(2, 3), torch.arange(6.0).view(2, 3).t()]
+    for found in on_two_ranks(on):
+        assert all(map(torch.equal, found, expected))
+
+
+def test_ranks_agree_on_a_stop_every_16th_step_and_one_alone_stops_at_once(on_two_ranks):
+    def done(stopping, start):
+        found = []
+        for step in model.steps(start, 100):
+            found.append(step)
+            if stopping and step == 20:
+                os.kill(os.getpid(), signal.SIGINT)
+        return found
+
+    assert done(True, 9) == list(range(9, 21))
+    assert on_two_ranks(lambda rank: done(rank == 1, 9)) == [list(range(9, 32))] * 2
+
+
+def test_the_process_group_ends_with_the_script_and_with_an_error(on_two_ranks):
+    def on(rank):
+        def main():
+            if rank == 1:
+                raise UserError("of one rank alone")
+
+        status = 0
+        try:
+            model.run(main)
+        except SystemExit as stop:
+            status = stop.code
+        return status, dist.is_initialized()
+
+    assert on_two_ranks(on) == [(0, False), (2, False)]
 
 
 def test_without_a_compiler_the_run_goes_on_and_says_so(trained, tmp_path, monkeypatch):
