@@ -529,6 +529,19 @@ def can_compile(device):
     return True
 
 
+def to_device(array, device):
+    """
+    Copies a numpy array, which may be mapped from a file, to a device. A GPU takes it from
+    pinned memory when it comes to that, so that nobody waits.
+    """
+    if device.type != "cuda":
+        return torch.from_numpy(array).to(device)
+    dtype = torch.from_numpy(np.empty(0, array.dtype)).dtype
+    pinned = torch.empty(array.shape, dtype=dtype, pin_memory=True)
+    pinned.numpy()[...] = array
+    return pinned.to(device, non_blocking=True)
+
+
 # -----------------------------------------------------------------------------
 # several ranks: processes that train one model together, each on its share of every batch
 
