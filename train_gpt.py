@@ -90,12 +90,12 @@ def parse_args():
                        "then falls linearly to 0")
     group.add_argument("--eval_interval", type=step_count, default="auto",
                        help="steps between measurements of loss; auto: 100, or a "
-                       "hundredth of the run where that is more")
+                       "hundredth of a long run")
     group.add_argument("--eval_iters", type=at_least(1), default=20,
                        help="batches a measurement")
     group.add_argument("--save_interval", type=step_count, default="auto",
-                       help="steps between checkpoints; auto: 500, or a twentieth of the "
-                       "run where that is more")
+                       help="steps between checkpoints; auto: 500, or a twentieth of a "
+                       "long run")
     group.add_argument("--resume", action="store_true",
                        help="go on from the last checkpoint, if there is one")
     return parser.parse_args()

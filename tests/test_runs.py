@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,8 +21,10 @@ import torch.distributed as dist
 
 import model
 import train_gpt
+import train_sae
 from conftest import ROOT, SMALL_GPT, SMALL_SAE, TEXT, script
-from model import UserError
+from model import GPT, GPTConfig, UserError
+from sae import ActivationStream
 from test_scripts import hashes
 
 KILLS = int(os.environ.get("KILLS", 20))  # of each script; by hand: KILLS=100 python -m pytest tests/test_runs.py
@@ -593,6 +596,72 @@ def on_two_ranks(tmp_path):
     return start
 
 
+def many_rows(n_contexts=2000):
+    """make(start, n, ...) of a tiny model's rows, and a list that grows by the contexts it computes."""
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(block_size=16, vocab_size=50, n_head=2, n_embd=8)).requires_grad_(False)
+    tokens = np.random.default_rng(0).integers(0, 50, 16 * n_contexts).astype(np.uint16)
+    computed, activations = [], gpt.activations
+    gpt.activations = lambda idx, site: (computed.append(len(idx)), activations(idx, site))[1]
+    return partial(train_sae.gpt_rows, gpt, tokens, "mlp.0"), computed
+
+
+def test_each_rank_computes_its_share_of_a_stream_and_every_one_gets_all(on_two_ranks, monkeypatch):
+    monkeypatch.setattr("sae.SHARD_ROWS", 16_000)
+    make, computed = many_rows()
+    whole = ActivationStream(make, 32)
+    batches = [whole.batch(position, 6000) for position in range(0, 30_000, 6000)]
+    sample = whole.sample(500, (1, 2))
+    for batch in batches:
+        assert batch.ne(0).any(1).all()
+
+    def on(rank):
+        computed.clear()
+        stream = ActivationStream(partial(make, rank=rank, ranks=2), 32, partial(train_sae.gathered, "mlp.0"))
+        stream.make_ahead(until=30_000)
+        shares = []
+        for position in range(0, 30_000, 6000):
+            shares.append(stream.batch(position, 6000, rank, ranks=2))
+        return shares, sum(computed), stream.sample(500, (1, 2))
+
+    results = on_two_ranks(on)
+    for expected, *shares in zip(batches, results[0][0], results[1][0]):
+        assert torch.equal(torch.cat(shares), expected)
+    assert [n_computed for _, n_computed, _ in results] == [2 * 1024, 2 * 976]  # of two shards, 512 at once
+    assert all(torch.equal(drawn, sample) for *_, drawn in results)
+
+
+def test_rows_of_one_rank_that_are_no_numbers_are_refused_on_all(on_two_ranks):
+    def on(rank):
+        with pytest.raises(UserError, match="activations of mlp.0 are NaN"):
+            train_sae.gathered("mlp.0", torch.full((3, 2), math.nan if rank else 0.0).half())
+
+    on_two_ranks(on)
+
+
+def test_ranks_write_the_activations_together(on_two_ranks, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_sae, "SHARD_ROWS", 1000)
+    make, _ = many_rows(100)
+
+    def dump(folder, written):
+        def write(split, start, n):
+            written.append((split, start))
+            return make(start + 7 * (split == "val"), n)
+
+        return train_sae.dump(str(tmp_path / folder), {"width": 32}, write, 3500)
+
+    def on(rank):
+        written = []
+        return *dump("two", written), written
+
+    train, val = dump("one", [])
+    (train_0, val_0, written_0), (train_1, val_1, written_1) = on_two_ranks(on)
+    assert written_0 == [("train", 0), ("train", 2000), ("val", 0)] and written_1 == [("train", 1000), ("train", 3000)]
+    assert (train_0, val_0) == (train_1, val_1) and len(train_0) == 4
+    for one, two in zip(train + val, train_0 + val_0):
+        assert np.array_equal(np.load(one), np.load(two))
+
+
 def test_every_rank_takes_the_values_of_rank_0_however_they_lie_in_memory(on_two_ranks):
     def on(rank):
         tensors = [torch.arange(6.0).view(2, 3) + rank, (torch.arange(6.0).view(2, 3) - rank).t()]
@@ -673,7 +742,9 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(trained, tmp_path):
     assert saved["step"] == int(stopped[0].replace(",", "")) > 0
 
 
-@pytest.mark.parametrize("name", ["train_gpt.py", "train_sae.py --recipe=towards --l1_coeff=30"])
+@pytest.mark.parametrize(
+    "name", ["train_gpt.py", "train_sae.py --recipe=towards --l1_coeff=30 --stream"]
+)
 def test_two_ranks_are_one_with_the_doubled_batch(trained, tmp_path, name):
     """Started in the middle and resumed, with resampling on the way; the second rank is silent."""
     name, *flags = name.split()
