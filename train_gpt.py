@@ -43,7 +43,7 @@ from model import (
     bpe_tokenizer, check_finite, content_hash, gpt2_tokenizer, interval, load_json,
     load_tokenizer, load_tokens, lock_alone, make_parser, rank_0_first, reading, resumable, run,
     same_on_all_ranks, save_checkpoint, save_json, save_jsonl, save_tokenizer, setup, step_count,
-    steps, write_atomic)
+    steps, to_device, write_atomic)
 
 GITHUB = "https://raw.githubusercontent.com"
 HUGGING_FACE = "https://huggingface.co/datasets"
@@ -785,11 +785,11 @@ def prepare(args, checkpoint=None):
     return tokenizer, made_from
 
 
-def get_batch(tokens, args, seed, rank=0, ranks=1):
+def get_batch(tokens, args, seed, rank=0, ranks=1, device=torch.device("cpu")):
     """
     Cuts batch_size random contexts out of a token file, decided by seed, and returns this
-    rank's share of them: inputs and targets, both (batch_size / ranks, block_size), the
-    targets one token on.
+    rank's share of them on a device: inputs and targets, both (batch_size / ranks,
+    block_size), the targets one token on.
     """
     T = args.block_size
     share = args.batch_size // ranks
@@ -798,7 +798,7 @@ def get_batch(tokens, args, seed, rank=0, ranks=1):
     starts = rng.integers(0, len(tokens) - T, (ranks, share))
     starts = starts[rank]                                                   # (share,)
     contexts = np.stack([tokens[start:start + T + 1] for start in starts])  # (share, T + 1)
-    contexts = torch.from_numpy(contexts.astype(np.int64))  # embeddings take no uint16
+    contexts = to_device(contexts.astype(np.int64), device)  # embeddings take no uint16
     return contexts[:, :-1], contexts[:, 1:]
 
 
@@ -954,9 +954,10 @@ def train(training, data, args, machine):
 
     def loss_on(split, seed, rank):
         """The mean loss, in nats a token, on a rank's share of the batch of a seed."""
-        inputs, targets = get_batch(data[split], args, seed, rank, machine.ranks)
+        inputs, targets = get_batch(
+            data[split], args, seed, rank, machine.ranks, machine.device)
         with machine.autocast:
-            _, loss = model(inputs.to(machine.device), targets.to(machine.device))
+            _, loss = model(inputs, targets)
         return loss
 
     def measure_and_show():

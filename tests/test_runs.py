@@ -553,6 +553,18 @@ def test_constant_columns_and_more_features_than_rows_train(tmp_path, recipe):
 # streamed, and on several ranks
 
 
+@pytest.mark.parametrize("dtype", ["<f2", "<i8"])
+def test_an_array_of_a_file_is_the_same_on_every_device(tmp_path, dtype):
+    np.save(tmp_path / "a.npy", np.arange(12).reshape(4, 3).astype(dtype))
+    array = np.load(tmp_path / "a.npy")
+    for name in ["cpu", "cuda"][:1 + torch.cuda.is_available()]:
+        if name == "cuda":  # of a GPU's shuffled slices: mapped, and not to be written to
+            array = np.load(tmp_path / "a.npy", mmap_mode="r")
+        found = model.to_device(array, torch.device(name))
+        assert found.device.type == name and found.tolist() == np.arange(12).reshape(4, 3).tolist()
+        assert found.dtype == (torch.float16 if dtype == "<f2" else torch.int64)
+
+
 def test_a_stream_writes_no_activations_and_resumes(trained, tmp_path, monkeypatch):
     out = tmp_path / "out"
     shutil.copytree(trained, out)
