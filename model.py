@@ -371,10 +371,13 @@ def run(main):
     """
     Calls a script's main(). A user's mistake is `error: ...` on stderr and exit status 2.
     """
+    finished = False
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # Windows writes files in code pages
     try:
-        return main()
+        main()
+        finished = True
+        return
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())  # or Python complains when it flushes at the end
@@ -399,6 +402,7 @@ def run(main):
         for file in LOCKS.values():
             file.close()
         LOCKS.clear()
+        leave_ranks(finished)
     # one line, whatever a file's name or a flag holds
     print("".join(map(printable, reason)), file=sys.stderr)
     sys.exit(status)
@@ -455,6 +459,11 @@ def at_least(low, kind=int):
     return number
 
 
+def step_count(text):
+    """An argparse type: auto, or a whole number of steps."""
+    return text if text == "auto" else at_least(1)(text)
+
+
 @dataclass(frozen=True)
 class Machine:
     """What a script runs on."""
@@ -482,9 +491,10 @@ def setup(args):
     autocast = nullcontext()
     if args.dtype == "bfloat16" or (args.dtype == "auto" and on_cuda):
         autocast = torch.autocast(device.type, dtype=torch.bfloat16)
-    compiled = args.compile == "yes" or (args.compile == "auto" and on_cuda)
     if ranks > 1:
         join_ranks(device, rank)
+    compiled = args.compile == "yes" or (args.compile == "auto" and on_cuda)
+    compiled = compiled and can_compile(device)
     return Machine(device, autocast, compiled, rank, ranks)
 
 
@@ -503,6 +513,33 @@ def find_device(flag, local_rank):
         first_line = str(error).splitlines()[0]
         raise UserError(f"--device={flag} is not available here: {first_line}")
     return device
+
+
+def can_compile(device):
+    """
+    Whether torch.compile works on a device: it needs a C compiler on the CPU and on CUDA. Where
+    it does not, a line says so and why.
+    """
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
+    except Exception as error:  # of Inductor, of Triton or of the compiler they call
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        print(f"torch.compile does not work here, so this run goes on without: {reason}")
+        return False
+    return True
+
+
+def to_device(array, device):
+    """
+    Copies a numpy array, which may be mapped from a file, to a device. A GPU takes it from
+    pinned memory when it comes to that, so that nobody waits.
+    """
+    if device.type != "cuda":
+        return torch.from_numpy(array).to(device)
+    dtype = torch.from_numpy(np.empty(0, array.dtype)).dtype
+    pinned = torch.empty(array.shape, dtype=dtype, pin_memory=True)
+    pinned.numpy()[...] = array
+    return pinned.to(device, non_blocking=True)
 
 
 # -----------------------------------------------------------------------------
@@ -530,6 +567,15 @@ def join_ranks(device, rank):
         sys.stdout = open(os.devnull, "w")  # one voice
 
 
+def leave_ranks(finished):
+    """
+    Ends the process group, without which gloo aborts now and then when the process ends. NCCL
+    would wait for the other ranks; when this one has not finished, they may never come.
+    """
+    if dist.is_initialized() and (finished or not torch.cuda.is_initialized()):
+        dist.destroy_process_group()
+
+
 @contextmanager
 def rank_0_first():
     """The other ranks enter its block when rank 0 has left it, and find the files it wrote."""
@@ -542,11 +588,11 @@ def rank_0_first():
 
 
 @torch.no_grad()
-def same_on_all_ranks(module):
-    """Every rank takes rank 0's parameters and buffers. With one rank nothing happens."""
+def same_on_all_ranks(tensors):
+    """Every rank takes the values of rank 0's tensors. With one rank nothing happens."""
     if not dist.is_initialized():
         return
-    for tensor in [*module.parameters(), *module.buffers()]:
+    for tensor in tensors:
         values = tensor.contiguous()  # a copy of a transposed matrix: it cannot be sent as it is
         dist.broadcast(values, 0)
         tensor.copy_(values)
@@ -734,9 +780,11 @@ def content_hash(path):
 
 ANEW = "run without --resume to start anew"
 
-# flags that may differ when a run goes on: where it runs, what it is called, when it saves, and
-# where its text or its activations lie (the scripts compare what the files hold)
-FREE_FLAGS = ("resume", "out_dir", "name", "device", "compile", "save_interval", "dataset", "acts")
+# flags that may differ when a run goes on: where it runs, what it is called, how often something
+# is written down, and where its text or its activations lie (the scripts compare what files hold)
+FREE_FLAGS = (
+    "resume", "out_dir", "name", "device", "compile", "dataset", "acts",
+    "save_interval", "log_interval", "eval_interval")
 
 
 def save_checkpoint(path, **contents):
@@ -796,11 +844,24 @@ def resumable(path, args, device):
     return checkpoint
 
 
+def interval(flag, max_iters, shortest, times):
+    """
+    How many steps lie between two checkpoints, lines of a log or measurements: as many as
+    their flag says. auto: `shortest`, which short runs keep to; a longer run has `times` of
+    them, so that they never take a larger share of it.
+    """
+    if flag == "auto":
+        return max(shortest, max_iters // times)
+    return flag
+
+
 def steps(start, stop):
     """
     Yields start, start + 1, ... stop - 1, but no more after Ctrl-C or SIGTERM reached any
-    rank: the caller's loop ends, and it can save.
+    rank: the caller's loop ends, and it can save. Several ranks ask one another after every
+    16th step only, since they wait for the answer.
     """
+    several = dist.is_initialized()
     stop_requested = torch.zeros(1)  # a tensor, so that the ranks can add theirs up
 
     def request_stop(signal_number, frame):
@@ -812,8 +873,10 @@ def steps(start, stop):
     try:
         for step in range(start, stop):
             yield step
+            if several and step % 16 != 15:
+                continue
             ranks_stopping = stop_requested.clone()
-            if dist.is_initialized():
+            if several:
                 # all stop after the same step, or one would wait for another
                 dist.all_reduce(ranks_stopping)
             if ranks_stopping > 0:

@@ -30,6 +30,7 @@ import glob
 import math
 import os
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import Callable
 
@@ -38,7 +39,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import Progress, UserError, content_hash, load_checkpoint, reading, save_checkpoint
+from model import (Progress, UserError, content_hash, load_checkpoint, reading, save_checkpoint,
+                   to_device)
 
 # -----------------------------------------------------------------------------
 # what the papers differ in
@@ -709,15 +711,19 @@ class ActivationStore:
     memory stays at one slice, two where a batch reaches into the next. Files of train_sae.py
     are shuffled already.
 
-    part: the share of all rows to use, as (from, to). UserError for what is no such file, and
-    for NaN or infinity in the rows.
+    part: the share of all rows to use, as (from, to). device: where batch leaves the rows, if
+    that is a GPU; it shuffles them there. UserError for what is no such file, and for NaN or
+    infinity in the rows.
     """
     SLICE_BYTES = 128 * 2**20
     loaded_slice = None  # (epoch, which slice) of the one that is in memory
     loaded_rows = None   # its rows, shuffled
+    coming = None, None  # the slice that a thread makes ahead of need, and its Future
+    ahead_until = 0      # the row of the stream where that ends: see make_ahead
 
-    def __init__(self, paths, seed=0, part=(0.0, 1.0)):
+    def __init__(self, paths, seed=0, part=(0.0, 1.0), device=torch.device("cpu")):
         self.seed = seed
+        self.device = device
         arrays = [open_npy(path) for path in paths]
         self.width = arrays[0].shape[1]
         self.total = sum(len(rows) for rows in arrays)
@@ -747,42 +753,90 @@ class ActivationStore:
 
     def read(self, i, indices):
         """The rows `indices` of slice i, in memory."""
+        rows = self.unchecked(i, indices)
+        self.check(i, np.isfinite(rows).all())
+        return rows
+
+    def unchecked(self, i, indices=slice(None)):
+        """The same, NaN and all. A whole slice stays mapped from the disk if nothing changes."""
         path, start, stop = self.slices[i]
         rows = open_npy(path)[start:stop][indices]
         small = np.float32 if rows.itemsize == 8 else rows.dtype.newbyteorder("=")
         with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinity
-            rows = rows.astype(small, copy=False)  # of this machine's byte order, too
-        if not np.isfinite(rows).all():
+            return rows.astype(small, copy=False)  # of this machine's byte order, too
+
+    def check(self, i, finite):
+        """UserError unless the rows of slice i are finite."""
+        path, start, stop = self.slices[i]
+        if not finite:
             raise UserError(
                 f"{path} holds NaN, infinity or more than float32 can hold in rows "
                 f"{start:,} to {stop:,}: mend it or leave it out"
             )
-        return rows
 
-    def batch(self, position, n):
-        """The rows position .. position + n of the stream -> float tensor (n, width)."""
+    def batch(self, position, n, rank=0, ranks=1):
+        """
+        The rows position .. position + n of the stream -> float tensor (n, width). Of several
+        ranks each gets its share, (n / ranks, width).
+        """
+        end = position + n
+        first = position + rank * n // ranks
+        last = position + (rank + 1) * n // ranks
         parts = []
-        while n > 0:
-            rows = self.rows_from(position)[:n]
-            parts.append(rows)
+        # through all n, not its share alone, so that all ranks change slices at the same step
+        while position < end:
+            rows = self.rows_from(position)[:end - position]
+            parts.append(rows[max(0, first - position):max(0, last - position)])
             position += len(rows)
-            n -= len(rows)
         return torch.cat(parts).float()
 
     def rows_from(self, position):
         """The rest of the slice that row `position` of the stream is in; it stays in memory."""
+        key, offset = self.find(position)
+        if self.loaded_slice != key:
+            self.loaded_rows = None  # frees the last slice before the next comes
+            self.loaded_rows = self.take(key)
+            self.loaded_slice = key
+            end = position - offset + len(self.loaded_rows)
+            if end < self.ahead_until:
+                following, _ = self.find(end)
+                self.coming = following, self.thread.submit(self.load, *following)
+        return self.loaded_rows[offset:]
+
+    def make_ahead(self, until):
+        """
+        From now on a thread makes the next slice while this one is in use, but none that begins
+        at row `until` of the stream or later. A GPU does not have to wait then; it needs room
+        for one slice more. A CPU would have nothing of it.
+        """
+        self.ahead_until = until
+        self.thread = ThreadPoolExecutor(1)
+
+    def take(self, key):
+        """The rows of a slice, which the thread has made, if it was told to; its errors, too."""
+        coming, future = self.coming
+        self.coming = None, None  # or the Future would keep the rows in memory
+        return future.result() if key == coming else self.load(*key)
+
+    def find(self, position):
+        """Which slice row `position` of the stream is in, for `load`, and which of its rows."""
         epoch, offset = divmod(position, self.rows)
         order = np.random.default_rng((self.seed, epoch)).permutation(len(self.slices))
         ends = np.cumsum(self.sizes[order])
         k = int(np.searchsorted(ends, offset, side="right"))  # the k-th slice of this epoch
         i = int(order[k])
         offset -= int(ends[k] - self.sizes[i])  # rows of the slices before it
-        if self.loaded_slice != (epoch, i):
-            self.loaded_rows = None  # frees the last slice before the next comes
-            shuffled = np.random.default_rng((self.seed, epoch, i)).permutation(self.sizes[i])
-            self.loaded_rows = torch.from_numpy(self.read(i, shuffled))
-            self.loaded_slice = (epoch, i)
-        return self.loaded_rows[offset:]
+        return (epoch, i), offset
+
+    def load(self, epoch, i):
+        """The rows of slice i (n, width), shuffled as they are in this epoch."""
+        shuffled = np.random.default_rng((self.seed, epoch, i)).permutation(self.sizes[i])
+        if self.device.type != "cuda":
+            return torch.from_numpy(self.read(i, shuffled))
+        rows = to_device(self.unchecked(i), self.device)
+        rows = rows[to_device(shuffled, self.device)]
+        self.check(i, rows.isfinite().all())
+        return rows
 
     def sample(self, n, seed):
         """n rows drawn evenly from all, none twice -> tensor (n, width) in the files' precision."""
@@ -830,25 +884,30 @@ class ActivationStream(ActivationStore):
     an end.
 
     make(start, n) -> (n, width), rows start .. start + n of an endless sequence. batch takes
-    them by shards of SHARD_ROWS and keeps one.
+    them by shards of SHARD_ROWS and keeps one. gather(rows): of several ranks, each of which
+    made some of the rows, every one gets all.
     """
 
-    def __init__(self, make, width):
+    def __init__(self, make, width, gather=lambda rows: rows):
         self.make = make
         self.width = width
+        self.gather = gather
         self.rows = math.inf
 
-    def rows_from(self, position):
+    def find(self, position):
         number, offset = divmod(position, SHARD_ROWS)
-        if self.loaded_slice != number:
-            self.loaded_rows = None  # frees the last shard before the next is made
-            self.loaded_rows = self.make(number * SHARD_ROWS, SHARD_ROWS)
-            self.loaded_slice = number
-        return self.loaded_rows[offset:]
+        return (number,), offset
+
+    def load(self, number):
+        return self.make(number * SHARD_ROWS, SHARD_ROWS)
+
+    def take(self, key):
+        # not in `load`, whose thread has its own pace: ranks must meet at the same step
+        return self.gather(super().take(key))
 
     def sample(self, n, seed):
         start = np.random.default_rng(seed).integers(2**40)
-        return self.make(int(start), n)
+        return self.gather(self.make(int(start), n))
 
 
 def open_npy(path):

@@ -40,9 +40,10 @@ from matplotlib.figure import Figure
 
 from model import (
     ANEW, END_OF_TEXT, GPT, PATTERN, GPTConfig, Progress, UserError, at_least, average_gradients,
-    bpe_tokenizer, check_finite, content_hash, gpt2_tokenizer, load_json, load_tokenizer,
-    load_tokens, lock_alone, make_parser, rank_0_first, reading, resumable, run, same_on_all_ranks,
-    save_checkpoint, save_json, save_jsonl, save_tokenizer, setup, steps, write_atomic)
+    bpe_tokenizer, check_finite, content_hash, gpt2_tokenizer, interval, load_json,
+    load_tokenizer, load_tokens, lock_alone, make_parser, rank_0_first, reading, resumable, run,
+    same_on_all_ranks, save_checkpoint, save_json, save_jsonl, save_tokenizer, setup, step_count,
+    steps, to_device, write_atomic)
 
 GITHUB = "https://raw.githubusercontent.com"
 HUGGING_FACE = "https://huggingface.co/datasets"
@@ -87,12 +88,14 @@ def parse_args():
     group.add_argument("--learning_rate", type=at_least(0, float), default=3e-3,
                        help="peak of AdamW's rate: reached after 2%% of the steps, "
                        "then falls linearly to 0")
-    group.add_argument("--eval_interval", type=at_least(1), default=100,
-                       help="steps between measurements of loss")
+    group.add_argument("--eval_interval", type=step_count, default="auto",
+                       help="steps between measurements of loss; auto: 100, or a "
+                       "hundredth of a long run")
     group.add_argument("--eval_iters", type=at_least(1), default=20,
                        help="batches a measurement")
-    group.add_argument("--save_interval", type=at_least(1), default=500,
-                       help="steps between checkpoints")
+    group.add_argument("--save_interval", type=step_count, default="auto",
+                       help="steps between checkpoints; auto: 500, or a twentieth of a "
+                       "long run")
     group.add_argument("--resume", action="store_true",
                        help="go on from the last checkpoint, if there is one")
     return parser.parse_args()
@@ -782,11 +785,11 @@ def prepare(args, checkpoint=None):
     return tokenizer, made_from
 
 
-def get_batch(tokens, args, seed, rank=0, ranks=1):
+def get_batch(tokens, args, seed, rank=0, ranks=1, device=torch.device("cpu")):
     """
     Cuts batch_size random contexts out of a token file, decided by seed, and returns this
-    rank's share of them: inputs and targets, both (batch_size / ranks, block_size), the
-    targets one token on.
+    rank's share of them on a device: inputs and targets, both (batch_size / ranks,
+    block_size), the targets one token on.
     """
     T = args.block_size
     share = args.batch_size // ranks
@@ -795,7 +798,7 @@ def get_batch(tokens, args, seed, rank=0, ranks=1):
     starts = rng.integers(0, len(tokens) - T, (ranks, share))
     starts = starts[rank]                                                   # (share,)
     contexts = np.stack([tokens[start:start + T + 1] for start in starts])  # (share, T + 1)
-    contexts = torch.from_numpy(contexts.astype(np.int64))  # embeddings take no uint16
+    contexts = to_device(contexts.astype(np.int64), device)  # embeddings take no uint16
     return contexts[:, :-1], contexts[:, 1:]
 
 
@@ -929,7 +932,7 @@ def begin_training(args, config, machine, made_from, checkpoint):
     training = Training(path, made_from, gpt, optimizer, step=0, log=[])
     if checkpoint:
         restore(training, checkpoint)
-    same_on_all_ranks(gpt)
+    same_on_all_ranks(gpt.parameters())
     n_parameters = sum(p.numel() for p in gpt.parameters())
     print(f"gpt: {n_parameters:,} parameters, on {machine.device}")
     return training
@@ -943,15 +946,18 @@ def train(training, data, args, machine):
     gpt = training.gpt
     optimizer = training.optimizer
     model = torch.compile(gpt) if machine.compiled else gpt  # the parameters are gpt's
+    eval_interval = interval(args.eval_interval, args.max_iters, 100, times=100)
+    save_interval = interval(args.save_interval, args.max_iters, 500, times=20)
     batch_tokens = args.batch_size * args.block_size
     first_token = training.step * batch_tokens
     progress = Progress("training", args.max_iters * batch_tokens, "tokens", first_token)
 
     def loss_on(split, seed, rank):
         """The mean loss, in nats a token, on a rank's share of the batch of a seed."""
-        inputs, targets = get_batch(data[split], args, seed, rank, machine.ranks)
+        inputs, targets = get_batch(
+            data[split], args, seed, rank, machine.ranks, machine.device)
         with machine.autocast:
-            _, loss = model(inputs.to(machine.device), targets.to(machine.device))
+            _, loss = model(inputs, targets)
         return loss
 
     def measure_and_show():
@@ -959,7 +965,7 @@ def train(training, data, args, machine):
         progress.show(training.step * batch_tokens, lambda: line, now=True)
 
     for step in steps(training.step, args.max_iters):
-        if step % args.eval_interval == 0:
+        if step % eval_interval == 0:
             measure_and_show()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.max_iters, args.learning_rate)
@@ -975,7 +981,7 @@ def train(training, data, args, machine):
         # a function, since .item() waits for a GPU: it is called only when a line is due
         progress.show(training.step * batch_tokens,
                       lambda: f"step {training.step:,}  loss {loss.item():.3f}")
-        if training.step % args.save_interval == 0 and training.step < args.max_iters:
+        if training.step % save_interval == 0 and training.step < args.max_iters:
             save(training, loss, args, machine.rank)
 
     if training.step == args.max_iters:  # else a signal ended the loop

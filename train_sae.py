@@ -26,10 +26,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from model import (ANEW, Progress, UserError, at_least, average_gradients, check_finite, load_gpt,
-                   load_json, load_tokens, lock_alone, lock_shared, make_parser, rank_0_first,
-                   reading, resumable, run, same_on_all_ranks, save_json, save_jsonl, setup, steps,
-                   tracked, write_atomic)
+from model import (ANEW, Progress, UserError, at_least, average_gradients, check_finite, interval,
+                   load_gpt, load_json, load_tokens, lock_alone, lock_shared, make_parser,
+                   rank_0_first, reading, resumable, run, same_on_all_ranks, save_json,
+                   save_jsonl, setup, step_count, steps, to_device, torchrun_ranks, tracked,
+                   write_atomic)
 from sae import (HELD_OUT, MASSIVE, RECIPES, SHARD_ROWS, STARTS, TRAINED_ON, ActivationStore,
                  ActivationStream, SAEConfig, SparseAutoencoder, explained_share, l1_at, lr_at,
                  massive_share, matching_files, mean_share, own_source, paper_lambda,
@@ -86,8 +87,7 @@ def parse_args():
     add("--stream", action="store_true",
         help="make them when they are needed, write none to disk")
     add("--input_norm", default="dataset", choices=["dataset", "token", "none"],
-        help="what brings ||x||^2 to the width: one scalar for all, each vector's own norm, "
-        "nothing")
+        help="what brings ||x||^2 to the width: one scalar, each vector's own norm, nothing")
     add("--center", action="store_true",
         help="take the mean of the activations off before that; for those with a large one, "
         "where most features would die (the papers do not)")
@@ -119,9 +119,10 @@ def parse_args():
     add("--dead_steps", type=at_least(1),
         help="a feature is dead when it was silent for so many steps; None: 12,500, fewer in "
         "runs of fewer than 200,000 steps")
-    add("--log_interval", type=at_least(1), default=50,
-        help="steps between lines of log.jsonl")
-    add("--save_interval", type=at_least(1), default=500, help="steps between checkpoints")
+    add("--log_interval", type=step_count, default="auto",
+        help="steps between lines of log.jsonl; auto: 50, or a 500th of a long run")
+    add("--save_interval", type=step_count, default="auto",
+        help="steps between checkpoints; auto: 500, or a twentieth of a long run")
     add("--resume", action="store_true",
         help="go on from the last checkpoint, if there is one")
     return parser.parse_args()
@@ -143,7 +144,8 @@ def row_places(n_contexts, T, start, n):
     """
     n_kept = max(1, T // 2)  # of each visit
     visits = T // n_kept     # of each context: 2, or 1 or 3 where T is tiny
-    first = start // n_kept  # the first visit that is needed, counted from the beginning
+    # the first and the last visit that are needed, counted from the beginning
+    first = start // n_kept
     last = (start + n - 1) // n_kept
     places = []
     for time_round in range(first // n_contexts, last // n_contexts + 1):
@@ -163,12 +165,13 @@ def row_places(n_contexts, T, start, n):
 
 
 @torch.no_grad()
-def gpt_rows(gpt, tokens, site, start, n):
+def gpt_rows(gpt, tokens, site, start, n, rank=0, ranks=1):
     """
     Rows start .. start + n of the activations at a site (n, width), float16, shuffled: those
     of one context lie far apart. Which tokens they are of: see row_places.
 
-    tokens: (many,) token ids.
+    tokens: (many,) token ids. Each of several ranks computes its share of the contexts and
+    leaves the other rows 0: see `gathered`.
     """
     T = gpt.config.block_size
     device = gpt.wte.weight.device
@@ -178,23 +181,43 @@ def gpt_rows(gpt, tokens, site, start, n):
     # each context once, even where a short text gives several of the rows
     contexts, of_row = np.unique(places // T, return_inverse=True)
     by_context = np.argsort(of_row, kind="stable")
+    # where each row's token is among those of these contexts
+    found = of_row * T + places % T
+    idx = tokens[contexts[:, None] * T + np.arange(T)].astype(np.int64)  # (contexts, T)
+
+    # all at once, or a GPU would have to wait in between
+    idx = to_device(idx, device)
+    found = to_device(found[by_context], device)
+    chosen = to_device(by_context, device)
     tokens_at_once = 8192 if device.type == "cpu" else 34_000  # a GPU wants more at once
     B = max(1, tokens_at_once // T)  # contexts at once
-    rows = torch.empty(n, gpt.site_width(site), dtype=torch.float16, device=device)
-    for i in range(0, len(contexts), B):
-        starts = contexts[i:i + B, None] * T
-        idx = torch.from_numpy(tokens[starts + np.arange(T)].astype(np.int64))  # (B, T)
-        x = gpt.activations(idx.to(device), site).flatten(0, 1)  # (B * T, width)
-
-        # which rows come from these contexts, and from where among their tokens
+    rows = torch.zeros(n, gpt.site_width(site), dtype=torch.float16, device=device)
+    for i in range(rank * B, len(contexts), ranks * B):
+        x = gpt.activations(idx[i:i + B], site).flatten(0, 1)  # (B * T, width)
+        # which rows come from these contexts
         first, last = np.searchsorted(of_row, (i, i + B), sorter=by_context)
-        chosen = by_context[first:last]
-        found = (of_row[chosen] - i) * T + places[chosen] % T
-        rows[torch.from_numpy(chosen).to(device)] = x[torch.from_numpy(found).to(device)].half()
+        rows[chosen[first:last]] = x[found[first:last] - i * T].half()
+    if ranks == 1:
+        check_rows(rows, site)
+    return rows
+
+
+def check_rows(rows, site):
+    """UserError unless the rows (n, width) of a site are finite."""
     if not rows.isfinite().all():
         raise UserError(
             f"activations of {site} are NaN or beyond float16 (65,504): train another model"
         )
+
+
+def gathered(site, rows):
+    """
+    Rows (n, width) of which each rank has made a share, the others being 0 -> all of them, on
+    every rank. With one rank nothing happens. UserError, on all ranks, unless they are finite.
+    """
+    if dist.is_initialized():
+        dist.all_reduce(rows)  # the sum
+        check_rows(rows, site)
     return rows
 
 
@@ -215,7 +238,8 @@ def toy_rows(directions, offset, n, key, n_active=3.0):
 def from_gpt(args, device):
     """
     Returns where rows of the model come from, their width, and make(split, start, n), which
-    makes rows start .. start + n of the endless sequence of a split, "train" or "val".
+    makes rows start .. start + n of the endless sequence of a split, "train" or "val"; with
+    rank and ranks a rank's share of them: see gpt_rows.
     """
     site = f"{args.site}.{args.layer}"
     gpt, _ = load_gpt(args.out_dir, device)
@@ -224,8 +248,8 @@ def from_gpt(args, device):
     for split in ("train", "val"):
         tokens[split] = load_tokens(args.out_dir, split, gpt.config)
 
-    def make(split, start, n):
-        return gpt_rows(gpt, tokens[split], site, start, n)
+    def make(split, start, n, rank=0, ranks=1):
+        return gpt_rows(gpt, tokens[split], site, start, n, rank, ranks)
 
     return {"site": site, "gpt": gpt.fingerprint()}, width, make
 
@@ -238,19 +262,21 @@ def from_toy(args, n_directions=256, width=64):
     offset = rng.standard_normal(width, dtype=np.float32)
     offset *= args.toy_offset / np.linalg.norm(offset)
 
-    def make(split, start, n):
+    def make(split, start, n, rank=0, ranks=1):
+        if rank > 0:  # rank 0's share is all, since they cost little
+            return torch.zeros(n, width, dtype=torch.float16)
         return toy_rows(truth, offset, n, (split == "val", start))
 
     source = {"site": "toy", "offset": args.toy_offset, "truth": torch.from_numpy(truth)}
     return source, width, make
 
 
-def own_stores(args):
+def own_stores(args, device):
     """The pattern --acts -> stores of the first 95 % of the rows and of the rest, source."""
     paths = matching_files(args.acts)
     source = own_source(paths, os.path.join(args.out_dir, "sae", args.name))
-    store = ActivationStore(paths, args.seed, TRAINED_ON)
-    val_store = ActivationStore(paths, args.seed, HELD_OUT)
+    store = ActivationStore(paths, args.seed, TRAINED_ON, device)
+    val_store = ActivationStore(paths, args.seed, HELD_OUT, device)
     shape = np.load(paths[0], mmap_mode="r").shape  # the first file's: the others will be alike
     if len(shape) > 2:
         print(f"{paths[0]}: shape {shape} is read as rows of {store.width}, the last dimension")
@@ -264,13 +290,17 @@ def prepare(args, device, checkpoint=None):
     UserError when the checkpoint, if there is one, was trained on others.
     """
     if args.acts not in ("gpt", "toy"):
-        return own_stores(args)
+        return own_stores(args, device)
     source, width, make = from_gpt(args, device) if args.acts == "gpt" else from_toy(args)
     if checkpoint:  # before rows are written to disk that would be refused
         check_source(source, checkpoint)
-    if args.stream:  # rows as they are needed, the same as the files on disk would hold
-        store = ActivationStream(partial(make, "train"), width)
-        val_store = ActivationStream(partial(make, "val"), width)
+    # rows as they are needed, the same as the files on disk would hold
+    if args.stream:
+        rank, ranks, _ = torchrun_ranks()
+        share = partial(make, rank=rank, ranks=ranks)
+        gather = partial(gathered, source["site"])
+        store = ActivationStream(partial(share, "train"), width, gather)
+        val_store = ActivationStream(partial(share, "val"), width, gather)
         return store, val_store, source
     # All that the rows on disk depend on: they are made anew when one of these changes. Neither
     # the seed nor --n_acts is among them, so that runs side by side share the files.
@@ -284,8 +314,8 @@ def prepare(args, device, checkpoint=None):
     }
     folder = os.path.join(args.out_dir, "acts", source["site"])
     train_paths, val_paths = dump(folder, meta, make, args.n_acts)
-    store = ActivationStore(train_paths, args.seed)
-    val_store = ActivationStore(val_paths, args.seed)
+    store = ActivationStore(train_paths, args.seed, device=device)
+    val_store = ActivationStore(val_paths, args.seed, device=device)
     return store, val_store, source
 
 
@@ -326,11 +356,31 @@ def dump(folder, meta, make, n_acts):
     Returns the paths of the training shards and those of the held-out one. UserError when
     there is no room, or when files would have to go that another run may be reading.
     """
-    os.makedirs(folder, exist_ok=True)
-    if n_acts > 2**40:  # no disk holds them, and the list of their files would take minutes
+    # no disk holds so many, and the list of their files would take minutes
+    if n_acts > 2**40:
         raise UserError(f"--n_acts={n_acts}: lower --n_acts or use --stream")
     shards = plan_shards(folder, n_acts)
-    alone = lock_alone(folder)  # nobody starts reading until it is clear which files are good
+    with rank_0_first():
+        missing = clear_folder(folder, meta, shards)
+    rank, ranks, _ = torchrun_ranks()  # each rank writes its share
+    mine = [shard for shard in shards[rank::ranks] if shard in missing]
+    for shard in tracked("writing activations", mine, "rows", lambda shard: shard.rows):
+        rows = make(shard.split, shard.start, shard.rows).cpu().numpy()
+        write_atomic(shard.path, lambda file: np.save(file, rows))
+    if ranks > 1:
+        dist.barrier()  # until all files are there
+    paths = [shard.path for shard in shards]
+    return paths[:-1], paths[-1:]
+
+
+def clear_folder(folder, meta, shards):
+    """
+    Makes the folder, with its meta.json, and removes the files that do not go with meta. Returns
+    those of the shards that are missing then. UserError as `dump` has it.
+    """
+    os.makedirs(folder, exist_ok=True)
+    # nobody starts reading until it is clear which files are good
+    alone = lock_alone(folder)
     if not alone:
         lock_shared(folder)
     meta_path = os.path.join(folder, "meta.json")
@@ -351,12 +401,9 @@ def dump(folder, meta, make, n_acts):
         for path in outdated:
             os.remove(path)
         save_json(meta_path, meta)
-    lock_shared(folder)  # from here on others may join, and write the same files
-    for shard in tracked("writing activations", missing, "rows", lambda shard: shard.rows):
-        rows = make(shard.split, shard.start, shard.rows).cpu().numpy()
-        write_atomic(shard.path, lambda file: np.save(file, rows))
-    paths = [shard.path for shard in shards]
-    return paths[:-1], paths[-1:]
+    # from here on others may join, and write the same files
+    lock_shared(folder)
+    return missing
 
 
 def check_room(folder, meta, shards, missing, outdated):
@@ -524,7 +571,7 @@ def resample(training, dead, store, l1_coeff, args):
     n_resampled = training.sae.resample(dead, inputs, training.optimizer, l1_coeff, generator)
 
     # ranks may differ in the last bit of a loss, and so in what they drew
-    same_on_all_ranks(training.sae)
+    same_on_all_ranks(training.sae.parameters())
     training.last_fired[dead] = training.step  # time to show what they can do
     print(f"step {training.step:,}: resampled {n_resampled:,} dead features")
 
@@ -568,13 +615,14 @@ def train(training, store, val_store, args, machine):
         resample_steps = args.resample
     if args.dead_steps:
         dead_steps = args.dead_steps
-    share = args.batch_size // machine.ranks  # this rank's part of a batch
+    log_interval = interval(args.log_interval, args.max_iters, 50, times=500)
+    save_interval = interval(args.save_interval, args.max_iters, 500, times=20)
     progress = Progress("training", args.max_iters, "steps", training.step)
 
     for step in steps(training.step, args.max_iters):
         # the batch and the schedules: functions of the step alone, so nothing is to remember
-        position = step * args.batch_size + machine.rank * share
-        x = store.batch(position, share).to(machine.device)
+        x = store.batch(step * args.batch_size, args.batch_size, machine.rank, machine.ranks)
+        x = x.to(machine.device)
         l1_coeff = l1_at(step, args.max_iters, args.l1_coeff, recipe)
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, args.max_iters, args.learning_rate, recipe)
@@ -601,12 +649,12 @@ def train(training, store, val_store, args, machine):
 
         # what is written down
         finished = training.step == args.max_iters
-        if training.step % args.log_interval == 0 or finished:
+        if training.step % log_interval == 0 or finished:
             check_finite(loss.item(), sae, training)
             training.log.append(log_line(training, x, loss, stats, dead, l1_coeff, args))
         if training.log:  # else there is nothing to show yet
             progress.show(training.step, lambda: log_note(training.log[-1]), finished)
-        if training.step % args.save_interval == 0 and not finished:
+        if training.step % save_interval == 0 and not finished:
             save(training, loss, args, machine.rank)
     if training.step == args.max_iters:  # before it is saved as finished, so that none lacks it
         judge(training, val_store, args, machine.device)
@@ -631,7 +679,8 @@ def judge(training, val_store, args, device):
 
 def held_out_loss(sae, val_store, l1_coeff, device):
     """The recipe's loss with this lambda, its mean over held-out rows, 65,536 of them at most."""
-    n_rows = min(2**16, val_store.rows)  # the same rows for every run on the same data
+    # the same rows for every run on the same data
+    n_rows = min(2**16, val_store.rows)
     total = 0.0
     for start in range(0, n_rows, 4096):
         x = val_store.batch(start, min(4096, n_rows - start)).to(device)
@@ -651,21 +700,24 @@ def main():
         reason = "its weights are tied, so there is no b_dec to subtract"
         raise UserError(f"--pre_bias=yes is not for --recipe={args.recipe}: {reason}")
     machine = setup(args)
-    args.batch_size *= machine.ranks  # of all ranks together, here and in the checkpoint
+    # of all ranks together, here and in the checkpoint
+    args.batch_size *= machine.ranks
     folder = os.path.join(args.out_dir, "sae", args.name)
-    os.makedirs(folder, exist_ok=True)  # an error now rather than after an hour
+    # an error now rather than after an hour
+    os.makedirs(folder, exist_ok=True)
     if machine.rank == 0 and not lock_alone(folder):
         raise UserError(f"another run is training {folder}: wait for it, or give another --name")
     path = os.path.join(folder, "sae.pt")
     checkpoint = resumable(path, args, machine.device)
-    with rank_0_first():  # one writes the rows, the others read them
-        store, val_store, source = prepare(args, machine.device, checkpoint)
+    store, val_store, source = prepare(args, machine.device, checkpoint)
     source["rows"] = store.rows
 
     training = begin_training(path, source, store, args, machine.device)
     if checkpoint:
         restore(training, checkpoint)
-    same_on_all_ranks(training.sae)
+    same_on_all_ranks([*training.sae.parameters(), *training.sae.buffers()])
+    if machine.device.type == "cuda":
+        store.make_ahead(until=args.max_iters * args.batch_size)
     scale = training.sae.scale.item()
     total = f" of {store.rows:,}" if math.isfinite(store.rows) else ", made as they are needed"
     print(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -10,15 +11,20 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 import model
 import train_gpt
+import train_sae
 from conftest import ROOT, SMALL_GPT, SMALL_SAE, TEXT, script
+from model import GPT, GPTConfig, UserError
+from sae import ActivationStream
 from test_scripts import hashes
 
 KILLS = int(os.environ.get("KILLS", 20))  # of each script; by hand: KILLS=100 python -m pytest tests/test_runs.py
@@ -276,6 +282,43 @@ def test_settings_that_would_make_another_run_are_refused(half, change, words):
     assert hashes(half) == before
 
 
+@pytest.mark.parametrize(
+    "flag, shortest, times, expected",
+    [
+        ("auto", 50, 500, {1: 50, 1500: 50, 25_000: 50, 100_000: 200, 1_000_000: 2000}),
+        ("auto", 500, 20, {1: 500, 1500: 500, 10_000: 500, 10_039: 501, 1_000_000: 50_000}),
+        ("auto", 100, 100, {1000: 100, 30_000: 300}),
+        (7, 50, 500, {1: 7, 1_000_000: 7}),
+    ],
+)
+def test_long_runs_log_measure_and_save_less_often_unless_a_flag_says_how_often(flag, shortest, times, expected):
+    found = {max_iters: model.interval(flag, max_iters, shortest, times) for max_iters in expected}
+    assert found == expected
+
+
+@pytest.mark.parametrize("saved", ["auto", 20, 50])
+def test_a_run_goes_on_whether_its_checkpoint_kept_auto_or_a_number(half, saved):
+    """Versions before `auto` kept numbers; what is computed is the same whichever there is."""
+    path = half / "sae/scaling/sae.pt"
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["args"] |= {"log_interval": saved, "save_interval": saved}
+    torch.save(checkpoint, path)
+    flags = [flag for flag in SMALL_SAE if not flag.startswith("--log_interval")]
+    done = script("train_sae.py", f"--out_dir={half}", *flags, "--resume", "--max_iters=110")
+    assert done.returncode == 0, done.stderr
+    log = [json.loads(line) for line in (half / "sae/scaling/log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == [20, 40, 50, 100, 110]  # from 40 on as auto has it
+    args = torch.load(path, weights_only=True)["args"]
+    assert args["log_interval"] == args["save_interval"] == "auto"
+
+
+@pytest.mark.parametrize("name, flag", [("train_sae.py", "log"), ("train_sae.py", "save"), ("train_gpt.py", "eval")])
+def test_an_interval_is_auto_or_a_whole_number(tmp_path, name, flag):
+    for value in ("0", "often", "1.5"):
+        done = script(name, f"--out_dir={tmp_path}", f"--{flag}_interval={value}")
+        assert done.returncode == 2 and f"--{flag}_interval" in done.stderr and done.stderr.count("\n") == 1
+
+
 def test_a_model_is_not_resumed_on_other_text(trained, tmp_path):
     shutil.copytree(trained, tmp_path / "out")
     (tmp_path / "text.txt").write_text(TEXT[::-1])
@@ -510,6 +553,18 @@ def test_constant_columns_and_more_features_than_rows_train(tmp_path, recipe):
 # streamed, and on several ranks
 
 
+@pytest.mark.parametrize("dtype", ["<f2", "<i8"])
+def test_an_array_of_a_file_is_the_same_on_every_device(tmp_path, dtype):
+    np.save(tmp_path / "a.npy", np.arange(12).reshape(4, 3).astype(dtype))
+    array = np.load(tmp_path / "a.npy")
+    for name in ["cpu", "cuda"][:1 + torch.cuda.is_available()]:
+        if name == "cuda":  # of a GPU's shuffled slices: mapped, and not to be written to
+            array = np.load(tmp_path / "a.npy", mmap_mode="r")
+        found = model.to_device(array, torch.device(name))
+        assert found.device.type == name and found.tolist() == np.arange(12).reshape(4, 3).tolist()
+        assert found.dtype == (torch.float16 if dtype == "<f2" else torch.int64)
+
+
 def test_a_stream_writes_no_activations_and_resumes(trained, tmp_path, monkeypatch):
     out = tmp_path / "out"
     shutil.copytree(trained, out)
@@ -524,6 +579,155 @@ def test_a_stream_writes_no_activations_and_resumes(trained, tmp_path, monkeypat
     assert script("train_sae.py", *flags, "--resume").returncode == 0
     assert not (out / "acts").exists()
     assert same(*(weights(out / f"sae/{name}/sae.pt", "weights") for name in ("whole", "halves")))
+
+
+@pytest.fixture
+def on_two_ranks(tmp_path):
+    """on_two_ranks(function): function(rank) in two processes that have joined -> what each returned."""
+    if not hasattr(os, "fork"):
+        pytest.skip("needs fork")
+
+    def process(function, rank):
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "test"}
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=rank, world_size=2)
+        torch.save(function(rank), tmp_path / f"{rank}.result")
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def start(function):
+        context = multiprocessing.get_context("fork")
+        processes = [context.Process(target=process, args=(function, rank)) for rank in (0, 1)]
+        for one in processes:
+            one.start()
+        for one in processes:
+            one.join(60)
+            one.kill()  # nothing, when it has ended
+        assert [one.exitcode for one in processes] == [0, 0]
+        return [torch.load(tmp_path / f"{rank}.result", weights_only=True) for rank in (0, 1)]
+
+    return start
+
+
+def many_rows(n_contexts=2000):
+    """make(start, n, ...) of a tiny model's rows, and a list that grows by the contexts it computes."""
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(block_size=16, vocab_size=50, n_head=2, n_embd=8)).requires_grad_(False)
+    tokens = np.random.default_rng(0).integers(0, 50, 16 * n_contexts).astype(np.uint16)
+    computed, activations = [], gpt.activations
+    gpt.activations = lambda idx, site: (computed.append(len(idx)), activations(idx, site))[1]
+    return partial(train_sae.gpt_rows, gpt, tokens, "mlp.0"), computed
+
+
+def test_each_rank_computes_its_share_of_a_stream_and_every_one_gets_all(on_two_ranks, monkeypatch):
+    monkeypatch.setattr("sae.SHARD_ROWS", 16_000)
+    make, computed = many_rows()
+    whole = ActivationStream(make, 32)
+    batches = [whole.batch(position, 6000) for position in range(0, 30_000, 6000)]
+    sample = whole.sample(500, (1, 2))
+    for batch in batches:
+        assert batch.ne(0).any(1).all()
+
+    def on(rank):
+        computed.clear()
+        stream = ActivationStream(partial(make, rank=rank, ranks=2), 32, partial(train_sae.gathered, "mlp.0"))
+        stream.make_ahead(until=30_000)
+        shares = []
+        for position in range(0, 30_000, 6000):
+            shares.append(stream.batch(position, 6000, rank, ranks=2))
+        return shares, sum(computed), stream.sample(500, (1, 2))
+
+    results = on_two_ranks(on)
+    for expected, *shares in zip(batches, results[0][0], results[1][0]):
+        assert torch.equal(torch.cat(shares), expected)
+    assert [n_computed for _, n_computed, _ in results] == [2 * 1024, 2 * 976]  # of two shards, 512 at once
+    assert all(torch.equal(drawn, sample) for *_, drawn in results)
+
+
+def test_rows_of_one_rank_that_are_no_numbers_are_refused_on_all(on_two_ranks):
+    def on(rank):
+        with pytest.raises(UserError, match="activations of mlp.0 are NaN"):
+            train_sae.gathered("mlp.0", torch.full((3, 2), math.nan if rank else 0.0).half())
+
+    on_two_ranks(on)
+
+
+def test_ranks_write_the_activations_together(on_two_ranks, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_sae, "SHARD_ROWS", 1000)
+    make, _ = many_rows(100)
+
+    def dump(folder, written):
+        def write(split, start, n):
+            written.append((split, start))
+            return make(start + 7 * (split == "val"), n)
+
+        return train_sae.dump(str(tmp_path / folder), {"width": 32}, write, 3500)
+
+    def on(rank):
+        written = []
+        return *dump("two", written), written
+
+    train, val = dump("one", [])
+    (train_0, val_0, written_0), (train_1, val_1, written_1) = on_two_ranks(on)
+    assert written_0 == [("train", 0), ("train", 2000), ("val", 0)] and written_1 == [("train", 1000), ("train", 3000)]
+    assert (train_0, val_0) == (train_1, val_1) and len(train_0) == 4
+    for one, two in zip(train + val, train_0 + val_0):
+        assert np.array_equal(np.load(one), np.load(two))
+
+
+def test_every_rank_takes_the_values_of_rank_0_however_they_lie_in_memory(on_two_ranks):
+    def on(rank):
+        tensors = [torch.arange(6.0).view(2, 3) + rank, (torch.arange(6.0).view(2, 3) - rank).t()]
+        model.same_on_all_ranks(tensors)
+        return tensors
+
+    expected = [torch.arange(6.0).view(2, 3), torch.arange(6.0).view(2, 3).t()]
+    for found in on_two_ranks(on):
+        assert all(map(torch.equal, found, expected))
+
+
+def test_ranks_agree_on_a_stop_every_16th_step_and_one_alone_stops_at_once(on_two_ranks):
+    def done(stopping, start):
+        found = []
+        for step in model.steps(start, 100):
+            found.append(step)
+            if stopping and step == 20:
+                os.kill(os.getpid(), signal.SIGINT)
+        return found
+
+    assert done(True, 9) == list(range(9, 21))
+    assert on_two_ranks(lambda rank: done(rank == 1, 9)) == [list(range(9, 32))] * 2
+
+
+def test_the_process_group_ends_with_the_script_and_with_an_error(on_two_ranks):
+    def on(rank):
+        def main():
+            if rank == 1:
+                raise UserError("of one rank alone")
+
+        status = 0
+        try:
+            model.run(main)
+        except SystemExit as stop:
+            status = stop.code
+        return status, dist.is_initialized()
+
+    assert on_two_ranks(on) == [(0, False), (2, False)]
+
+
+def test_without_a_compiler_the_run_goes_on_and_says_so(trained, tmp_path, monkeypatch):
+    def compile_nothing(function):
+        def fail(*args):
+            raise RuntimeError("No working C++ compiler found in ...\nand more lines")
+
+        return fail
+
+    monkeypatch.setattr("torch.compile", compile_nothing)
+    shutil.copytree(trained, tmp_path / "out")
+    done = script("train_sae.py", f"--out_dir={tmp_path / 'out'}", *SMALL_SAE, "--compile=yes")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("goes on without: No working C++ compiler") == 1 and "more lines" not in done.stdout
+    path = "sae/scaling/sae.pt"
+    assert same(weights(tmp_path / "out" / path, "weights"), weights(trained / path, "weights"))
 
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -550,7 +754,9 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(trained, tmp_path):
     assert saved["step"] == int(stopped[0].replace(",", "")) > 0
 
 
-@pytest.mark.parametrize("name", ["train_gpt.py", "train_sae.py --recipe=towards --l1_coeff=30"])
+@pytest.mark.parametrize(
+    "name", ["train_gpt.py", "train_sae.py --recipe=towards --l1_coeff=30 --stream"]
+)
 def test_two_ranks_are_one_with_the_doubled_batch(trained, tmp_path, name):
     """Started in the middle and resumed, with resampling on the way; the second rank is silent."""
     name, *flags = name.split()

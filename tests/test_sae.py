@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import os
 import re
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -1147,6 +1148,74 @@ def test_a_batch_depends_on_its_position_and_not_on_what_was_read_before(paths, 
         expected = stream[position:position + n]
         assert ids(used.batch(position, n)) == expected
         assert ids(ActivationStore(paths, seed=3).batch(position, n)) == expected
+
+
+@pytest.mark.parametrize("slice_rows", [1, 7, 1000])
+def test_made_ahead_the_rows_are_the_same_and_none_beyond_the_end(paths, monkeypatch, slice_rows):
+    monkeypatch.setattr(ActivationStore, "SLICE_BYTES", slice_rows * 3 * 4 + 1)
+    expected = read(ActivationStore(paths, seed=3), 2 * ROWS, (11,))
+    store, loaded = ActivationStore(paths, seed=3), []
+    load = store.load
+
+    def watched(*key):
+        loaded.append((key, threading.current_thread() is threading.main_thread()))
+        return load(*key)
+
+    store.load = watched
+    store.make_ahead(until=ROWS + 20)
+    assert read(store, ROWS + 20, (12,)) == expected[:ROWS + 20]  # to the row
+    needed = {store.find(position)[0] for position in range(ROWS + 20)}
+    assert {key for key, _ in loaded} == needed and len(loaded) == len(needed)  # each once
+    assert [in_main for _, in_main in loaded] == [True] + [False] * (len(needed) - 1)
+    assert ids(store.batch(5, 3)) == expected[5:8]  # anywhere else as before
+
+
+def test_what_goes_wrong_ahead_of_need_is_raised_when_the_rows_are_asked_for(tmp_path, monkeypatch):
+    np.save(tmp_path / "a.npy", np.where(np.arange(60).reshape(20, 3) >= 57, np.nan, 1.0))
+    monkeypatch.setattr(ActivationStore, "SLICE_BYTES", 5 * 3 * 8)
+    store = ActivationStore([tmp_path / "a.npy"], seed=0)
+    slices = [store.find(position)[0][1] for position in range(0, 20, 5)]
+    assert slices[0] != 3  # the last, where the NaN is, does not come first
+    store.make_ahead(until=20)
+    good = 5 * slices.index(3)
+    for position in range(0, good, 5):
+        assert store.batch(position, 5).eq(1).all()
+    with pytest.raises(UserError, match="holds NaN"):
+        store.batch(good, 5)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("kind", ["f2", "f4", "f8"])
+def test_a_gpu_gets_the_rows_in_the_order_of_the_cpu_and_refuses_the_same(tmp_path, monkeypatch, kind, order):
+    """The path of a GPU, on the CPU: whole slices are sent, shuffled and checked afterwards."""
+    sent = []
+
+    def to_device(array, device):
+        sent.append(array.dtype)
+        return torch.from_numpy(np.array(array))
+
+    monkeypatch.setattr("sae.to_device", to_device)
+    monkeypatch.setattr(ActivationStore, "SLICE_BYTES", 7 * 3 * 4 + 1)
+    np.save(tmp_path / "a.npy", np.arange(90).reshape(30, 3).astype(order + kind))
+    gpu = SimpleNamespace(type="cuda")
+    store, on_gpu = (ActivationStore([tmp_path / "a.npy"], seed=2, **more) for more in ({}, {"device": gpu}))
+    for position in range(0, 80, 16):
+        assert torch.equal(store.batch(position, 16), on_gpu.batch(position, 16))
+    assert set(sent) == {np.dtype("f2" if kind == "f2" else "f4"), np.dtype(np.int64)}  # float16 as it is
+    np.save(tmp_path / "a.npy", np.full((30, 3), np.inf).astype(order + kind))
+    with pytest.raises(UserError, match="a.npy holds NaN, infinity"):
+        on_gpu.batch(0, 1)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_ranks_share_a_batch_and_change_slices_together(paths, ranks):
+    expected = read(ActivationStore(paths, seed=3), 3 * ROWS, (12,))
+    stores = [ActivationStore(paths, seed=3) for _ in range(ranks)]
+    for position in range(0, 2 * ROWS, 12):
+        shares = [store.batch(position, 12, rank, ranks) for rank, store in enumerate(stores)]
+        assert {len(share) for share in shares} == {12 // ranks}
+        assert ids(torch.cat(shares)) == expected[position:position + 12]
+        assert len({store.loaded_slice for store in stores}) == 1
 
 
 def test_a_batch_may_be_written_to(paths):
