@@ -52,7 +52,7 @@ from sae import (HELD_OUT, MASSIVE, TRAINED_ON, ActivationStore, SAEConfig, Spar
 # that are active on fewer than one token in a million.
 ULTRA_LOW = 1e-6
 ENOUGH = 10 / ULTRA_LOW  # tokens on which a feature of that density is active ten times
-DENSITY_WORK = 5e11      # multiplications that two CPU cores do in some 20 s
+DENSITY_WORK = 5e11      # multiplications, some 7 to 20 s of two CPU cores
 
 # Tokens that occur less often in the training text are in no list of raised or lowered ones.
 # Their row of the unembedding is arbitrary: on the default run, rows of tokens that never occur

@@ -20,6 +20,7 @@ Notable:
   with weights_only=True
 """
 import argparse
+import ctypes
 import hashlib
 import json
 import math
@@ -480,6 +481,7 @@ def setup(args):
     returns the Machine that the common flags ask for. UserError when there is no such
     device, OSError when nothing can be written to out_dir.
     """
+    keep_freed_memory()
     rank, ranks, local_rank = torchrun_ranks()
     device = find_device(args.device, local_rank)
     os.makedirs(args.out_dir, exist_ok=True)
@@ -496,6 +498,19 @@ def setup(args):
     compiled = args.compile == "yes" or (args.compile == "auto" and on_cuda)
     compiled = compiled and can_compile(device)
     return Machine(device, autocast, compiled, rank, ranks)
+
+
+def keep_freed_memory():
+    """
+    Tells glibc to keep what is freed for the next tensor. As it is, it gives every large block
+    back to the system and asks for it again, and each new page costs a page fault: a quarter of
+    the language model's step on a CPU. Where there is no glibc nothing happens.
+    """
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # numbers of malloc.h
+    with suppress(OSError, AttributeError):
+        glibc = ctypes.CDLL("libc.so.6")
+        glibc.mallopt(M_MMAP_MAX, 0)               # no block is mapped on its own
+        glibc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # the heap never shrinks
 
 
 def find_device(flag, local_rank):

@@ -555,7 +555,9 @@ def massive_share(x):
     one norm; in many language models the first token's is 50 times the others', and it holds
     nearly all ("massive activations", arXiv 2402.17762).
     """
-    squares = where_float64_is(x).norm(dim=1, dtype=torch.float64).square()
+    # in pieces, of which float64 makes copies
+    norms = [where_float64_is(part).norm(dim=1, dtype=torch.float64) for part in x.split(8192)]
+    squares = torch.cat(norms).square()
     largest = squares.topk(math.ceil(len(x) / 100)).values
     return (largest.sum() / squares.sum()).item()
 

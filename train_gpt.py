@@ -89,7 +89,7 @@ def parse_args():
                        help="peak of AdamW's rate: reached after 2%% of the steps, "
                        "then falls linearly to 0")
     group.add_argument("--eval_interval", type=step_count, default="auto",
-                       help="steps between measurements of loss; auto: 100, or a "
+                       help="steps between measurements of loss; auto: 200, or a "
                        "hundredth of a long run")
     group.add_argument("--eval_iters", type=at_least(1), default=20,
                        help="batches a measurement")
@@ -946,7 +946,7 @@ def train(training, data, args, machine):
     gpt = training.gpt
     optimizer = training.optimizer
     model = torch.compile(gpt) if machine.compiled else gpt  # the parameters are gpt's
-    eval_interval = interval(args.eval_interval, args.max_iters, 100, times=100)
+    eval_interval = interval(args.eval_interval, args.max_iters, 200, times=100)
     save_interval = interval(args.save_interval, args.max_iters, 500, times=20)
     batch_tokens = args.batch_size * args.block_size
     first_token = training.step * batch_tokens
