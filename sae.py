@@ -30,7 +30,6 @@ import glob
 import math
 import os
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import Callable
 
@@ -720,8 +719,6 @@ class ActivationStore:
     SLICE_BYTES = 128 * 2**20
     loaded_slice = None  # (epoch, which slice) of the one that is in memory
     loaded_rows = None   # its rows, shuffled
-    coming = None, None  # the slice that a thread makes ahead of need, and its Future
-    ahead_until = 0      # the row of the stream where that ends: see make_ahead
 
     def __init__(self, paths, seed=0, part=(0.0, 1.0), device=torch.device("cpu")):
         self.seed = seed
@@ -797,28 +794,9 @@ class ActivationStore:
         key, offset = self.find(position)
         if self.loaded_slice != key:
             self.loaded_rows = None  # frees the last slice before the next comes
-            self.loaded_rows = self.take(key)
+            self.loaded_rows = self.load(*key)
             self.loaded_slice = key
-            end = position - offset + len(self.loaded_rows)
-            if end < self.ahead_until:
-                following, _ = self.find(end)
-                self.coming = following, self.thread.submit(self.load, *following)
         return self.loaded_rows[offset:]
-
-    def make_ahead(self, until):
-        """
-        From now on a thread makes the next slice while this one is in use, but none that begins
-        at row `until` of the stream or later. A GPU does not have to wait then; it needs room
-        for one slice more. A CPU would have nothing of it.
-        """
-        self.ahead_until = until
-        self.thread = ThreadPoolExecutor(1)
-
-    def take(self, key):
-        """The rows of a slice, which the thread has made, if it was told to; its errors, too."""
-        coming, future = self.coming
-        self.coming = None, None  # or the Future would keep the rows in memory
-        return future.result() if key == coming else self.load(*key)
 
     def find(self, position):
         """Which slice row `position` of the stream is in, for `load`, and which of its rows."""
@@ -901,11 +879,7 @@ class ActivationStream(ActivationStore):
         return (number,), offset
 
     def load(self, number):
-        return self.make(number * SHARD_ROWS, SHARD_ROWS)
-
-    def take(self, key):
-        # not in `load`, whose thread has its own pace: ranks must meet at the same step
-        return self.gather(super().take(key))
+        return self.gather(self.make(number * SHARD_ROWS, SHARD_ROWS))
 
     def sample(self, n, seed):
         start = np.random.default_rng(seed).integers(2**40)

@@ -716,8 +716,6 @@ def main():
     if checkpoint:
         restore(training, checkpoint)
     same_on_all_ranks([*training.sae.parameters(), *training.sae.buffers()])
-    if machine.device.type == "cuda":
-        store.make_ahead(until=args.max_iters * args.batch_size)
     scale = training.sae.scale.item()
     total = f" of {store.rows:,}" if math.isfinite(store.rows) else ", made as they are needed"
     print(

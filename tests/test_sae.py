@@ -8,7 +8,6 @@ import copy
 import dataclasses
 import os
 import re
-import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -1148,40 +1147,6 @@ def test_a_batch_depends_on_its_position_and_not_on_what_was_read_before(paths, 
         expected = stream[position:position + n]
         assert ids(used.batch(position, n)) == expected
         assert ids(ActivationStore(paths, seed=3).batch(position, n)) == expected
-
-
-@pytest.mark.parametrize("slice_rows", [1, 7, 1000])
-def test_made_ahead_the_rows_are_the_same_and_none_beyond_the_end(paths, monkeypatch, slice_rows):
-    monkeypatch.setattr(ActivationStore, "SLICE_BYTES", slice_rows * 3 * 4 + 1)
-    expected = read(ActivationStore(paths, seed=3), 2 * ROWS, (11,))
-    store, loaded = ActivationStore(paths, seed=3), []
-    load = store.load
-
-    def watched(*key):
-        loaded.append((key, threading.current_thread() is threading.main_thread()))
-        return load(*key)
-
-    store.load = watched
-    store.make_ahead(until=ROWS + 20)
-    assert read(store, ROWS + 20, (12,)) == expected[:ROWS + 20]  # to the row
-    needed = {store.find(position)[0] for position in range(ROWS + 20)}
-    assert {key for key, _ in loaded} == needed and len(loaded) == len(needed)  # each once
-    assert [in_main for _, in_main in loaded] == [True] + [False] * (len(needed) - 1)
-    assert ids(store.batch(5, 3)) == expected[5:8]  # anywhere else as before
-
-
-def test_what_goes_wrong_ahead_of_need_is_raised_when_the_rows_are_asked_for(tmp_path, monkeypatch):
-    np.save(tmp_path / "a.npy", np.where(np.arange(60).reshape(20, 3) >= 57, np.nan, 1.0))
-    monkeypatch.setattr(ActivationStore, "SLICE_BYTES", 5 * 3 * 8)
-    store = ActivationStore([tmp_path / "a.npy"], seed=0)
-    slices = [store.find(position)[0][1] for position in range(0, 20, 5)]
-    assert slices[0] != 3  # the last, where the NaN is, does not come first
-    store.make_ahead(until=20)
-    good = 5 * slices.index(3)
-    for position in range(0, good, 5):
-        assert store.batch(position, 5).eq(1).all()
-    with pytest.raises(UserError, match="holds NaN"):
-        store.batch(good, 5)
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
