@@ -46,7 +46,7 @@ from model import run as run_script  # below, a run is an autoencoder with what 
 from model import reading, save_json, setup, tracked, write_atomic
 from sae import (HELD_OUT, MASSIVE, TRAINED_ON, ActivationStore, SAEConfig, SparseAutoencoder,
                  explained_share, find_files, load_sae, massive_share, matching_files,
-                 where_float64_is)
+                 squared_norms, where_float64_is)
 
 # Bricken et al. ("feature density histograms") set apart an "ultra-low density cluster": features
 # that are active on fewer than one token in a million.
@@ -526,8 +526,8 @@ def massive_metrics(run):
     if not share > MASSIVE:  # of zeros alone it is NaN
         return {"massive_share": share}
     # the others, and the sums of squares about their mean, not about that of all
-    norms = x.norm(dim=1, dtype=torch.float64)
-    ordinary = x[norms < norms.topk(math.ceil(len(x) / 100)).values[-1]]
+    squares = squared_norms(x)
+    ordinary = x[squares < squares.topk(math.ceil(len(x) / 100)).values[-1]]
     mean = ordinary.mean(0, dtype=torch.float64)
     variance = error = 0.0
     for piece in ordinary.split(8192):

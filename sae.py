@@ -538,11 +538,17 @@ def where_float64_is(x):
     return x.cpu() if x.device.type == "mps" else x
 
 
+def squared_norms(x):
+    """||x||^2 of each row of x (N, n) -> (N,), in float64."""
+    # in pieces, of which float64 makes copies
+    norms = [where_float64_is(part).norm(dim=1, dtype=torch.float64) for part in x.split(8192)]
+    return torch.cat(norms).square()
+
+
 def mean_share(x):
     """The share of E||x||^2 that the mean of rows x (N, n) holds: ||E x||^2 / E||x||^2."""
-    x = where_float64_is(x)
-    square = x.mean(0, dtype=torch.float64).square().sum()
-    return (square / x.norm(dim=1, dtype=torch.float64).square().mean()).item()
+    square = where_float64_is(x).mean(0, dtype=torch.float64).square().sum()
+    return (square / squared_norms(x).mean()).item()
 
 
 MASSIVE = 0.2  # a share of the squared norm that is much for the largest 1 % of the rows
@@ -554,9 +560,7 @@ def massive_share(x):
     one norm; in many language models the first token's is 50 times the others', and it holds
     nearly all ("massive activations", arXiv 2402.17762).
     """
-    # in pieces, of which float64 makes copies
-    norms = [where_float64_is(part).norm(dim=1, dtype=torch.float64) for part in x.split(8192)]
-    squares = torch.cat(norms).square()
+    squares = squared_norms(x)
     largest = squares.topk(math.ceil(len(x) / 100)).values
     return (largest.sum() / squares.sum()).item()
 
@@ -630,8 +634,8 @@ def lr_at(step, max_iters, learning_rate, recipe):
 def resample_schedule(max_iters, recipe):
     """
     Returns the steps after which the recipe resamples (a list), and for how many steps before a
-    feature must have been silent to count as dead. Both are the paper's in runs of 200,000
-    steps or more.
+    feature must have been silent to count as dead, there and in the log of recipes that do not
+    resample. Both are the paper's in runs of 200,000 steps or more.
 
     A shorter run cannot copy them: features die in its first half and newcomers need time to
     settle. It resamples after 4, 5, ... 9 tenths of its steps, looking back a tenth. Of the
@@ -644,9 +648,10 @@ def resample_schedule(max_iters, recipe):
         the same, a fiftieth                                  1 %                       0.828
         5, 6.5 and 8 tenths, looking back 0.15               27 %
     """
-    if max_iters >= 200_000 or not recipe.resample_steps:
+    if max_iters >= 200_000:
         return list(recipe.resample_steps), recipe.dead_steps
-    steps = [max(1, tenths * max_iters // 10) for tenths in range(4, 10)]
+    tenths = range(4, 10) if recipe.resample_steps else ()
+    steps = [max(1, tenth * max_iters // 10) for tenth in tenths]
     return steps, max(1, max_iters // 10)
 
 

@@ -36,8 +36,9 @@ from sae import (HELD_OUT, MASSIVE, RECIPES, SHARD_ROWS, STARTS, TRAINED_ON, Act
                  massive_share, matching_files, mean_share, own_source, paper_lambda,
                  resample_schedule, restore_sae, save_sae, show_explained, variance_of)
 
+TOY_DIRECTIONS = 4  # the seed of the known directions, the same in every run
+
 # What draws with one seed are for: the second number of their keys, so that no two draw alike.
-TOY_DIRECTIONS = 4
 FIRST_SAMPLE = 5
 RESAMPLING = 6
 
@@ -115,10 +116,10 @@ def parse_args():
     add("--learning_rate", type=at_least(0, float), default=1e-3, help="of Adam")
     add("--resample", type=step_list, default="auto",
         help="steps after which dead features are resampled, with commas; none; auto: as the "
-        "recipe has it, earlier in runs of fewer than 200,000 steps")
+        "recipe has it, in runs of fewer than 200,000 steps after 4 to 9 tenths")
     add("--dead_steps", type=at_least(1),
-        help="a feature is dead when it was silent for so many steps; None: 12,500, fewer in "
-        "runs of fewer than 200,000 steps")
+        help="a feature is dead when it was silent for so many steps; None: 12,500, or a tenth "
+        "of a run of fewer than 200,000 steps")
     add("--log_interval", type=step_count, default="auto",
         help="steps between lines of log.jsonl; auto: 50, or a 500th of a long run")
     add("--save_interval", type=step_count, default="auto",
@@ -148,15 +149,15 @@ def row_places(n_contexts, T, start, n):
     first = start // n_kept
     last = (start + n - 1) // n_kept
     places = []
-    for time_round in range(first // n_contexts, last // n_contexts + 1):
-        epoch, visit = divmod(time_round, visits)
+    for round_number in range(first // n_contexts, last // n_contexts + 1):
+        epoch, visit = divmod(round_number, visits)
         rng = np.random.default_rng(epoch)  # all visits of an epoch draw the same:
         contexts = rng.permutation(n_contexts)
         tokens = rng.permutation(T)[visit * n_kept:(visit + 1) * n_kept]
         shifts = rng.integers(0, T, n_contexts)  # or all contexts would keep the same tokens
 
         # which part of this round is needed
-        before = time_round * n_contexts
+        before = round_number * n_contexts
         contexts = contexts[max(0, first - before):last + 1 - before]
         kept = (tokens + shifts[contexts, None]) % T  # (some contexts, n_kept)
         places.append((contexts[:, None] * T + kept).ravel())
@@ -513,7 +514,7 @@ def massive_note(share, input_norm):
 def check_source(source, checkpoint):
     """UserError when a checkpoint was trained on other rows than those of a source."""
     source_then = checkpoint.get("source", {})
-    # not the truth, a tensor, which the seed decides; nor where the same files lie
+    # not the truth, a tensor that is the same in every run; nor where the same files lie
     keys = source.keys() - {"truth", "paths"}
     if any(source_then.get(key) != source[key] for key in keys):
         reason = "the checkpoint was trained on other activations than there are now"

@@ -641,6 +641,9 @@ def test_towards_and_tied_keep_lambda_and_learning_rate(recipe, step):
     (1500, [600, 750, 900, 1050, 1200, 1350], 150)])
 def test_resampling_steps_are_the_papers_or_those_of_a_short_run(max_iters, steps, window):
     assert resample_schedule(max_iters, RECIPES["towards"]) == (steps, window)
+    # what does not resample has a window as well: for the log, and for --resample
+    assert resample_schedule(max_iters, RECIPES["scaling"]) == ([], window)
+    assert resample_schedule(max_iters, RECIPES["tied"]) == ([], window)
 
 
 # -----------------------------------------------------------------------------
