@@ -405,11 +405,11 @@ def run(main):
         LOCKS.clear()
         leave_ranks(finished)
     # one line, whatever a file's name or a flag holds
-    print("".join(map(printable, reason)), file=sys.stderr)
+    print("".join(map(escaped, reason)), file=sys.stderr)
     sys.exit(status)
 
 
-def printable(character):
+def escaped(character):
     """A character, or its escape if it has no sign of its own: \\n for a new line."""
     return character if character.isprintable() else repr(character)[1:-1]
 
