@@ -174,9 +174,14 @@ class Run:
         return os.path.dirname(os.path.dirname(os.path.abspath(self.folder)))
 
     @cached_property
+    def training_text(self):
+        """The token ids of the training text (many,), mapped from the disk."""
+        return load_tokens(self.out_dir, "train", self.gpt.config)
+
+    @cached_property
     def token_counts(self):
         """How often each token occurs in the training text -> (vocab_size,), numpy."""
-        text = load_tokens(self.out_dir, "train", self.gpt.config)
+        text = self.training_text
         counts = np.zeros(self.gpt.config.vocab_size, dtype=int)
         for start in range(0, len(text), 2**22):  # bincount takes 8 bytes a token
             counts += np.bincount(text[start:start + 2**22], minlength=len(counts))
@@ -205,7 +210,7 @@ class Run:
             for start in tracked("counting activity", starts, "pieces", lambda start: 1):
                 yield self.trained_on.batch(start, min(4096, n - start)).to(self.device)
             return
-        text = load_tokens(self.out_dir, "train", self.gpt.config)
+        text = self.training_text
         T = self.gpt.config.block_size
         n_contexts = len(text) // T
         n = min(n_contexts, math.ceil(n_tokens / T))  # no fewer: ENOUGH is to be enough
