@@ -6,7 +6,7 @@ Nothing here knows about sparse autoencoders; what they need from it is one argu
         return torch.zeros_like(x) if site == "mlp.0" else None
 
     gpt, tokenizer = load_gpt("out", "cpu")
-    logits, loss = gpt(idx, targets, hook=without_mlp)
+    _, loss = gpt(idx, targets, hook=without_mlp)
 
 Notable:
 - pre-LayerNorm blocks, learned positions, ReLU in the MLP and one layer by default: the model
@@ -180,8 +180,9 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None, hook=None):
         """
-        Returns the logits (B, T, vocab_size) for token ids idx (B, T), and the mean
-        cross-entropy in nats against targets (B, T): None without targets.
+        Without targets: the logits (B, T, vocab_size) for token ids idx (B, T), and None. With
+        targets (B, T): None, and the mean cross-entropy in nats. Logits that are returned would
+        have a gradient, as large as they are and all 0.
 
         hook(site, x) is called at three sites of every layer L: "attn.L" (attention output,
         width n_embd), "mlp.L" (MLP activations after the ReLU, width 4 n_embd) and
@@ -193,7 +194,7 @@ class GPT(nn.Module):
             return logits, None
         flat = logits.float().flatten(0, 1)  # (B T, vocab_size), never bfloat16
         loss = F.cross_entropy(flat, targets.flatten())
-        return logits, loss
+        return None, loss
 
     @torch.no_grad()
     def generate(self, idx, n_tokens, temperature=0.8, top_k=50, hook=None, generator=None):

@@ -247,14 +247,27 @@ class SparseAutoencoder(nn.Module):
         return self.centred(x.to(self.W_dec.dtype)) * self.input_scale(x)
 
     def encoder_input(self, x):
-        """Scaled x (..., d_in) -> what W_enc is applied to."""
-        return x - self.b_dec if self.config.pre_bias else x
+        """Scaled x (..., d_in) -> what W_enc is applied to. Its gradient: see encoder_bias."""
+        return x - self.b_dec.detach() if self.config.pre_bias else x
+
+    def encoder_bias(self):
+        """
+        b_enc (n_features,). With pre_bias the gradient of b_dec comes by way of it, a product
+        with a vector; through encoder_input it would take one more product of matrices.
+        """
+        if not self.config.pre_bias:
+            return self.b_enc
+        zero = self.b_dec - self.b_dec.detach()  # whose gradient is b_dec's
+        return self.b_enc - zero @ self.W_enc.detach()
 
     def pre_activations(self, x, features=None):
         """Scaled x (..., d_in) -> z (..., n_features), or of some features only: see encode."""
         x = self.encoder_input(x)
         if features is None:
-            return x @ self.W_enc + self.b_enc
+            # in bfloat16 a product alone is rounded, which moves what is near 0 by much
+            if torch.is_autocast_enabled(x.device.type):
+                return F.linear(x, self.W_enc.t(), self.encoder_bias())
+            return x @ self.W_enc + self.encoder_bias()
         rows = self.W_enc.t()[features]  # (k, d_in) or (B, k, d_in)
         b_enc = self.b_enc[features]     # (k,) or (B, k)
         if features.dim() == 1:
@@ -355,7 +368,7 @@ class SparseAutoencoder(nn.Module):
         elif sparse and not self.sparse_is_exact:
             raise ValueError("the sparse step is for ReLU and the L1 penalty alone")
         if sparse:
-            weights = (self.W_enc, self.b_enc, self.W_dec, self.b_dec)
+            weights = (self.W_enc, self.encoder_bias(), self.W_dec, self.b_dec)
             x_hat, f_sum, n_active = SparseStep.apply(self.encoder_input(x), *weights)
             return x_hat, None, f_sum, n_active
         f = self.activation(self.pre_activations(x))  # (N, n_features)
@@ -1001,13 +1014,13 @@ class SparseStep(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_x_hat, grad_f_sum, _):
         x, W_enc, W_dec, rows, columns, values = ctx.saved_tensors
-        f = csr(rows, columns, values, x, W_dec)                           # (B, m)
         through_f_sum = csr(rows, columns, grad_f_sum[columns], x, W_dec)  # (B, m)
         g = torch.sparse.sampled_addmm(through_f_sum, grad_x_hat, W_dec.t())
         grad_x = g @ W_enc.t() if ctx.needs_input_grad[0] else None
-        grad_W_enc = (g.t() @ x).t()  # (n, m)
+        f_t, g_t = transposed(rows, columns, [values, g.values()], len(W_dec))  # (m, B) each
+        grad_W_enc = (g_t @ x).t()  # (n, m)
         grad_b_enc = torch.zeros_like(W_dec[:, 0]).index_add_(0, columns, g.values())
-        grad_W_dec = f.t() @ grad_x_hat  # (m, n)
+        grad_W_dec = f_t @ grad_x_hat  # (m, n)
         return grad_x, grad_W_enc, grad_b_enc, grad_W_dec, grad_x_hat.sum(0)
 
 
@@ -1015,6 +1028,26 @@ def csr(rows, columns, values, x, W_dec):
     """A sparse matrix (B, m) from where its rows begin and its entries' columns and values."""
     shape = (len(x), len(W_dec))
     return torch.sparse_csr_tensor(rows, columns, values, shape, check_invariants=False)
+
+
+def transposed(rows, columns, several, m):
+    """
+    The transposes (m, B) of sparse matrices that have their entries in the same places: rows (B +
+    1,) and columns (entries,) as those of csr, and of each matrix its values (entries,).
+    """
+    B = len(rows) - 1
+    # torch would sort for each matrix anew, and numpy has a fast way for numbers of 16 bits
+    small = columns.numpy().astype(np.uint16 if m <= 2**16 else np.int64)
+    order = torch.from_numpy(np.argsort(small, kind="stable"))
+    starts = torch.searchsorted(columns[order], torch.arange(m + 1))
+    row_of = torch.repeat_interleave(torch.arange(B), rows.diff())[order]
+    shape = (m, B)
+    matrices = []
+    for values in several:
+        values = values[order]
+        matrix = torch.sparse_csr_tensor(starts, row_of, values, shape, check_invariants=False)
+        matrices.append(matrix)
+    return matrices
 
 
 def active_entries(x, W_enc, b_enc):

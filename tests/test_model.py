@@ -70,7 +70,9 @@ def numpy_forward(gpt, idx, change=lambda site, x: x):
 def test_logits_and_loss_are_those_of_a_transformer_written_in_numpy():
     gpt, idx = small_gpt(), torch.randint(31, (3, 11))
     targets = torch.randint(31, (3, 11))
-    logits, loss = gpt(idx, targets)
+    logits, no_loss = gpt(idx)
+    no_logits, loss = gpt(idx, targets)
+    assert no_loss is None and no_logits is None
     expected = numpy_forward(gpt, idx)
     np.testing.assert_allclose(logits.detach().numpy(), expected, rtol=1e-9, atol=1e-10)
     logp = expected - np.log(np.exp(expected).sum(-1, keepdims=True))

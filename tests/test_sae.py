@@ -17,7 +17,7 @@ import torch
 from model import UserError
 from sae import (RECIPES, ActivationStore, Recipe, SAEConfig, SparseAutoencoder, SparseStep, explained_share,
                  geometric_median, l1_at, load_sae, lr_at, massive_share, mean_share, paper_lambda, resample_schedule,
-                 save_sae, show_explained, variance_of)
+                 save_sae, show_explained, variance_of, transposed)
 
 needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="the sparse step needs MKL")
 both_steps = pytest.mark.parametrize("sparse", [False, pytest.param(True, marks=needs_mkl)], ids=["dense", "sparse"])
@@ -202,6 +202,34 @@ def test_sparse_step_equals_the_dense_step_in_float32(recipe, density, batch):
     for name, dense in results[1].items():
         assert results[0][name].shape == dense.shape
         assert_close(results[0][name], dense.detach().numpy(), 1e-5)
+
+
+@pytest.mark.parametrize("m", [7, 2**16 + 3])  # a number of a column has 16 bits or more
+def test_sparse_matrices_are_transposed_together(m):
+    rng = np.random.default_rng(0)
+    dense = np.zeros((5, m), dtype=np.float32)
+    dense[rng.integers(0, 4, 40), rng.choice([0, 1, 5, m - 2, m - 1], 40)] = rng.standard_normal(40)  # a row stays empty
+    sparse = torch.from_numpy(dense).to_sparse_csr()
+    values = [sparse.values(), sparse.values().square()]
+    first, second = transposed(sparse.crow_indices(), sparse.col_indices(), values, m)
+    assert np.array_equal(first.to_dense().numpy(), dense.T)
+    assert np.array_equal(second.to_dense().numpy(), (dense * dense).T)
+
+
+def test_in_bfloat16_the_pre_activation_is_rounded_once():
+    torch.manual_seed(0)
+    sae = SparseAutoencoder(SAEConfig(64, 200))
+    with torch.no_grad():
+        sae.b_enc.copy_(torch.randn(200).bfloat16())
+        sae.W_enc.copy_(sae.W_enc.bfloat16())
+    x = torch.randn(50, 64).bfloat16().float()
+    exact = x.double() @ sae.W_enc.double() + sae.b_enc.double()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        z = sae.pre_activations(x)
+    twice = (x @ sae.W_enc).bfloat16() + sae.b_enc  # what is near 0, where features switch on, comes out worst
+    half_a_unit = 2**-8 * exact.abs() + 1e-6
+    assert ((z - exact).abs() <= half_a_unit).all()
+    assert ((twice - exact).abs() > half_a_unit).any()
 
 
 @needs_mkl
