@@ -2797,7 +2797,8 @@ def show_automata(run, args):
     print(
         f"{len(edges.held):,} edges, at most {STRONGEST} from each feature to others that are to "
         f"be {PREDICTED} times as active or more\non the next token: "
-        f"{or_undefined(share, '.1%')} are borne out by other text"
+        f"{or_undefined(share, '.1%')} are borne out by other text\n"
+        "lift: how many times as active (predicted) or as often active (measured) as on average"
     )
     lifts = print_lifts(table)
 
