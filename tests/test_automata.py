@@ -78,8 +78,8 @@ def test_in_shuffled_text_no_edge_is_borne_out(tmp_path):
 
 def pairs_by_hand(this):
     """
-    predicted, times, expected (m, m), fired (m,) and how often the rarest of the three counts is (m,), in float64: loops
-    over features and tokens.
+    predicted, times, expected (m, m), fired (m,), the least of the three numbers of tokens a feature is active on (m,),
+    and how each shifts the next token, with each one's mean on it, two (m, V); in float64.
     """
     gpt, sae, T = this.gpt, this.sae, this.T
     f, _ = all_by_hand(this)
@@ -108,7 +108,7 @@ def pairs_by_hand(this):
     times = np.array([[(a & b).sum() for b in second] for a in first])
     expected = first.sum(1)[:, None] * second.mean(1)
     rarest = np.min([(learned > 0).sum(1), first.sum(1), second.sum(1)], axis=0)
-    return predicted, times, expected, first.sum(1), rarest
+    return predicted, times, expected, first.sum(1), rarest, (p - q, means)
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def random_pairs(tmp_path_factory):
 
 
 def test_predicted_lift_and_rates_on_held_out_text_are_those_of_plain_numpy(random_pairs):
-    this, (predicted, times, expected, fired, rarest) = random_pairs
+    this, (predicted, times, expected, fired, rarest, _) = random_pairs
     often = int(np.sort(rarest)[5])  # five are left out
     with mock.patch.object(analyze, "OFTEN", often):
         found = list(analyze.all_pairs(this, analyze.read_firing(this)))
@@ -154,8 +154,21 @@ def test_blocks_of_features_do_not_matter(random_pairs):
         np.testing.assert_allclose(edges.predicted, predicted[edges.source, edges.target], rtol=1e-3)
 
 
+def test_an_edge_goes_by_the_tokens_that_add_most_to_what_it_predicts(random_pairs):
+    this, (*_, (shift, means)) = random_pairs
+    firing = analyze.read_firing(this)
+    n_few = 0
+    for i, j in itertools.product(range(14), repeat=2):
+        added = shift[i] * means[j]
+        best = np.argsort(-added)[:3]
+        few = best[added[best] > 0.1 * added.max()]
+        assert analyze.carriers(this, firing, i, j) == few.tolist()
+        n_few += len(few) < 3
+    assert 0 < n_few < 14 * 14
+
+
 def test_the_strongest_of_each_feature_and_the_table_are_those_of_all_pairs(random_pairs):
-    this, (predicted, times, expected, _, rarest) = random_pairs
+    this, (predicted, times, expected, _, rarest, _) = random_pairs
     least = np.quantile(predicted, 0.8)
     limits = {"OFTEN": 1, "STRONGEST": 3, "PREDICTED": least, "LIFTS": [0.95, 1, 1.1]}
     with mock.patch.multiple(analyze, **limits):
