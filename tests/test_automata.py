@@ -16,7 +16,7 @@ from test_analyses import TOKENIZER, V, all_by_hand, analyzed, fires, load, look
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning", "error::UserWarning:matplotlib")
 
 TOKENS = {7: " foo", 280: "$", 5: " baz", 3: "x", 4: "y"}  # what each feature is on
-RAISES = {7: "$", 280: " baz", 5: " foo", 3: "y"}           # 7, 280, 5 are a loop
+RAISES = {7: ("$", 0.28), 280: (" baz", 0.32), 5: (" foo", 0.3), 3: ("y", 0.3)}  # by how much; 7, 280, 5 are a loop
 
 
 def token(text):
@@ -36,8 +36,8 @@ def planted_run(out, text):
     this.gpt.lm_head.weight.zero_()
     for k, on in TOKENS.items():
         this.sae.W_dec[k] = torch.nn.functional.one_hot(torch.tensor(token(on)), V)
-    for k, raised in RAISES.items():
-        this.gpt.lm_head.weight[token(raised), token(TOKENS[k])] = 0.3
+    for k, (raised, weight) in RAISES.items():
+        this.gpt.lm_head.weight[token(raised), token(TOKENS[k])] = weight
     return made_run(out / "out", this.gpt, this.sae, "resid.0", TOKENIZER.encode_ordinary(text))
 
 
@@ -55,6 +55,7 @@ def test_a_planted_loop_is_found_with_its_tokens_and_what_the_text_does_not_bear
     assert numbers["chains"] == numbers["self_loops"] == [] and "a loop of 3" in printed
     assert re.search(r" 3 'x' → 4 'y' .* 'y'  not borne out\n", printed) and printed.count("not borne out") == 1
     assert (tmp_path / "out/sae/scaling/automata.png").stat().st_size > 5000
+    assert [row["from"] for row in numbers["strongest"]][::3] == [280, 7]  # of four, in order
     # one token of equally many becomes e^logit times as likely as the others
     one_hot = np.eye(V)[0]
     ratio = np.exp(0.3 * (1 - 1 / V) / np.sqrt(one_hot.var() + 1e-5))
