@@ -12,6 +12,7 @@ features.
     python analyze.py complete --names=small,large    # which words have a feature of their own?
     python analyze.py scaling --names=a,b,c           # loss against compute, of many finished runs
     python analyze.py compare small large             # splitting; across two models: universality
+    python analyze.py automata                        # which features switch one another on?
     python analyze.py toy --name=toy                  # how many known directions were found?
     python analyze.py feature 5 --name=own --texts=lines.txt  # of activations without a model
 
@@ -28,6 +29,7 @@ import math
 import os
 import re
 import shutil
+import warnings
 from bisect import bisect
 from collections import Counter, defaultdict
 from contextlib import contextmanager
@@ -85,7 +87,8 @@ def parse_args():
         help="held-out tokens, or rows, whose activations are kept in memory, for examples and "
         "all other analyses")
     add("--show", type=at_least(1), default=10,
-        help="how many features to print (report: of each kind); complete: how many words")
+        help="how many features to print (report: of each kind); complete: how many words; "
+        "automata: how many edges, loops, chains")
     add("--prompt", default="", help="cause, steer: text to start from")
     add("--target", default="",
         help="cause: token to explain, by default the most likely one; steer: token whose "
@@ -752,6 +755,17 @@ def histogram(acts):
     return counts.tolist()
 
 
+def common_token(run, acts, n=50):
+    """
+    The token most common at the n largest activations of acts (N T,), where they are not 0; at
+    how many of these it is; and how many they are.
+    """
+    on = np.flatnonzero(acts)
+    best = on[np.argsort(-acts[on], kind="stable")[:n]]  # positions, the largest first
+    token, n_times = Counter(run.tokens[best].tolist()).most_common(1)[0]
+    return token, n_times, len(best)
+
+
 def title(run, i, acts):
     """One line on what feature i, with activations acts (N T,), is about."""
     on = np.flatnonzero(acts)
@@ -759,9 +773,8 @@ def title(run, i, acts):
         return f"feature {i}  not active on any of {len(acts):,} held-out {run.unit}s"
     common = ""
     if run.gpt:
-        best = on[np.argsort(-acts[on], kind="stable")[:50]]  # positions, the largest first
-        token, n = Counter(run.tokens[best].tolist()).most_common(1)[0]
-        common = f"'{token_text(run, token)}' at {n} of its top {len(best)}  "
+        token, n, n_top = common_token(run, acts)
+        common = f"'{token_text(run, token)}' at {n} of its top {n_top}  "
     counts = histogram(acts)
     # roots, or only the first bars would be seen: most activations are small
     heights = [math.sqrt(count / max(counts)) for count in counts]
@@ -2388,6 +2401,440 @@ def draw_universality(run, best):
 
 
 # -----------------------------------------------------------------------------
+# automata: features that switch one another on
+
+
+OFTEN = 20      # features active on fewer tokens, of those learned from or judged on, are left out
+PREDICTED = 2   # the least lift that is a prediction
+STRONGEST = 10  # edges from each feature, at most
+LONGEST = 6     # features in a loop or a chain, at most
+
+# groups of pairs of features by their predicted lift, from one to the next
+LIFTS = [1, 2, 4, 8, 16]
+
+
+@dataclass
+class Firing:
+    """
+    What all features do, in two parts. On every other context: how active each is on which token.
+    On the rest: where it fires, over all pairs of a token and the next one of its context.
+    """
+    highest: np.ndarray      # (m,) largest activation
+    often: np.ndarray        # (m,) bool: active on OFTEN tokens or more of either part
+    means: torch.Tensor      # (m, vocab_size), sparse: mean activation on a token
+    first: list              # for each of blocks(m): (block, pairs), sparse: 1 where it fires
+    second: torch.Tensor     # (m, pairs), sparse: 1 where it fires on the next token
+    frequency: torch.Tensor  # (vocab_size,) of tokens in the training text; rare ones: 0
+
+
+def token_frequency(run):
+    """
+    The frequency of each token in the training text, 0 of those that are RARE -> (vocab_size,).
+    UserError where all are.
+    """
+    counts = np.where(run.token_counts >= RARE, run.token_counts, 0)
+    if not counts.any():
+        raise UserError(f"automata needs a training text in which a token occurs {RARE} times")
+    return torch.from_numpy(counts / counts.sum()).float()
+
+
+def means_by_token(acts, tokens, V):
+    """Activations (k, n) on tokens (n,) -> the mean on each token (k, V), sparse."""
+    feature, at = acts.nonzero()
+    cells = feature * V + tokens[at]  # those of one feature and one token are added up
+    sums = np.bincount(cells, acts[feature, at], len(acts) * V).reshape(-1, V)
+    means = sums / np.bincount(tokens, minlength=V).clip(1)
+    return torch.from_numpy(means).float().to_sparse()
+
+
+def read_firing(run):
+    """
+    Run -> Firing. UserError where there are too few contexts, where no token is frequent in
+    training, or where no feature is active.
+    """
+    if len(run.contexts) < 2:
+        raise UserError(
+            f"automata learns from one context of {run.T} tokens and judges on another: "
+            "raise --read_tokens, or hold out more text"
+        )
+    frequency = token_frequency(run)
+    learn, judge = halves(run, np.arange(len(run.tokens)))
+    judge = judge[judge % run.T < run.T - 1]  # a pair does not leave its context
+    highest = np.zeros(run.n_features, dtype=np.float32)
+    often = np.zeros(run.n_features, dtype=bool)
+    means, first, second = [], [], []
+    for block in tracked("reading features", blocks(run.n_features), "features"):
+        acts = run.activations(block)
+        learned = acts[:, learn]
+        highest[block] = learned.max(1)
+        means.append(means_by_token(learned, run.tokens[learn], len(frequency)))
+        parts = [acts[:, part] > 0 for part in (learn, judge, judge + 1)]
+        often[block] = np.min([fires.sum(1) for fires in parts], axis=0) >= OFTEN
+        first.append(torch.from_numpy(parts[1]).float().to_sparse())
+        second.append(torch.from_numpy(parts[2]).float().to_sparse())
+    if not highest.any():
+        raise run.all_dead()
+    if not often.any():
+        raise UserError(f"no feature is active {OFTEN} times in each half: raise --read_tokens")
+    means = torch.cat(means).to_sparse_csr()  # of rows that are soon multiplied
+    second = torch.cat(second).to_sparse_csr()
+    return Firing(highest, often, means, first, second, frequency)
+
+
+def next_token(run, firing, features):
+    """
+    What comes next, if nothing were known but the frequency of tokens and that one of features
+    (k,) is at its largest activation: frequency x exp(its logit effects), normalised
+    -> probabilities (k, vocab_size), 0 of rare tokens.
+    """
+    largest = torch.from_numpy(firing.highest[features]).to(run.device)
+    logits = logit_effects(run, run.sae.W_dec[features]) * largest[:, None]
+    return (firing.frequency.log() + logits.cpu()).softmax(1)
+
+
+@dataclass
+class Edges:
+    """Pairs of features, the second of which the first is to switch on: arrays (k,)."""
+    source: np.ndarray
+    target: np.ndarray
+    predicted: np.ndarray  # how many times as active the target is to be after the source
+    fired: np.ndarray      # on how many first tokens of a pair the source fires
+    times: np.ndarray      # on how many of the second tokens the target does
+    expected: np.ndarray   # on how many by chance: fired x density of the target
+
+    @property
+    def lift(self):
+        """How many times as often as by chance."""
+        return self.times / np.maximum(self.expected, 1e-30)
+
+    @property
+    def held(self):
+        """
+        Whether the text bears the edge out: five times or more, twice as often as by chance,
+        and 4 standard deviations (of a Poisson distribution) more than that.
+        """
+        more = self.times - self.expected >= 4 * np.sqrt(self.expected)
+        return (self.times >= 5) & (self.lift >= 2) & more
+
+    def __getitem__(self, chosen):
+        """Some of them, by a mask or indices."""
+        return Edges(*(values[chosen] for values in vars(self).values()))
+
+
+def all_pairs(run, firing):
+    """
+    Yields the Edges of all pairs of features that are active OFTEN, themselves included, some
+    at a time. An edge is predicted by weights and single tokens, and measured on other text:
+
+    predicted = sum_v p(v) mean_j(v) / sum_v frequency(v) mean_j(v)
+
+    with p the next_token of the source and mean_j(v) the mean activation of the target on token
+    v: how many times as active the target is to be as on average.
+    """
+    m = run.n_features
+    n_pairs = firing.second.shape[1]
+    usual = (firing.means @ firing.frequency[:, None])[:, 0].numpy()  # (m,)
+    density = (firing.second @ torch.ones(n_pairs, 1))[:, 0].numpy() / n_pairs
+    able = firing.often & (usual > 0)  # not those that fire on rare tokens alone
+    for block, first in zip(tracked("pairing", blocks(m), "features"), firing.first):
+        fires = first.to_dense()  # (block, pairs)
+        p = next_token(run, firing, block)
+        active = (firing.means @ p.t().contiguous()).t().numpy()      # (block, m)
+        times = (firing.second @ fires.t().contiguous()).t().numpy()  # (block, m)
+        fired = fires.sum(1).numpy()
+        row, target = np.nonzero(able[block][:, None] & able)
+        yield Edges(
+            source=block[row],
+            target=target,
+            predicted=active[row, target] / usual[target],
+            fired=fired[row],
+            times=times[row, target],
+            expected=fired[row] * density[target],
+        )
+
+
+def strongest(edges):
+    """Of Edges those that are predictions, at most STRONGEST from each source."""
+    edges = edges[(edges.predicted >= PREDICTED) & (edges.source != edges.target)]
+    edges = edges[np.lexsort((-edges.predicted, edges.source))]
+    # the place of each among those of its source: sorted by source, they begin at its first
+    place = np.arange(len(edges.source)) - np.searchsorted(edges.source, edges.source)
+    return edges[place < STRONGEST]
+
+
+def find_edges(run, firing):
+    """
+    The predictions of all features -> Edges, the strongest first; the same of each feature and
+    itself; and a table of all pairs of two features by LIFTS, a row each of how many, how often
+    the second fires and would by chance, how many are held.
+    """
+    predictions, selves = [], []
+    table = np.zeros((len(LIFTS) + 1, 4))
+    for edges in all_pairs(run, firing):
+        selves.append(edges[edges.source == edges.target])
+        predictions.append(strongest(edges))
+        others = edges[edges.source != edges.target]
+        group = np.digitize(others.predicted, LIFTS)
+        columns = (np.ones(len(group)), others.times, others.expected, others.held)
+        for k, column in enumerate(columns):
+            table[:, k] += np.bincount(group, column, len(table))
+    ranked = []
+    for parts in (predictions, selves):
+        columns = zip(*[vars(part).values() for part in parts])
+        edges = Edges(*map(np.concatenate, columns))
+        ranked.append(edges[np.argsort(-edges.predicted, kind="stable")])
+    return *ranked, table
+
+
+def shortest_path(following, start, end, used):
+    """
+    {feature: features that come next} -> the shortest path from start to end, of at most LONGEST
+    features, without those in a set `used`; None where there is none.
+    """
+    seen = used | {start}
+    paths = [[start]]
+    for path in paths:  # it grows
+        if path[-1] == end:
+            return path
+        if len(path) == LONGEST:
+            continue
+        for feature in following[path[-1]]:
+            if feature not in seen:
+                seen.add(feature)
+                paths.append(path + [feature])
+    return None
+
+
+def find_loops(edges):
+    """
+    Edges, the strongest first -> loops, lists of edges (indices), in which each leads to the next
+    and the last to the first; no feature is in two. Edges are added one by one: the first that
+    closes a loop is the weakest of it, so that loops come in order of their weakest edge.
+    """
+    following = defaultdict(list)
+    number = {}  # (source, target) -> index
+    loops = []
+    used = set()
+    for k, pair in enumerate(zip(edges.source.tolist(), edges.target.tolist())):
+        source, target = pair
+        number[pair] = k
+        if used & {source, target}:
+            continue
+        path = shortest_path(following, target, source, used)
+        following[source].append(target)
+        if path:
+            used |= set(path)
+            loops.append([number[step] for step in zip(path, path[1:] + path[:1])])
+    return loops
+
+
+def find_chains(edges, used):
+    """
+    Edges, the strongest first -> chains, lists of edges (indices) in which each leads to the
+    next: the strongest edge, then the strongest one from where that leads, and so on. No feature
+    is in two, nor in the set `used`.
+    """
+    used = set(used)
+    leaving = defaultdict(list)  # source -> indices
+    for k, source in enumerate(edges.source.tolist()):
+        leaving[source].append(k)
+    chains = []
+    chains = []
+    for k, pair in enumerate(zip(edges.source.tolist(), edges.target.tolist())):
+        if used & set(pair):
+            continue
+        chain = [k]
+        seen = used | set(pair)
+        while len(chain) < LONGEST - 1:
+            end = edges.target[chain[-1]].item()
+            further = [step for step in leaving[end] if edges.target[step].item() not in seen]
+            if not further:
+                break
+            chain.append(further[0])
+            seen.add(edges.target[further[0]].item())
+        if len(chain) > 1:
+            used = seen
+            chains.append(chain)
+    return chains
+
+
+def carriers(run, firing, source, target, n=3):
+    """
+    The tokens that an edge goes by -> their numbers, at most n: those that add most to its
+    predicted lift, as far as they add a tenth of what the first does.
+    """
+    row = slice(*firing.means.crow_indices()[target:target + 2].tolist())
+    tokens = firing.means.col_indices()[row]
+    shift = next_token(run, firing, np.array([source]))[0] - firing.frequency
+    added = shift[tokens] * firing.means.values()[row]  # how much more active on each
+    best = added.topk(min(n, len(added))).indices
+    return tokens[best][added[best] > 0.1 * added.max()].tolist()
+
+
+def brief(run, token):
+    """A token in quotes, its spaces counted where they are many."""
+    return re.sub(" {4,}", lambda spaces: f"␣×{len(spaces[0])}", quoted(run, token))
+
+
+def edge_rows(run, firing, edges):
+    """Edges -> a list of dicts, to be saved."""
+    rows = []
+    for k in range(len(edges.source)):
+        source, target = edges.source[k].item(), edges.target[k].item()
+        tokens = carriers(run, firing, source, target)
+        rows.append({
+            "from": source,
+            "to": target,
+            "tokens": [brief(run, token) for token in tokens],
+            "predicted": edges.predicted[k].item(),
+            "measured": edges.lift[k].item(),
+            "times": int(edges.times[k]),
+            "of": int(edges.fired[k]),
+            "held": bool(edges.held[k]),
+        })
+    return rows
+
+
+def short_names(run, rows):
+    """Of every feature in edge_rows its number and most common token -> {number: text}."""
+    features = sorted({row["from"] for row in rows} | {row["to"] for row in rows})
+    names = {}
+    for i, acts in zip(features, run.activations(features)):
+        token, _, _ = common_token(run, acts)
+        names[i] = f"{i} {brief(run, token)}"
+    return names
+
+
+def print_edges(heading, rows, names):
+    """Edges below a heading: predicted and measured lift, and how often the second comes."""
+    print(f"\n{heading:<49} predicted  measured       after  by")
+    for row in rows:
+        ends = f"{names[row['from']]:>22} → {names[row['to']]:<22}"
+        lifts = f"{row['predicted']:9.1f} {row['measured']:9.1f}"
+        after = f"{row['times']}/{row['of']}"
+        mark = "" if row["held"] else "  not borne out"
+        print(f"  {ends} {lifts} {after:>11}  {' '.join(row['tokens'])}{mark}")
+
+
+def print_lifts(table):
+    """The table of find_edges, and its rows as dicts, to be saved."""
+    print("\npredicted lift    pairs of features   measured lift   borne out")
+    bounds = [0, *LIFTS, math.inf]
+    rows = []
+    for low, high, (n, times, expected, held) in zip(bounds, bounds[1:], table):
+        measured = times / expected if expected else None
+        share = held / n if n else None
+        rows.append({"from": low, "pairs": int(n), "measured": measured, "held": share})
+        words = f"{low} or more" if high == math.inf else f"{low} to {high}"
+        shown = or_undefined(measured, ".2f")
+        print(f"{words:>14} {n:20,.0f} {shown:>15} {or_undefined(share, '.1%'):>11}")
+    return rows
+
+
+def features_of(rows):
+    """The features of a loop or chain of edge_rows, in order, each once."""
+    return list(dict.fromkeys([rows[0]["from"]] + [row["to"] for row in rows]))
+
+
+def draw_automata(run, loops, chains, names, most=25):
+    """
+    Loops and chains, lists of edge_rows, the longest first, as many as have `most` features: each
+    on a circle of its own, with the tokens that it goes by. Loops of two come last.
+    """
+    longer = [rows for rows in loops if len(rows) > 2]
+    pairs = [rows for rows in loops if len(rows) == 2]
+    groups = sorted(longer, key=len, reverse=True) + sorted(chains, key=len, reverse=True) + pairs
+    totals = np.cumsum([len(features_of(rows)) for rows in groups])
+    groups = groups[:np.searchsorted(totals, most, side="right")]
+    columns = 3
+    n_rows = max(1, math.ceil(len(groups) / columns))
+    path = os.path.join(run.folder, "automata.png")
+    with warnings.catch_warnings(), figure(path, width=2.6 * columns, height=2.4 * n_rows) as ax:
+        warnings.filterwarnings("ignore", "Glyph")  # of a script that the font lacks: boxes
+        for k, rows in enumerate(groups):
+            draw_circle(ax, rows, names, np.array([k % columns, -(k // columns)]))
+        ax.set(xlim=(-0.5, columns - 0.5), ylim=(0.5 - n_rows, 0.5))
+        ax.set_axis_off()
+
+
+def draw_circle(ax, rows, names, center):
+    """A loop or chain, clockwise from the left on a circle about center (2,)."""
+    features = features_of(rows)
+    angles = np.pi - 2 * np.pi * np.arange(len(features)) / len(features)
+    around = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    places = dict(zip(features, center + 0.35 * around))
+    style = {"fontsize": 8, "ha": "center", "va": "center", "parse_math": False}
+    for row in rows:
+        start, end = places[row["from"]], places[row["to"]]
+        arrow = {
+            "arrowstyle": "-|>",
+            "connectionstyle": "arc3,rad=-0.3",
+            "color": GREY,
+            "shrinkA": 17,
+            "shrinkB": 17,
+        }
+        ax.annotate("", end, start, arrowprops=arrow)
+        # in the middle of the bow, which is to the left of the way
+        dx, dy = end - start
+        middle = (start + end) / 2 + 0.15 * np.array([-dy, dx])
+        box = {"boxstyle": "square,pad=0.1", "color": "white"}
+        ax.text(*middle, row["tokens"][0], color=RED, bbox=box, **style)
+    for feature, place in places.items():
+        label = names[feature].replace(" ", "\n", 1)  # the number above the token
+        box = {"boxstyle": "round", "facecolor": "white", "edgecolor": BLUE}
+        ax.text(*place, label, bbox=box, **style)
+
+
+def show_automata(run, args):
+    """
+    Do features work together like finite-state automata? (Bricken et al., "Finite State
+    Automata") One raises tokens on which the next is active, which raises others, and so on.
+    """
+    firing = read_firing(run)
+    edges, selves, table = find_edges(run, firing)
+    held = edges[edges.held]
+    share = float(edges.held.mean()) if len(edges.held) else None
+    print(
+        f"{len(edges.held):,} edges, at most {STRONGEST} from each feature to others that are to "
+        f"be {PREDICTED} times as active or more\non the next token: "
+        f"{or_undefined(share, '.1%')} are borne out by other text\n"
+        "lift: how many times as active (predicted) or as often active (measured) as on average"
+    )
+    lifts = print_lifts(table)
+
+    # what the text bears out
+    loops = find_loops(held)
+    looped = set(held.source[sum(loops, [])].tolist())
+    chains = find_chains(held, looped)
+    _, best = np.unique(edges.source, return_index=True)  # the first of each, the strongest
+    best_rows = edge_rows(run, firing, edges[np.sort(best)[:args.show]])
+    self_rows = edge_rows(run, firing, selves[selves.held][:args.show])
+    loop_rows = [edge_rows(run, firing, held[loop]) for loop in loops[:args.show]]
+    chain_rows = [edge_rows(run, firing, held[chain]) for chain in chains[:args.show]]
+    names = short_names(run, best_rows + self_rows + sum(loop_rows + chain_rows, []))
+    print_edges("the strongest, one from each feature", best_rows, names)
+    print_edges("features that switch themselves on again", self_rows, names)
+    for rows in loop_rows:
+        print_edges(f"a loop of {len(rows)}", rows, names)
+    for rows in chain_rows:
+        print_edges(f"a chain of {len(rows) + 1}", rows, names)
+    draw_automata(run, loop_rows, chain_rows, names)
+    save(
+        run,
+        "automata",
+        edges=len(edges.held),
+        held=share,
+        by_predicted_lift=lifts,
+        n_loops=len(loops),
+        n_chains=len(chains),
+        strongest=best_rows,
+        self_loops=self_rows,
+        loops=loop_rows,
+        chains=chain_rows,
+    )
+
+
+# -----------------------------------------------------------------------------
 # the page: assets/page.html, an ordinary page with a small sample, filled with a run's features
 
 PAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "page.html")
@@ -2577,6 +3024,7 @@ COMMANDS = {
     "complete": Command(show_complete),
     "scaling": Command(show_scaling, kinds=("model", "own", "toy"), logs_only=True),
     "compare": Command(show_compare, kinds=("model", "own"), takes="names"),
+    "automata": Command(show_automata),
 }
 
 
