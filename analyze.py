@@ -2639,7 +2639,6 @@ def find_chains(edges, used):
     for k, source in enumerate(edges.source.tolist()):
         leaving[source].append(k)
     chains = []
-    chains = []
     for k, pair in enumerate(zip(edges.source.tolist(), edges.target.tolist())):
         if used & set(pair):
             continue
