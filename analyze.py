@@ -459,7 +459,8 @@ def measure(run):
     Each is None where it would be divided by nothing.
     """
     sae = run.sae
-    mean = run.x().mean(0).to(sae.W_dec) if run.gpt else None  # (n,), for mean-ablation
+    if run.gpt:
+        mean = run.x().mean(0).to(sae.W_dec).view(1, 1, -1)  # for mean-ablation
     first = (run.x() if run.gpt else run.held_out)[0].to(run.device)
     origin = where_float64_is(first).double()  # (n,): see variance_of
     losses = Counter()
@@ -480,8 +481,8 @@ def measure(run):
             replacements = {
                 "plain": at_site,
                 "spliced": x_hat.view_as(at_site),
-                "mean_ablated": mean.expand_as(at_site),
-                "zero_ablated": torch.zeros_like(at_site),
+                "mean_ablated": mean,
+                "zero_ablated": torch.zeros_like(mean),
             }
             for name, replacement in replacements.items():
                 loss = loss_with(run, stream, replacement, batch[:, 1:])
@@ -572,10 +573,12 @@ def loss_recovered(losses):
 
 def loss_with(run, stream, x, targets):
     """
-    The model's loss on targets (b, T) with x (b, T, n) at the site, where the residual stream is
-    stream (b, T, n_embd): what comes before the site is not computed anew.
+    The model's loss on targets (b, T) with x (b, T, n) at the site, or at each token the same
+    (1, 1, n), where the residual stream is stream (b, T, n_embd): what comes before the site is
+    not computed anew.
     """
-    logits = run.gpt.lm_head(run.gpt.after(run.site, stream, x))  # (b, T, vocab_size)
+    logits = run.gpt.lm_head(run.gpt.after(run.site, stream, x))
+    logits = logits.expand(*targets.shape, -1)  # (b, T, vocab_size)
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten()).item()
 
 
@@ -652,9 +655,11 @@ def unit_rows(a):
     return a
 
 
-def as_columns(rows):
-    """rows (k, tokens), numpy -> columns (tokens, k), torch: sparse products read it row by row."""
-    return torch.from_numpy(rows).t().contiguous()
+def unit_columns(x):
+    """x (tokens, k), columns about their means, of unit norm; what is constant stays 0."""
+    x = x - x.mean(0, dtype=torch.float64).float()
+    x /= x.norm(dim=0, dtype=torch.float64).float().clip(1e-15)
+    return x
 
 
 def closest(acts, others):
@@ -687,7 +692,7 @@ def highest_correlations(run, others):
     """
     best = np.zeros(run.n_features)
     density = np.zeros(run.n_features)
-    others = as_columns(others)
+    others = torch.from_numpy(others).t().contiguous()  # (N T, k)
     for block in tracked("correlating", blocks(run.n_features), "features"):
         acts = run.activations(block)  # (block, N T)
         best[block] = closest(acts, others)
@@ -734,15 +739,20 @@ def explained_by_tokens(run, acts):
     does, and a feature of a topic, which no one or two tokens show, scores low though it is
     clear.
     """
-    pair_of, _ = run.token_pairs
+    pair_of, token_of = run.token_pairs
     judge = pair_of[1::2].ravel()
+    counts = np.bincount(judge, minlength=len(token_of))  # of each pair
     rows = acts.reshape(len(acts), -1, run.T)[:, 1::2]
     scores = []
     for row, *guesses in zip(rows, *means_given_tokens(run, acts)):
-        truth = row.ravel().astype(np.float64)
-        total = np.square(truth - truth.sum() / max(1, len(truth))).sum()
-        errors = [np.square(truth - guess[judge]).sum() for guess in guesses]
-        scores.append(1 - np.array(errors) / (total or np.nan))  # NaN: never active there
+        on = np.flatnonzero(row.ravel() != 0)
+        truth = row.ravel()[on].astype(np.float64)
+        squares = truth @ truth
+        total = squares - truth.sum()**2 / max(1, len(judge))
+        # sum (truth - guess)^2, multiplied out: most of the truth is 0
+        errors = [squares - 2 * truth @ g[judge[on]] + counts @ np.square(g) for g in guesses]
+        # NaN: never active there, or always as much
+        scores.append(1 - np.array(errors) / (total if total > 1e-12 * squares else np.nan))
     return np.array(scores)
 
 
@@ -859,18 +869,20 @@ def title(run, i, acts):
 
 def top_examples(run, acts, n):
     """Positions of the n largest activations, each with other tokens just before and after it."""
-    on = np.flatnonzero(acts)
+    on = np.flatnonzero(acts > 0)  # of a float array it takes ten times as long
     ranked = on[np.argsort(-acts[on], kind="stable")][:200].tolist()  # enough to choose from
     if not run.gpt:  # rows have no tokens
         return ranked[:n]
     seen = set()
     positions = []
     for position in ranked:
+        if len(positions) == n:
+            break
         around = run.tokens[max(0, position - 4):position + 2].tobytes()
         if around not in seen:
             seen.add(around)
             positions.append(position)
-    return positions[:n]
+    return positions
 
 
 def examples(run, acts, n_top, n_intervals, each, rng):
@@ -880,7 +892,7 @@ def examples(run, acts, n_top, n_intervals, each, rng):
     the intervals of the feature browser). acts: (N T,) -> list of (label, position)
     """
     chosen = [("top", position) for position in top_examples(run, acts, n_top)]
-    on = np.flatnonzero(acts)
+    on = np.flatnonzero(acts > 0)
     edges = np.linspace(0, acts.max(), n_intervals + 1)
     for k in reversed(range(n_intervals)):
         # intervals of the activation itself, as wide as one another, not of its rank
@@ -2987,7 +2999,9 @@ def describe_features(run, numbers, density):
     and the Windows of their examples. density: (m,), that of count_active, as the contexts are
     too few to tell what is dead or of ultra-low density.
     """
-    neurons = as_columns(unit_rows(run.neurons()))  # (N T, n_neurons)
+    none = torch.empty(len(run.x()), 0, device=run.device)
+    neurons = torch.cat([none] + [run.x(site) for site in run.neuron_sites], dim=1)
+    neurons = unit_columns(neurons.cpu())  # (N T, n_neurons)
     width = min(24, run.T)
     features = [None] * run.n_features
     windows = []
