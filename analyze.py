@@ -43,7 +43,7 @@ from matplotlib.figure import Figure
 
 from model import GPT, UserError, at_least, content_hash, load_gpt, load_tokens, make_parser
 from model import run as run_script  # below, a run is an autoencoder with what belongs to it
-from model import reading, save_json, setup, tracked, write_atomic
+from model import reading, save_json, setup, shuffled_weights, tracked, write_atomic
 from sae import (HELD_OUT, MASSIVE, TRAINED_ON, ActivationStore, SAEConfig, SparseAutoencoder,
                  explained_share, find_files, load_sae, massive_share, matching_files,
                  squared_norms, where_float64_is)
@@ -137,6 +137,11 @@ class Run:
     def site(self):
         """The activations' site, such as "mlp.0"; "own" or "toy" where there is no model."""
         return self.source["site"]
+
+    @property
+    def site_in_words(self):
+        """The site, and whether the model is the control of train_sae.py --shuffle_weights."""
+        return f"{self.site}, weights shuffled" if self.source.get("shuffled") else self.site
 
     @property
     def kind(self):
@@ -339,6 +344,8 @@ def load_model(loaded, args):
         raise UserError("--texts is for your own activations: those of a model have its text")
     out_dir = loaded.out_dir
     loaded.gpt, loaded.tokenizer = load_gpt(out_dir, loaded.device)
+    if loaded.source.get("shuffled"):  # train_sae.py --shuffle_weights
+        loaded.gpt = shuffled_weights(loaded.gpt)
     if loaded.gpt.fingerprint() != loaded.source["gpt"]:
         raise UserError(
             f"{loaded.folder}/sae.pt was trained on another gpt.pt than {out_dir} has now: "
@@ -969,7 +976,7 @@ def show_report(run, args):
     # numbers
     name = os.path.basename(run.folder)
     recipe = run.sae.config.recipe
-    headline = f"{name} · {recipe} recipe · {run.site} · {run.n_features:,} features"
+    headline = f"{name} · {recipe} recipe · {run.site_in_words} · {run.n_features:,} features"
     rows = summary(run, metrics)
     print(f"\n{headline}, on {metrics['tokens']:,} held-out {run.unit}s")
     for row_name, value, note in rows:
@@ -1570,8 +1577,9 @@ def show_neurons(run, args, n_sample=256):
     alive, best, density = highest_correlations(run, unit_rows(mlp))
     share = float((best <= 0.3).mean())
     median = float(np.median(best))
+    neurons = neurons_in_words(run, len(mlp))
     print(
-        f"{len(alive):,} alive features of {run.site} against {neurons_in_words(run, len(mlp))}:\n"
+        f"{len(alive):,} alive features of {run.site_in_words} against {neurons}:\n"
         f"{share:.1%} have no correlation above 0.3; median of the highest {median:.2f}"
     )
     numbers = {
@@ -2363,7 +2371,7 @@ def show_universality(run, a, b, rng):
     best = best_matches(a, b, rng.permutation(len(a.x())))
     models = "two models" if a.source["gpt"] != b.source["gpt"] else "two sites of one model"
     print(
-        f"{models}: {a.site} ({a.folder}) and {b.site} ({b.folder})\n"
+        f"{models}: {a.site_in_words} ({a.folder}) and {b.site_in_words} ({b.folder})\n"
         f"median of each one's highest correlation  {'found':>12}{'shuffled':>12}"
     )
     medians = {}
