@@ -9,6 +9,7 @@ features.
     python analyze.py steer --features=3,17,304       # ... and a table, beside random directions
     python analyze.py search "import numpy as" --without "import os"
     python analyze.py neurons                         # do features differ from neurons?
+    python analyze.py explain                         # how much of the model do tokens explain?
     python analyze.py complete --names=small,large    # which words have a feature of their own?
     python analyze.py scaling --names=a,b,c           # loss against compute, of many finished runs
     python analyze.py compare small large             # splitting; across two models: universality
@@ -549,12 +550,12 @@ def massive_metrics(run):
     return {"massive_share": share, "explained_without": explained_share(error, variance)}
 
 
-def loss_recovered(losses):
+def loss_recovered(losses, replacement="spliced"):
     """See `measure`. None where zero-ablation costs the model nothing, or less than rounding."""
     plain, zero = losses["loss_plain"], losses["loss_zero_ablated"]
     if zero - plain <= 1e-6 * plain:
         return None
-    return (zero - losses["loss_spliced"]) / (zero - plain)
+    return (zero - losses[f"loss_{replacement}"]) / (zero - plain)
 
 
 def activations_and_loss(run, contexts):
@@ -1638,6 +1639,132 @@ def draw_explained(ax, scores):
 
 
 # -----------------------------------------------------------------------------
+# explain: how much of the model is "fires on this token, after that one"?
+
+
+def token_pairs(run):
+    """
+    Returns which of the distinct pairs of previous and current token stands at each token (N,
+    T), and the current token of each pair (pairs,), torch. What is first in its context comes
+    after nothing, which counts as a token.
+    """
+    V = run.tokenizer.n_vocab
+    tokens = run.tokens.reshape(-1, run.T)                                  # (N, T)
+    previous = np.pad(tokens[:, :-1], ((0, 0), (1, 0)), constant_values=V)  # V: there is none
+    pairs, pair_of = np.unique(previous * V + tokens, return_inverse=True)
+    pair_of = torch.from_numpy(pair_of.reshape(-1, run.T))
+    return pair_of, torch.from_numpy(pairs % V)
+
+
+def means_given_tokens(rows, pair_of, token_of):
+    """
+    The mean of rows (L, n) given the current token, and given the previous and the current one,
+    for each distinct pair: two tables (pairs, n). A pair that has no row takes the mean of its
+    current token, and a token that has none the mean of all.
+
+    pair_of: (L,) the pair of each row. token_of: (pairs,) the current token of each pair.
+    """
+    def sums(places, parts, n):  # of what falls on each of n places
+        return parts.new_zeros(n, *parts.shape[1:]).index_add_(0, places, parts)
+
+    # those over tokens are sums of those over pairs
+    pair_sums = sums(pair_of, rows, len(token_of))
+    pair_counts = sums(pair_of, torch.ones(len(rows), 1), len(token_of))
+    V = int(token_of.max()) + 1
+    token_sums = sums(token_of, pair_sums, V)
+    token_counts = sums(token_of, pair_counts, V)
+    by_token = torch.where(token_counts > 0, token_sums / token_counts, rows.mean(0))[token_of]
+    by_pair = torch.where(pair_counts > 0, pair_sums / pair_counts, by_token)
+    return by_token, by_pair
+
+
+def explanation_losses(run):
+    """
+    How much of the model do tokens explain, by way of the features? Every feature is set to its
+    mean given the current token, or the previous and the current one; what the decoder makes of
+    these means takes the place of the activations. Means are learned on every other context
+    and the losses are those on the rest, as in explained_by_tokens. The reconstruction error
+    does not stay in: the measure is the autoencoder's own splice.
+
+    The decoder is linear, and all features are known from the same tokens, so what it makes of
+    their means is the mean of x_hat: no feature is looked at. (With --input_norm=token the means
+    are of activations in the units of x.) The same of x itself tells what the features add.
+
+    Returns losses as `measure` has them, and the share of judged tokens whose pair of tokens
+    occurs in the contexts learned from.
+    """
+    pair_of, token_of = token_pairs(run)
+    learned = run.x().view(len(run.contexts), run.T, -1)[::2].flatten(0, 1)  # (L, n)
+    learn = pair_of[::2].flatten()                                           # (L,)
+    judge = pair_of[1::2]                                                    # (N - N / 2, T)
+    x_hat = torch.cat([run.sae(x.to(run.device)).cpu() for x in learned.split(8192)])
+    features_by_token, features_by_pair = means_given_tokens(x_hat, learn, token_of)
+    x_by_token, x_by_pair = means_given_tokens(learned, learn, token_of)
+    mean = learned.mean(0).to(run.device)
+
+    losses = Counter()
+    judged = run.contexts[1::2]
+    start = 0
+    for batch in run.batches("splicing", judged):
+        places = judge[start:start + len(batch)]  # (b, T)
+        start += len(batch)
+        x, plain = activations_and_loss(run, batch)
+        replacements = {
+            "spliced": run.sae(x),
+            "features_by_pair": features_by_pair[places],
+            "features_by_token": features_by_token[places],
+            "x_by_pair": x_by_pair[places],
+            "x_by_token": x_by_token[places],
+            "mean_ablated": mean.expand_as(x),
+            "zero_ablated": torch.zeros_like(x),
+        }
+        losses["loss_plain"] += plain * len(batch) / len(judged)
+        for name, replacement in replacements.items():
+            loss = loss_with(run, batch, replacement.to(run.device))
+            losses[f"loss_{name}"] += loss * len(batch) / len(judged)
+    return losses, torch.isin(judge, learn).float().mean().item()
+
+
+# what explanation_losses puts in the place of the activations, in words
+IN_PLACE = {
+    "plain": "nothing: the model as it is",
+    "spliced": "the autoencoder's reconstruction",
+    "features_by_pair": "features by previous and current token",
+    "features_by_token": "features by current token",
+    "x_by_pair": "activations by previous and current token",
+    "x_by_token": "activations by current token",
+    "mean_ablated": "their mean",
+    "zero_ablated": "zeros",
+}
+
+
+def show_explain(run, args):
+    """
+    The loss of the model with each feature as its tokens predict it, beside that with the
+    autoencoder's reconstruction (Bricken et al., "How much of the model does our interpretation
+    explain?", leave open how to measure this).
+    """
+    if len(run.contexts) < 2:
+        raise UserError(
+            f"explain learns from one context of {run.T} tokens and judges on another: "
+            "raise --read_tokens, or hold out more text"
+        )
+    losses, seen = explanation_losses(run)
+    recovered = {name: loss_recovered(losses, name) for name in IN_PLACE}
+    n_judged = len(run.contexts) // 2 * run.T
+    print(
+        f"{run.folder}, on {n_judged:,} held-out tokens, with means learned on the other "
+        f"{len(run.tokens) - n_judged:,},\n"
+        f"where {seen:.1%} of these have their pair of tokens, too\n\n"
+        f"{'in the place of the activations':<44}{'loss':>8}{'recovered':>12}"
+    )
+    for name, words in IN_PLACE.items():
+        share = or_undefined(recovered[name], ".3f")
+        print(f"  {words:<42}{losses[f'loss_{name}']:8.3f}{share:>12}")
+    save(run, "explain", tokens=n_judged, seen_pairs=seen, recovered=recovered, **losses)
+
+
+# -----------------------------------------------------------------------------
 # complete: which concepts have a feature of their own?
 
 
@@ -2582,6 +2709,7 @@ COMMANDS = {
     "steer": Command(show_steer),
     "search": Command(show_search, takes="texts"),
     "neurons": Command(show_neurons, kinds=("model", "own")),
+    "explain": Command(show_explain),
     "complete": Command(show_complete),
     "scaling": Command(show_scaling, kinds=("model", "own", "toy"), logs_only=True),
     "compare": Command(show_compare, kinds=("model", "own"), takes="names"),

@@ -1,9 +1,10 @@
-"""The control of a model with shuffled weights."""
+"""The controls: a model with shuffled weights, and how much of the model its tokens explain."""
 
 import json
 import os
 import re
 import shutil
+from collections import defaultdict
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 from conftest import SMALL_SAE, script
 from model import GPT, GPTConfig, load_gpt, save_checkpoint, shuffled_weights
 from sae import load_sae
+from test_analyses import activations_at, by_hand, random_run
 from test_scripts import hashes
 
 SHUFFLED = (*SMALL_SAE, "--shuffle_weights", "--name=shuffled")
@@ -200,7 +202,7 @@ def test_an_autoencoder_of_the_shuffled_model_is_judged_on_it(out):
     alive = sae.encode(x).sum((0, 1)).argmax().item()
     assert f"feature {alive} " in analyzed("feature", alive, "--name=shuffled")
     assert "alive features of mlp.0, weights shuffled against" in analyzed("neurons", "--name=shuffled")
-    for command in (("cause",), ("steer", f"--feature={alive}"), ("complete",), ("search", "def add")):
+    for command in (("cause",), ("steer", f"--feature={alive}"), ("complete",), ("search", "def add"), ("explain",)):
         analyzed(*command, "--name=shuffled")
     printed = analyzed("compare", "scaling", "shuffled")  # two models, though in one folder
     assert re.search(r"two models: mlp\.0 \(.*\) and mlp\.0, weights shuffled \(", printed)
@@ -214,3 +216,101 @@ def test_another_model_in_its_place_is_noticed(out):
     save_checkpoint(out / "gpt.pt", **checkpoint)
     done = script("analyze.py", "--name=shuffled", f"--out_dir={out}")
     assert done.returncode == 2 and "another gpt.pt" in done.stderr
+
+
+# -----------------------------------------------------------------------------
+# explain: the loss with what tokens predict of each feature
+
+
+def explained(out):
+    done = script("analyze.py", "explain", f"--out_dir={out}", "--device=cpu")
+    assert done.returncode == 0, done.stderr
+    return done.stdout, numbers_in(out / "sae/scaling/explain.json")
+
+
+def loss_in_place(this, contexts, replacement):
+    """The model's loss on contexts (N, T + 1) with a replacement (N, T, n), numpy, at the site."""
+    replacement = torch.from_numpy(replacement.copy()).float()
+    hook = lambda site, x: replacement if site == this.site else None  # noqa: E731
+    return this.gpt(contexts[:, :-1], contexts[:, 1:], hook)[1].item()
+
+
+def means_by_hand(tokens, values, n_previous):
+    """
+    values (N, T, k) -> what their means on even contexts, given the current token and n_previous before it, predict
+    on odd ones (N // 2, T, k). A dictionary of lists; what was not seen falls back to fewer tokens.
+    """
+    def keys(c, t):
+        pair = (tokens[c, t - 1] if t else "nothing", tokens[c, t])
+        return [pair, pair[1], "all"][1 - n_previous:]
+
+    seen = defaultdict(list)
+    for c in range(0, len(tokens), 2):
+        for t in range(tokens.shape[1]):
+            for key in keys(c, t):
+                seen[key].append(values[c, t])
+    guesses = np.empty_like(values[1::2])
+    for c in range(1, len(tokens), 2):
+        for t in range(tokens.shape[1]):
+            key = next(key for key in keys(c, t) if key in seen)
+            guesses[c // 2, t] = np.mean(seen[key], axis=0)
+    return guesses
+
+
+@pytest.mark.parametrize("site, recipe, input_norm", [
+    ("mlp.0", "scaling", "dataset"), ("resid.1", "towards", "dataset"), ("mlp.1", "scaling", "token")])
+def test_the_explanation_is_every_features_mean_decoded(tmp_path, site, recipe, input_norm):
+    """Rare tokens make odd contexts hold tokens and pairs that were never seen; the number of contexts is odd."""
+    tokens = np.minimum(np.random.default_rng(0).geometric(0.15, (61, 7)), 200)
+    this, sae = random_run(tmp_path, site, recipe, input_norm, [*tokens.flat, 0], block_size=7)
+    x = activations_at(this.gpt, this.contexts[:, :-1], site)
+    f, directions, unit = by_hand(sae, x)
+    offset = sae.b_dec.detach().double().numpy() / sae.scale.item()
+    if input_norm == "token":  # features in the units of x, and so the offset, which differs from token to token
+        f, offset = f * unit, sae.b_dec.detach().double().numpy() * unit
+    offset = np.broadcast_to(offset, x.shape)
+    judged = this.contexts[1::2]
+
+    expected = {"plain": this.gpt(judged[:, :-1], judged[:, 1:])[1].item()}
+    for name, n_previous in (("pair", 1), ("token", 0)):
+        guess = means_by_hand(tokens, f, n_previous)  # (30, 7, m)
+        x_hat = means_by_hand(tokens, offset, n_previous)
+        for i in range(sae.config.n_features):  # feature by feature
+            x_hat = x_hat + guess[..., [i]] * directions[i]
+        expected[f"features_by_{name}"] = loss_in_place(this, judged, x_hat)
+        expected[f"x_by_{name}"] = loss_in_place(this, judged, means_by_hand(tokens, x, n_previous))
+    expected["spliced"] = loss_in_place(this, judged, (f @ directions + offset)[1::2])
+    expected["mean_ablated"] = loss_in_place(this, judged, np.broadcast_to(x[::2].mean((0, 1)), x[1::2].shape))
+    expected["zero_ablated"] = loss_in_place(this, judged, np.zeros_like(x[1::2]))
+
+    printed, numbers = explained(tmp_path)
+    for name, loss in expected.items():
+        assert numbers[f"loss_{name}"] == pytest.approx(loss, rel=1e-5), name
+        assert f"{numbers[f'loss_{name}']:.3f}" in printed, name
+        cost = expected["zero_ablated"] - expected["plain"]
+        recovered = pytest.approx((expected["zero_ablated"] - loss) / cost, abs=2e-3) if cost > 0 else None
+        assert numbers["recovered"][name] == recovered, name
+    assert cost > 0 or printed.count("undefined") == len(expected)  # zeros can be better than a random layer
+    pairs = [{(c[t - 1] if t else None, c[t]) for c in part for t in range(7)} for part in (tokens[::2], tokens[1::2])]
+    assert pairs[1] - pairs[0]
+    seen = [(c[t - 1] if t else None, c[t]) in pairs[0] for c in tokens[1::2] for t in range(7)]
+    assert numbers["tokens"] == 210 and numbers["seen_pairs"] == pytest.approx(np.mean(seen), abs=1e-6)
+
+
+def test_where_the_pair_decides_all_its_explanation_is_the_autoencoder_itself(tmp_path):
+    """In contexts of two tokens what the model does is a function of the previous and the current one."""
+    tokens = np.random.default_rng(0).integers(0, 5, 2 * 400 + 1)
+    random_run(tmp_path, tokens=tokens, block_size=2)
+    _, numbers = explained(tmp_path)
+    assert numbers["seen_pairs"] == 1
+    recovered = numbers["recovered"]
+    assert recovered["features_by_pair"] == pytest.approx(recovered["spliced"], abs=1e-4)
+    assert recovered["x_by_pair"] == pytest.approx(1, abs=1e-4)
+    for kind, whole in (("features", "spliced"), ("x", "plain")):
+        assert abs(numbers[f"loss_{kind}_by_token"] - numbers[f"loss_{whole}"]) > 2e-4
+
+
+def test_one_context_cannot_be_explained_by_another(tmp_path):
+    random_run(tmp_path, tokens=range(9), block_size=8)
+    done = script("analyze.py", "explain", f"--out_dir={tmp_path}", "--device=cpu")
+    assert done.returncode == 2 and "--read_tokens" in done.stderr and done.stderr.count("\n") == 1
