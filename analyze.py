@@ -1723,40 +1723,14 @@ def draw_explained(ax, scores):
 # explain: how much of the model is "fires on this token, after that one"?
 
 
-def token_pairs(run):
+def token_tables(run, x):
     """
-    Returns which of the distinct pairs of previous and current token stands at each token (N,
-    T), and the current token of each pair (pairs,), torch. What is first in its context comes
-    after nothing, which counts as a token.
+    x (N T, n), a vector for each token -> its means given the current token, and given the
+    previous and the current one, a row for each pair: two (pairs, n). See means_given_tokens.
     """
-    V = run.tokenizer.n_vocab
-    tokens = run.tokens.reshape(-1, run.T)                                  # (N, T)
-    previous = np.pad(tokens[:, :-1], ((0, 0), (1, 0)), constant_values=V)  # V: there is none
-    pairs, pair_of = np.unique(previous * V + tokens, return_inverse=True)
-    pair_of = torch.from_numpy(pair_of.reshape(-1, run.T))
-    return pair_of, torch.from_numpy(pairs % V)
-
-
-def means_given_tokens(rows, pair_of, token_of):
-    """
-    The mean of rows (L, n) given the current token, and given the previous and the current one,
-    for each distinct pair: two tables (pairs, n). A pair that has no row takes the mean of its
-    current token, and a token that has none the mean of all.
-
-    pair_of: (L,) the pair of each row. token_of: (pairs,) the current token of each pair.
-    """
-    def sums(places, parts, n):  # of what falls on each of n places
-        return parts.new_zeros(n, *parts.shape[1:]).index_add_(0, places, parts)
-
-    # those over tokens are sums of those over pairs
-    pair_sums = sums(pair_of, rows, len(token_of))
-    pair_counts = sums(pair_of, torch.ones(len(rows), 1), len(token_of))
-    V = int(token_of.max()) + 1
-    token_sums = sums(token_of, pair_sums, V)
-    token_counts = sums(token_of, pair_counts, V)
-    by_token = torch.where(token_counts > 0, token_sums / token_counts, rows.mean(0))[token_of]
-    by_pair = torch.where(pair_counts > 0, pair_sums / pair_counts, by_token)
-    return by_token, by_pair
+    coordinates = x.t().contiguous().cpu().numpy()  # (n, N T)
+    means = means_given_tokens(run, coordinates)
+    return [torch.from_numpy(table.T.astype(np.float32)).to(run.device) for table in means]
 
 
 def explanation_losses(run):
@@ -1774,35 +1748,33 @@ def explanation_losses(run):
     Returns losses as `measure` has them, and the share of judged tokens whose pair of tokens
     occurs in the contexts learned from.
     """
-    pair_of, token_of = token_pairs(run)
-    learned = run.x().view(len(run.contexts), run.T, -1)[::2].flatten(0, 1)  # (L, n)
-    learn = pair_of[::2].flatten()                                           # (L,)
-    judge = pair_of[1::2]                                                    # (N - N / 2, T)
-    x_hat = torch.cat([run.sae(x.to(run.device)).cpu() for x in learned.split(8192)])
-    features_by_token, features_by_pair = means_given_tokens(x_hat, learn, token_of)
-    x_by_token, x_by_pair = means_given_tokens(learned, learn, token_of)
-    mean = learned.mean(0).to(run.device)
+    x = run.x()  # (N T, n)
+    x_hat = torch.cat([run.sae(piece) for piece in x.split(8192)])
+    features_by_token, features_by_pair = token_tables(run, x_hat)
+    x_by_token, x_by_pair = token_tables(run, x)
+    mean = x.view(len(run.contexts), run.T, -1)[::2].mean((0, 1))  # (n,)
 
     losses = Counter()
-    judged = run.contexts[1::2]
+    pair_of = torch.from_numpy(run.token_pairs[0]).to(run.device)
+    learn, judge = pair_of[::2], pair_of[1::2]  # (N - N // 2, T), (N // 2, T)
     start = 0
-    for batch in run.batches("splicing", judged):
+    for batch in run.batches("splicing", run.contexts[1::2]):
         places = judge[start:start + len(batch)]  # (b, T)
         start += len(batch)
-        x, plain = activations_and_loss(run, batch)
+        stream, at_site = run.gpt.before(batch[:, :-1], run.site)  # (b, T, n_embd), (b, T, n)
         replacements = {
-            "spliced": run.sae(x),
+            "plain": at_site,
+            "spliced": run.sae(at_site),
             "features_by_pair": features_by_pair[places],
             "features_by_token": features_by_token[places],
             "x_by_pair": x_by_pair[places],
             "x_by_token": x_by_token[places],
-            "mean_ablated": mean.expand_as(x),
-            "zero_ablated": torch.zeros_like(x),
+            "mean_ablated": mean.expand_as(at_site),
+            "zero_ablated": torch.zeros_like(at_site),
         }
-        losses["loss_plain"] += plain * len(batch) / len(judged)
         for name, replacement in replacements.items():
-            loss = loss_with(run, batch, replacement.to(run.device))
-            losses[f"loss_{name}"] += loss * len(batch) / len(judged)
+            loss = loss_with(run, stream, replacement, batch[:, 1:])
+            losses[f"loss_{name}"] += loss * len(batch) / len(judge)
     return losses, torch.isin(judge, learn).float().mean().item()
 
 
