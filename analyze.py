@@ -1749,7 +1749,7 @@ def explanation_losses(run):
     occurs in the contexts learned from.
     """
     x = run.x()  # (N T, n)
-    x_hat = torch.cat([run.sae(piece) for piece in x.split(8192)])
+    x_hat = torch.cat([run.sae(piece) for piece in x.split(2048)])
     features_by_token, features_by_pair = token_tables(run, x_hat)
     x_by_token, x_by_pair = token_tables(run, x)
     mean = x.view(len(run.contexts), run.T, -1)[::2].mean((0, 1))  # (n,)
