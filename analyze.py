@@ -9,6 +9,7 @@ features.
     python analyze.py steer --features=3,17,304       # ... and a table, beside random directions
     python analyze.py search "import numpy as" --without "import os"
     python analyze.py neurons                         # do features differ from neurons?
+    python analyze.py explain                         # how much of the model do tokens explain?
     python analyze.py complete --names=small,large    # which words have a feature of their own?
     python analyze.py scaling --names=a,b,c           # loss against compute, of many finished runs
     python analyze.py compare small large             # splitting; across two models: universality
@@ -45,7 +46,7 @@ from matplotlib.figure import Figure
 
 from model import GPT, UserError, at_least, content_hash, load_gpt, load_tokens, make_parser
 from model import run as run_script  # below, a run is an autoencoder with what belongs to it
-from model import reading, save_json, setup, tracked, write_atomic
+from model import reading, save_json, setup, shuffled_weights, tracked, write_atomic
 from sae import (HELD_OUT, MASSIVE, TRAINED_ON, ActivationStore, SAEConfig, SparseAutoencoder,
                  active_entries, csr, explained_share, find_files, load_sae, massive_share,
                  matching_files, squared_norms, where_float64_is)
@@ -140,6 +141,11 @@ class Run:
     def site(self):
         """The activations' site, such as "mlp.0"; "own" or "toy" where there is no model."""
         return self.source["site"]
+
+    @property
+    def site_in_words(self):
+        """The site, and whether the model is the control of train_sae.py --shuffle_weights."""
+        return f"{self.site}, weights shuffled" if self.source.get("shuffled") else self.site
 
     @property
     def kind(self):
@@ -361,6 +367,8 @@ def load_model(loaded, args):
         raise UserError("--texts is for your own activations: those of a model have its text")
     out_dir = loaded.out_dir
     loaded.gpt, loaded.tokenizer = load_gpt(out_dir, loaded.device)
+    if loaded.source.get("shuffled"):  # train_sae.py --shuffle_weights
+        loaded.gpt = shuffled_weights(loaded.gpt)
     if loaded.gpt.fingerprint() != loaded.source["gpt"]:
         raise UserError(
             f"{loaded.folder}/sae.pt was trained on another gpt.pt than {out_dir} has now: "
@@ -563,12 +571,12 @@ def massive_metrics(run):
     return {"massive_share": share, "explained_without": explained_share(error, variance)}
 
 
-def loss_recovered(losses):
+def loss_recovered(losses, replacement="spliced"):
     """See `measure`. None where zero-ablation costs the model nothing, or less than rounding."""
     plain, zero = losses["loss_plain"], losses["loss_zero_ablated"]
     if zero - plain <= 1e-6 * plain:
         return None
-    return (zero - losses["loss_spliced"]) / (zero - plain)
+    return (zero - losses[f"loss_{replacement}"]) / (zero - plain)
 
 
 def loss_with(run, stream, x, targets):
@@ -1073,7 +1081,7 @@ def show_report(run, args):
     # numbers
     name = os.path.basename(run.folder)
     recipe = run.sae.config.recipe
-    headline = f"{name} · {recipe} recipe · {run.site} · {run.n_features:,} features"
+    headline = f"{name} · {recipe} recipe · {run.site_in_words} · {run.n_features:,} features"
     rows = summary(run, metrics)
     print(f"\n{headline}, on {metrics['tokens']:,} held-out {run.unit}s")
     for row_name, value, note in rows:
@@ -1676,8 +1684,9 @@ def show_neurons(run, args, n_sample=256):
     alive, best, density = highest_correlations(run, unit_rows(mlp))
     share = float((best <= 0.3).mean())
     median = float(np.median(best))
+    neurons = neurons_in_words(run, len(mlp))
     print(
-        f"{len(alive):,} alive features of {run.site} against {neurons_in_words(run, len(mlp))}:\n"
+        f"{len(alive):,} alive features of {run.site_in_words} against {neurons}:\n"
         f"{share:.1%} have no correlation above 0.3; median of the highest {median:.2f}"
     )
     numbers = {
@@ -1733,6 +1742,104 @@ def draw_explained(ax, scores):
             ax.plot(values, shares, style, color=colour, label=label)
     ax.set(xlabel="R^2 given previous and current token", ylabel="cumulative share")
     ax.set_xlim(-0.2, 1)
+
+
+# -----------------------------------------------------------------------------
+# explain: how much of the model is "fires on this token, after that one"?
+
+
+def token_tables(run, x):
+    """
+    x (N T, n), a vector for each token -> its means given the current token, and given the
+    previous and the current one, a row for each pair: two (pairs, n). See means_given_tokens.
+    """
+    coordinates = x.t().contiguous().cpu().numpy()  # (n, N T)
+    means = means_given_tokens(run, coordinates)
+    return [torch.from_numpy(table.T.astype(np.float32)).to(run.device) for table in means]
+
+
+def explanation_losses(run):
+    """
+    How much of the model do tokens explain, by way of the features? Every feature is set to its
+    mean given the current token, or the previous and the current one; what the decoder makes of
+    these means takes the place of the activations. Means are learned on every other context
+    and the losses are those on the rest, as in explained_by_tokens. The reconstruction error
+    does not stay in: the measure is the autoencoder's own splice.
+
+    The decoder is linear, and all features are known from the same tokens, so what it makes of
+    their means is the mean of x_hat: no feature is looked at. (With --input_norm=token the means
+    are of activations in the units of x.) The same of x itself tells what the features add.
+
+    Returns losses as `measure` has them, and the share of judged tokens whose pair of tokens
+    occurs in the contexts learned from.
+    """
+    x = run.x()  # (N T, n)
+    x_hat = torch.cat([run.sae(piece) for piece in x.split(2048)])
+    features_by_token, features_by_pair = token_tables(run, x_hat)
+    x_by_token, x_by_pair = token_tables(run, x)
+    mean = x.view(len(run.contexts), run.T, -1)[::2].mean((0, 1))  # (n,)
+
+    losses = Counter()
+    pair_of = torch.from_numpy(run.token_pairs[0]).to(run.device)
+    learn, judge = pair_of[::2], pair_of[1::2]  # (N - N // 2, T), (N // 2, T)
+    start = 0
+    for batch in run.batches("splicing", run.contexts[1::2]):
+        places = judge[start:start + len(batch)]  # (b, T)
+        start += len(batch)
+        stream, at_site = run.gpt.before(batch[:, :-1], run.site)  # (b, T, n_embd), (b, T, n)
+        replacements = {
+            "plain": at_site,
+            "spliced": run.sae(at_site),
+            "features_by_pair": features_by_pair[places],
+            "features_by_token": features_by_token[places],
+            "x_by_pair": x_by_pair[places],
+            "x_by_token": x_by_token[places],
+            "mean_ablated": mean.expand_as(at_site),
+            "zero_ablated": torch.zeros_like(at_site),
+        }
+        for name, replacement in replacements.items():
+            loss = loss_with(run, stream, replacement, batch[:, 1:])
+            losses[f"loss_{name}"] += loss * len(batch) / len(judge)
+    return losses, torch.isin(judge, learn).float().mean().item()
+
+
+# what explanation_losses puts in the place of the activations, in words
+IN_PLACE = {
+    "plain": "nothing: the model as it is",
+    "spliced": "the autoencoder's reconstruction",
+    "features_by_pair": "features by previous and current token",
+    "features_by_token": "features by current token",
+    "x_by_pair": "activations by previous and current token",
+    "x_by_token": "activations by current token",
+    "mean_ablated": "their mean",
+    "zero_ablated": "zeros",
+}
+
+
+def show_explain(run, args):
+    """
+    The loss of the model with each feature as its tokens predict it, beside that with the
+    autoencoder's reconstruction (Bricken et al., "How much of the model does our interpretation
+    explain?", leave open how to measure this).
+    """
+    if len(run.contexts) < 2:
+        raise UserError(
+            f"explain learns from one context of {run.T} tokens and judges on another: "
+            "raise --read_tokens, or hold out more text"
+        )
+    losses, seen = explanation_losses(run)
+    recovered = {name: loss_recovered(losses, name) for name in IN_PLACE}
+    n_judged = len(run.contexts) // 2 * run.T
+    print(
+        f"{run.folder}, on {n_judged:,} held-out tokens, with means learned on the other "
+        f"{len(run.tokens) - n_judged:,},\n"
+        f"where {seen:.1%} of these have their pair of tokens, too\n\n"
+        f"{'in the place of the activations':<44}{'loss':>8}{'recovered':>12}"
+    )
+    for name, words in IN_PLACE.items():
+        share = or_undefined(recovered[name], ".3f")
+        print(f"  {words:<42}{losses[f'loss_{name}']:8.3f}{share:>12}")
+    save(run, "explain", tokens=n_judged, seen_pairs=seen, recovered=recovered, **losses)
 
 
 # -----------------------------------------------------------------------------
@@ -2466,7 +2573,7 @@ def show_universality(run, a, b, rng):
     best = best_matches(a, b, rng.permutation(len(a.x())))
     models = "two models" if a.source["gpt"] != b.source["gpt"] else "two sites of one model"
     print(
-        f"{models}: {a.site} ({a.folder}) and {b.site} ({b.folder})\n"
+        f"{models}: {a.site_in_words} ({a.folder}) and {b.site_in_words} ({b.folder})\n"
         f"median of each one's highest correlation  {'found':>12}{'shuffled':>12}"
     )
     medians = {}
@@ -3149,6 +3256,7 @@ COMMANDS = {
     "steer": Command(show_steer),
     "search": Command(show_search, takes="texts"),
     "neurons": Command(show_neurons, kinds=("model", "own")),
+    "explain": Command(show_explain),
     "complete": Command(show_complete),
     "scaling": Command(show_scaling, kinds=("model", "own", "toy"), logs_only=True),
     "compare": Command(show_compare, kinds=("model", "own"), takes="names"),

@@ -20,6 +20,7 @@ Notable:
   with weights_only=True
 """
 import argparse
+import copy
 import ctypes
 import hashlib
 import json
@@ -280,6 +281,30 @@ def load_gpt(out_dir, device="cpu"):
                         "run python train_gpt.py again")
     tokenizer = load_tokenizer(os.path.join(out_dir, "tokenizer.json"))
     return gpt.eval().requires_grad_(False), tokenizer
+
+
+@torch.no_grad()
+def shuffled_weights(gpt):
+    """
+    A copy of a GPT with the entries of each weight matrix in random order: the control of
+    Bricken et al., "Do features tell us about the model or the data?". It has the sizes of
+    the trained model's weights and nothing of what was learned, so whatever is found in it
+    comes from the text.
+
+    Embeddings and the unembedding are matrices, too; biases and LayerNorm's gains are not,
+    and stay. The order is drawn by the model's own fingerprint: each model has one shuffled
+    copy, and those of two models share no order.
+    """
+    rng = np.random.default_rng(int(gpt.fingerprint(), 16))
+    shuffled = copy.deepcopy(gpt)
+    for name, p in shuffled.named_parameters():
+        if p.dim() < 2:
+            continue
+        # query, key and value are matrices of their own, each with its own size of entries
+        for matrix in p.chunk(3 if "c_attn" in name else 1):
+            order = torch.from_numpy(rng.permutation(matrix.numel())).to(p.device)
+            matrix.copy_(matrix.flatten()[order].view_as(matrix))
+    return shuffled
 
 
 # =============================================================================

@@ -6,12 +6,14 @@ GPT -> activations in .npy -> a sparse autoencoder.
     python train_sae.py --site=resid --l1_coeff=2 --name=resid
     python train_sae.py --acts='my/*.npy' --name=mine            # your own, without a GPT
     python train_sae.py --acts=toy --n_features=512 --name=toy   # does it find known directions?
+    python train_sae.py --shuffle_weights --name=shuffled        # what of this is the model's?
     python train_sae.py --stream --max_iters=100000 --name=long  # no activations on disk
     python train_sae.py --resume                                 # go on after a kill or Ctrl-C
     torchrun --nproc_per_node=2 train_sae.py --batch_size=1024   # two GPUs or two CPUs
 
 Reads what train_gpt.py left in out_dir. Writes out_dir/acts/<site>.<layer>/*.npy (float16 rows,
-shuffled; runs of one model share them) and out_dir/sae/<name>/: sae.pt, log.jsonl.
+shuffled; runs of one model share them; those of the model with shuffled weights lie in a folder
+<site>.<layer>-shuffled) and out_dir/sae/<name>/: sae.pt, log.jsonl.
 """
 import glob
 import math
@@ -29,8 +31,8 @@ import torch.distributed as dist
 from model import (ANEW, Progress, UserError, at_least, average_gradients, check_finite, interval,
                    load_gpt, load_json, load_tokens, lock_alone, lock_shared, make_parser,
                    rank_0_first, reading, resumable, run, same_on_all_ranks, save_json,
-                   save_jsonl, setup, step_count, steps, to_device, torchrun_ranks, tracked,
-                   write_atomic)
+                   save_jsonl, setup, shuffled_weights, step_count, steps, to_device,
+                   torchrun_ranks, tracked, write_atomic)
 from sae import (HELD_OUT, MASSIVE, RECIPES, SHARD_ROWS, STARTS, TRAINED_ON, ActivationStore,
                  ActivationStream, SAEConfig, SparseAutoencoder, explained_share, l1_at, lr_at,
                  massive_share, matching_files, mean_share, own_source, paper_lambda,
@@ -85,6 +87,9 @@ def parse_args():
     add("--toy_offset", type=at_least(0, float), default=0.0,
         help="toy: norm of a vector that is added to all rows, which have about norm 1 without; "
         "a pre-encoder bias is for data like this")
+    add("--shuffle_weights", action="store_true",
+        help="a control: of the model with the entries of each weight matrix in random order, "
+        "which has learned nothing")
     add("--stream", action="store_true",
         help="make them when they are needed, write none to disk")
     add("--input_norm", default="dataset", choices=["dataset", "token", "none"],
@@ -244,6 +249,8 @@ def from_gpt(args, device):
     """
     site = f"{args.site}.{args.layer}"
     gpt, _ = load_gpt(args.out_dir, device)
+    if args.shuffle_weights:
+        gpt = shuffled_weights(gpt)
     width = gpt.site_width(site)
     tokens = {}
     for split in ("train", "val"):
@@ -252,7 +259,10 @@ def from_gpt(args, device):
     def make(split, start, n, rank=0, ranks=1):
         return gpt_rows(gpt, tokens[split], site, start, n, rank, ranks)
 
-    return {"site": site, "gpt": gpt.fingerprint()}, width, make
+    source = {"site": site, "gpt": gpt.fingerprint()}
+    if args.shuffle_weights:  # analyze.py shuffles them again
+        source["shuffled"] = True
+    return source, width, make
 
 
 def from_toy(args, n_directions=256, width=64):
@@ -313,7 +323,9 @@ def prepare(args, device, checkpoint=None):
         "width": width,
         "version": ROWS_VERSION,
     }
-    folder = os.path.join(args.out_dir, "acts", source["site"])
+    # the shuffled model's have their own folder: in one, each run would remove the other's
+    control = "-shuffled" if args.shuffle_weights else ""
+    folder = os.path.join(args.out_dir, "acts", source["site"] + control)
     train_paths, val_paths = dump(folder, meta, make, args.n_acts)
     store = ActivationStore(train_paths, args.seed, device=device)
     val_store = ActivationStore(val_paths, args.seed, device=device)
@@ -700,6 +712,8 @@ def main():
     if args.pre_bias == "yes" and RECIPES[args.recipe].tied:
         reason = "its weights are tied, so there is no b_dec to subtract"
         raise UserError(f"--pre_bias=yes is not for --recipe={args.recipe}: {reason}")
+    if args.shuffle_weights and args.acts != "gpt":
+        raise UserError("--shuffle_weights is for a model's activations: give no --acts with it")
     machine = setup(args)
     # of all ranks together, here and in the checkpoint
     args.batch_size *= machine.ranks
