@@ -940,17 +940,19 @@ def test_the_page_tells_activations_and_the_effect_of_ablating_the_feature_on_th
         change = (without[..., 0] - plain).flatten().numpy()
         assert d["density"] == pytest.approx(density[i]) and ("examples" in d) == f[i].any()
         for example in d.get("examples", ()):
-            tokens, marked, active = (example[key] for key in ("tokens", "marked", "active"))
-            starts = [s for s in range(len(this.tokens)) if this.tokens[s:s + len(tokens)].tolist() == tokens
-                      and s // 30 == (s + len(tokens) - 1) // 30]
-            assert len(starts) == 1 and 0 <= marked < len(tokens) == 24 and str(marked) in active
-            window = f[i, starts[0]:starts[0] + 24]
-            assert set(active) == {str(k) for k in np.flatnonzero(window > 1e-6)}
-            for k, (activation, effect) in active.items():
-                assert activation == pytest.approx(window[int(k)], rel=6e-3)
-                assert effect == pytest.approx(change[starts[0] + int(k)], rel=6e-3, abs=2e-5)
-                checked += 1
+            context, marked, active = (example[key] for key in ("context", "marked", "active"))
+            start, end = example["window"]
+            assert 0 <= start <= marked < end == start + 24 <= 30 and str(marked) in active
+            whole = f[i, 30 * context:30 * context + 30]
+            assert set(active) == {str(t) for t in np.flatnonzero(whole > 1e-6)}
+            for t, (activation, *effect) in active.items():
+                assert activation == pytest.approx(whole[int(t)], rel=6e-3)
+                assert len(effect) == (start <= int(t) < end)
+                if effect:
+                    assert effect[0] == pytest.approx(change[30 * context + int(t)], rel=6e-3, abs=2e-5)
+                    checked += 1
     assert checked > 300
+    assert data["contexts"] == this.contexts[:, :-1].tolist()
     assert [text["tokens"] for text in data["texts"]] == [this.contexts[k, :-1].tolist() for k in (0, 32, 65)]
     for text in data["texts"]:
         k = this.contexts[:, :-1].tolist().index(text["tokens"])
