@@ -191,9 +191,9 @@ class GPT(nn.Module):
 
     def after(self, site, stream, x):
         """
-        The rest of trunk, with x (B, T, site_width) at the site. Several x can follow one
-        `before`. In the last layer all that is left treats each token by itself: B and T may
-        then be any.
+        The rest of trunk, with x (B, T, site_width) at the site; (1, 1, site_width) is the same
+        x at every token. Several x can follow one `before`. In the last layer all that is left
+        treats each token by itself: B and T may then be any.
         """
         names = [name for name, _, _ in self.sites]
         (_, kind, block), *later = self.sites[names.index(site):]
