@@ -45,8 +45,8 @@ from model import GPT, UserError, at_least, content_hash, load_gpt, load_tokens,
 from model import run as run_script  # below, a run is an autoencoder with what belongs to it
 from model import reading, save_json, setup, tracked, write_atomic
 from sae import (HELD_OUT, MASSIVE, TRAINED_ON, ActivationStore, SAEConfig, SparseAutoencoder,
-                 explained_share, find_files, load_sae, massive_share, matching_files,
-                 squared_norms, where_float64_is)
+                 active_entries, csr, explained_share, find_files, load_sae, massive_share,
+                 matching_files, squared_norms, where_float64_is)
 
 # Bricken et al. ("feature density histograms") set apart an "ultra-low density cluster": features
 # that are active on fewer than one token in a million.
@@ -192,9 +192,22 @@ class Run:
         """The tokens of all contexts in a row (N T,), numpy. A position is an index into it."""
         return self.contexts[:, :-1].reshape(-1).numpy()
 
+    @cached_property
+    def token_pairs(self):
+        """
+        The distinct pairs of a token and the one before it, of which a context's first token has
+        none: which pair stands at each place (N, T), and each pair's current token (pairs,).
+        """
+        none = self.tokenizer.n_vocab
+        tokens = self.tokens.reshape(-1, self.T)                                   # (N, T)
+        previous = np.pad(tokens[:, :-1], ((0, 0), (1, 0)), constant_values=none)  # (N, T)
+        pairs, pair_of = np.unique(previous * none + tokens, return_inverse=True)
+        return pair_of.reshape(-1, self.T), pairs % none
+
     def batches(self, label, contexts):
-        """Yields contexts (b, T + 1), or rows, some 4,096 tokens at a time, and prints progress."""
-        size = max(1, 4096 // (contexts.shape[1] - 1)) if self.gpt else 4096
+        """Yields contexts (b, T + 1), or rows, some 2,048 tokens at a time, and prints progress."""
+        # logits of more tokens are too large for memory that is used again for the next
+        size = max(1, 2048 // (contexts.shape[1] - 1)) if self.gpt else 2048
         unit = "contexts" if self.gpt else "rows"
         for batch in tracked(label, contexts.split(size), unit):
             yield batch.to(self.device)
@@ -223,17 +236,17 @@ class Run:
 
     def x(self, site=None):
         """
-        Activations (N T, n) of the contexts at a site, by default this run's, on the CPU; of
+        Activations (N T, n) of the contexts at a site, by default this run's, on its device; of
         somebody's own rows those at `places` (N, n).
         """
         site = site or self.site
         if site == "own" and site not in self.kept:
-            self.kept[site] = self.store.at(self.places).float()
+            self.kept[site] = self.store.at(self.places).float().to(self.device)
         if site not in self.kept:
             parts = []
             for batch in self.batches(f"reading {site}", self.contexts):
                 x = self.gpt.activations(batch[:, :-1], site)  # (b, T, n)
-                parts.append(x.flatten(0, 1).cpu())
+                parts.append(x.flatten(0, 1))
             self.kept[site] = torch.cat(parts)  # 256 MB for the default's 131,072 x 512
         return self.kept[site]
 
@@ -243,8 +256,7 @@ class Run:
         features = torch.as_tensor(features, dtype=torch.long, device=self.device)
         acts = np.empty((len(features), len(x)), dtype=np.float32)
         for start in range(0, len(x), 8192):  # in pieces: what is in between stays in the cache
-            piece = x[start:start + 8192].to(self.device)
-            f = self.sae.encode(piece, features)  # (8192, k)
+            f = self.sae.encode(x[start:start + 8192], features)  # (8192, k)
             acts[:, start:start + 8192] = f.t().cpu().numpy()
         return acts
 
@@ -267,7 +279,14 @@ class Run:
     def neurons(self):
         """What the neurons at neuron_sites do on every token -> (n_neurons, N T), numpy."""
         none = np.empty((0, len(self.x())), dtype=np.float32)
-        return np.concatenate([none] + [self.x(site).t().numpy() for site in self.neuron_sites])
+        acts = [self.x(site).t().cpu().numpy() for site in self.neuron_sites]
+        return np.concatenate([none] + acts)
+
+    @property
+    def in_last_layer(self):
+        """Whether all that comes after the site treats each token by itself."""
+        _, layer = self.site.split(".")
+        return int(layer) == self.gpt.config.n_layer - 1
 
     def put(self, x):
         """A hook that puts x (b, T, n) in the place of the activations at the site."""
@@ -437,31 +456,33 @@ def measure(run):
     Each is None where it would be divided by nothing.
     """
     sae = run.sae
-    mean = run.x().mean(0).to(sae.W_dec) if run.gpt else None  # (n,), for mean-ablation
+    if run.gpt:
+        mean = run.x().mean(0).to(sae.W_dec).view(1, 1, -1)  # for mean-ablation
     first = (run.x() if run.gpt else run.held_out)[0].to(run.device)
     origin = where_float64_is(first).double()  # (n,): see variance_of
     losses = Counter()
     sums = []  # of each batch, over its tokens: nothing of size (tokens x features) is kept
     for batch in run.batches("measuring", run.held_out):
         if run.gpt:
-            x, plain = activations_and_loss(run, batch)
+            stream, at_site = run.gpt.before(batch[:, :-1], run.site)  # (b, T, n_embd), (b, T, n)
+            x = at_site.flatten(0, 1)
         else:
             x = batch.float()
-        f = sae.encode(x)                          # (b, T, m), of own rows (b, m)
-        x_hat = sae.decode(f, sae.input_scale(x))  # as x
+        f = sparse_where_it_pays(sae, x)           # (tokens, m)
+        x_hat = sae.decode(f, sae.input_scale(x))  # (tokens, n), as x
         away = where_float64_is(x).double() - origin
         error = where_float64_is(x_hat - x).double()
-        parts = (f > 0, f.square(), away, away.square(), error.square())
-        sums.append([part.flatten(0, -2).sum(0).cpu().double() for part in parts])
+        parts = (away, away.square(), error.square())
+        sums.append([*activity(f), *[part.sum(0).cpu() for part in parts]])
         if run.gpt:
             replacements = {
-                "spliced": x_hat,
-                "mean_ablated": mean.expand_as(x),
-                "zero_ablated": torch.zeros_like(x),
+                "plain": at_site,
+                "spliced": x_hat.view_as(at_site),
+                "mean_ablated": mean,
+                "zero_ablated": torch.zeros_like(mean),
             }
-            losses["loss_plain"] += plain * len(batch) / len(run.held_out)
             for name, replacement in replacements.items():
-                loss = loss_with(run, batch, replacement)
+                loss = loss_with(run, stream, replacement, batch[:, 1:])
                 losses[f"loss_{name}"] += loss * len(batch) / len(run.held_out)
 
     # means over all tokens, in float64: of features (m,) and of coordinates of x (n,)
@@ -494,14 +515,11 @@ def count_active(run, n_tokens=None):
             work += sum(p.numel() for p in run.gpt.blocks.parameters())
         faster = 1 if run.device.type == "cpu" else 100
         n_tokens = int(faster * DENSITY_WORK / work)
-    counts = np.zeros(run.n_features, dtype=np.int64)
+    counts = np.zeros(run.n_features)
     n_seen = 0
     for x in run.trained_x(n_tokens):
-        active = run.sae.encode(x) > 0  # (b, m)
-        if run.device.type == "cpu":
-            counts += np.count_nonzero(active.numpy(), axis=0)  # torch takes ten times as long
-        else:
-            counts += active.sum(0).cpu().numpy()
+        n_active, _ = activity(sparse_where_it_pays(run.sae, x))
+        counts += n_active.numpy()
         n_seen += len(x)
     return counts / n_seen, n_seen
 
@@ -526,7 +544,7 @@ def massive_metrics(run):
     more than MASSIVE, the variance explained of the others: an autoencoder may explain the few
     and nothing else.
     """
-    x = run.x()
+    x = where_float64_is(run.x())
     share = massive_share(x)
     if not share > MASSIVE:  # of zeros alone it is NaN
         return {"massive_share": share}
@@ -536,7 +554,7 @@ def massive_metrics(run):
     mean = ordinary.mean(0, dtype=torch.float64)
     variance = error = 0.0
     for piece in ordinary.split(8192):
-        x_hat = run.sae(piece.to(run.device)).cpu()
+        x_hat = run.sae(piece.to(run.device)).to(x.device)
         error += (x_hat - piece).double().square().sum().item()
         variance += (piece.double() - mean).square().sum().item()
     return {"massive_share": share, "explained_without": explained_share(error, variance)}
@@ -550,21 +568,40 @@ def loss_recovered(losses):
     return (zero - losses["loss_spliced"]) / (zero - plain)
 
 
-def activations_and_loss(run, contexts):
-    """One pass over contexts (b, T + 1) -> x (b, T, n) at the site, the model's loss in nats."""
-    found = {}
+def loss_with(run, stream, x, targets):
+    """
+    The model's loss on targets (b, T) with x (b, T, n) at the site, or at each token the same
+    (1, 1, n), where the residual stream is stream (b, T, n_embd): what comes before the site is
+    not computed anew.
+    """
+    logits = run.gpt.lm_head(run.gpt.after(run.site, stream, x))
+    logits = logits.expand(*targets.shape, -1)  # (b, T, vocab_size)
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten()).item()
 
-    def keep(site, x):  # returns None, which changes nothing
-        found[site] = x
 
-    _, loss = run.gpt(contexts[:, :-1], contexts[:, 1:], keep)
-    return found[run.site], loss.item()
+def sparse_where_it_pays(sae, x):
+    """
+    sae.encode(x), x (b, n) -> (b, m). On a CPU, where few features are active, it is a sparse
+    matrix: finding its entries and all that is done with them takes a fraction of the time.
+    """
+    scaled = sae.scaled(x)
+    if not sae.sparse_pays(scaled):
+        return sae.encode(x)
+    entries = active_entries(sae.encoder_input(scaled), sae.W_enc, sae.b_enc)
+    return csr(*entries, x, sae.W_dec)
 
 
-def loss_with(run, contexts, replacement):
-    """The model's loss on contexts (b, T + 1) with something else (b, T, n) at the site."""
-    _, loss = run.gpt(contexts[:, :-1], contexts[:, 1:], run.put(replacement))
-    return loss.item()
+def activity(f):
+    """
+    On how many vectors of f (b, m), of sparse_where_it_pays, each feature is active, and the sum
+    of its squared activations: (m,) each, on the CPU, in float64.
+    """
+    if f.layout != torch.sparse_csr:
+        return [part.sum(0).cpu().double() for part in (f > 0, f.square())]
+    m = f.shape[1]
+    features = f.col_indices()  # of each entry, all of them active
+    squares = torch.bincount(features, f.values().double().square(), m)
+    return [torch.bincount(features, minlength=m).double(), squares]
 
 
 def blocks(n, size=256):
@@ -615,6 +652,36 @@ def unit_rows(a):
     return a
 
 
+def unit_columns(x):
+    """x (tokens, k), columns about their means, of unit norm; what is constant stays 0."""
+    x = x - x.mean(0, dtype=torch.float64).float()
+    x /= x.norm(dim=0, dtype=torch.float64).float().clip(1e-15)
+    return x
+
+
+def closest(acts, others):
+    """
+    The highest of the Pearson correlations of activations (k, tokens) with others, the columns
+    of unit_rows (tokens, l) -> (k,); -inf where there are none. Of activations few are not 0: a
+    product with those is soon done.
+    """
+    active = np.flatnonzero(acts > 0)  # in rows one after the other
+    rows, tokens = np.divmod(active, acts.shape[1])
+    values = acts.ravel()[active]
+    starts = np.searchsorted(rows, np.arange(len(acts) + 1))
+    entries = map(torch.from_numpy, (starts, tokens, values))
+    sparse = torch.sparse_csr_tensor(*entries, acts.shape, check_invariants=False)
+    products = (sparse @ others).numpy()  # (k, l)
+
+    # others are about their means and of norm 1, these are not yet
+    squares = np.bincount(rows, values.astype(np.float64)**2, len(acts))
+    sums = np.bincount(rows, values, len(acts))
+    variances = squares - sums**2 / acts.shape[1]
+    # what is constant correlates with nothing
+    norms = np.sqrt(np.where(variances > 1e-9 * squares, variances, np.inf))
+    return (products / norms[:, None]).max(1, initial=-np.inf)
+
+
 def highest_correlations(run, others):
     """
     Returns the numbers of the alive features, the highest correlation of each with any of others
@@ -622,9 +689,10 @@ def highest_correlations(run, others):
     """
     best = np.zeros(run.n_features)
     density = np.zeros(run.n_features)
+    others = torch.from_numpy(others).t().contiguous()  # (N T, k)
     for block in tracked("correlating", blocks(run.n_features), "features"):
-        acts = run.activations(block)                      # (block, N T)
-        best[block] = (unit_rows(acts) @ others.T).max(1)  # of correlations (block, k)
+        acts = run.activations(block)  # (block, N T)
+        best[block] = closest(acts, others)
         density[block] = (acts > 0).mean(1)
     alive = np.flatnonzero(density)
     if len(alive) == 0:
@@ -632,42 +700,56 @@ def highest_correlations(run, others):
     return alive, best[alive], density[alive]
 
 
+def means_given_tokens(run, acts):
+    """
+    The means of activations (k, N T) given the current token, and given the previous and the
+    current token -> by_token, by_pair: (k, pairs) each, a column for each distinct pair of
+    run.token_pairs.
+
+    They are learned on every other context, the first, third and so on. What was not seen there
+    falls back to the coarser mean. by_pair[:, pair_of[1::2]] is what they predict on the others.
+    """
+    pair_of, token_of = run.token_pairs
+    V = run.tokenizer.n_vocab
+    learn = pair_of[::2].ravel()
+    # sums over pairs tell all: those over tokens are sums of them
+    pair_counts = np.bincount(learn, minlength=len(token_of))
+    token_counts = np.bincount(token_of, pair_counts, V)
+    by_token = np.empty((len(acts), len(token_of)))
+    by_pair = np.empty_like(by_token)
+    for k, row in enumerate(acts.reshape(len(acts), -1, run.T)):
+        learned = row[::2].ravel()
+        pair_sums = np.bincount(learn, learned, len(token_of))
+        token_means = np.bincount(token_of, pair_sums, V) / token_counts.clip(1)
+        by_token[k] = np.where(token_counts > 0, token_means, learned.mean())[token_of]
+        by_pair[k] = np.where(pair_counts > 0, pair_sums / pair_counts.clip(1), by_token[k])
+    return by_token, by_pair
+
+
 def explained_by_tokens(run, acts):
     """
     How well activations (k, N T) are predicted by their mean given the current token, and
     given the previous and the current token -> R^2 (k, 2).
 
-    Means are learned on every other context and judged on the rest; what was not seen falls
-    back to the coarser mean. High: "fires on this token (after that one)" says it all. It
-    says nothing of what a feature does, and a feature of a topic, which no one or two tokens
-    show, scores low though it is clear.
+    Means are learned on every other context and judged on the rest: see means_given_tokens.
+    High: "fires on this token (after that one)" says it all. It says nothing of what a feature
+    does, and a feature of a topic, which no one or two tokens show, scores low though it is
+    clear.
     """
-    V = run.tokenizer.n_vocab
-    tokens = run.tokens.reshape(-1, run.T)                                  # (N, T)
-    previous = np.pad(tokens[:, :-1], ((0, 0), (1, 0)), constant_values=V)  # V: there is none
-    pairs, pair_of = np.unique(previous * V + tokens, return_inverse=True)
-    pair_of = pair_of.reshape(-1, run.T)  # (N, T), indices into the distinct pairs
-    learn = pair_of[::2].ravel()
+    pair_of, token_of = run.token_pairs
     judge = pair_of[1::2].ravel()
-
-    # sums over pairs tell all: those over tokens are sums of them
-    token_of = pairs % V  # the current token of each distinct pair
-    pair_counts = np.bincount(learn, minlength=len(pairs))
-    token_counts = np.bincount(token_of, pair_counts, V)
+    counts = np.bincount(judge, minlength=len(token_of))  # of each pair
+    rows = acts.reshape(len(acts), -1, run.T)[:, 1::2]
     scores = []
-    for row in acts.reshape(len(acts), -1, run.T):
-        # the mean of each distinct pair, and of each token, on the contexts learned from
-        learned = row[::2].ravel()
-        pair_sums = np.bincount(learn, learned, len(pairs))
-        token_means = np.bincount(token_of, pair_sums, V) / token_counts.clip(1)
-        by_token = np.where(token_counts > 0, token_means, learned.mean())[token_of]
-        by_pair = np.where(pair_counts > 0, pair_sums / pair_counts.clip(1), by_token)
-
-        # how much of the variance on the others these means leave
-        truth = row[1::2].ravel().astype(np.float64)
-        total = np.square(truth - truth.sum() / max(1, len(truth))).sum()
-        errors = [np.square(truth - guess[judge]).sum() for guess in (by_token, by_pair)]
-        scores.append(1 - np.array(errors) / (total or np.nan))  # NaN: never active there
+    for row, *guesses in zip(rows, *means_given_tokens(run, acts)):
+        on = np.flatnonzero(row.ravel() != 0)
+        truth = row.ravel()[on].astype(np.float64)
+        squares = truth @ truth
+        total = squares - truth.sum()**2 / max(1, len(judge))
+        # sum (truth - guess)^2, multiplied out: most of the truth is 0
+        errors = [squares - 2 * truth @ g[judge[on]] + counts @ np.square(g) for g in guesses]
+        # NaN: never active there, or always as much
+        scores.append(1 - np.array(errors) / (total if total > 1e-12 * squares else np.nan))
     return np.array(scores)
 
 
@@ -774,18 +856,20 @@ def title(run, i, acts):
 
 def top_examples(run, acts, n):
     """Positions of the n largest activations, each with other tokens just before and after it."""
-    on = np.flatnonzero(acts)
+    on = np.flatnonzero(acts > 0)  # of a float array it takes ten times as long
     ranked = on[np.argsort(-acts[on], kind="stable")][:200].tolist()  # enough to choose from
     if not run.gpt:  # rows have no tokens
         return ranked[:n]
     seen = set()
     positions = []
     for position in ranked:
+        if len(positions) == n:
+            break
         around = run.tokens[max(0, position - 4):position + 2].tobytes()
         if around not in seen:
             seen.add(around)
             positions.append(position)
-    return positions[:n]
+    return positions
 
 
 def examples(run, acts, n_top, n_intervals, each, rng):
@@ -795,7 +879,7 @@ def examples(run, acts, n_top, n_intervals, each, rng):
     the intervals of the feature browser). acts: (N T,) -> list of (label, position)
     """
     chosen = [("top", position) for position in top_examples(run, acts, n_top)]
-    on = np.flatnonzero(acts)
+    on = np.flatnonzero(acts > 0)
     edges = np.linspace(0, acts.max(), n_intervals + 1)
     for k in reversed(range(n_intervals)):
         # intervals of the activation itself, as wide as one another, not of its rank
@@ -807,32 +891,39 @@ def examples(run, acts, n_top, n_intervals, each, rng):
     return chosen
 
 
-def ranked_pairs(numbers, values, by, n):
-    """numbers, values, by: (k,) -> [(number, value)] of the n entries largest in `by`."""
-    best = by.topk(min(n, len(by))).indices.tolist()
-    return [(int(numbers[j]), values[j].item()) for j in best]
-
-
-def related(run, i, largest, n):
+def ranked_pairs(values, by, n, numbers=None):
     """
-    Returns the n tokens that feature i at its largest activation raises most, the n that it
-    lowers most (rare ones left out: see RARE), and its n nearest neurons: three lists of
-    (number, logit or cosine).
+    values, by: (k, c) -> for each of the k rows [(number, value)] of the n entries largest in
+    `by`. numbers: (c,), those of the columns, by default 0, 1, 2 ...
+    """
+    best = by.topk(min(n, by.shape[1])).indices     # (k, n)
+    chosen = values.gather(1, best)
+    if numbers is not None:
+        best = numbers[best]
+    pairs = zip(best.tolist(), chosen.tolist())     # two lists a row
+    return [list(zip(*both)) for both in pairs]
+
+
+def related(run, features, largest, n):
+    """
+    For each of some features (k numbers) with their largest activations (k,) the n tokens that it
+    raises most there, the n that it lowers most (rare ones left out: see RARE), and its n nearest
+    neurons: a list of k such triples, of lists of (number, logit or cosine).
     """
     kind, layer = run.site.split(".")
-    direction = run.sae.W_dec[i]
-    logits = logit_effects(run, direction[None])[0] * largest  # (vocab_size,)
-    frequent = np.flatnonzero(run.token_counts >= RARE)
-    logits = logits[torch.from_numpy(frequent)]  # (k,): of these alone
-    if kind == "mlp":
-        cosines = direction  # the neurons are the axes
-    else:
-        W_out = run.gpt.blocks[int(layer)].mlp_proj.weight  # (n_embd, n_neurons)
-        cosines = direction @ F.normalize(W_out, dim=0)     # with what each neuron writes
-    raised = ranked_pairs(frequent, logits, logits, n)
-    lowered = ranked_pairs(frequent, logits, -logits, n)
-    nearest = ranked_pairs(range(len(cosines)), cosines, cosines.abs(), n)
-    return raised, lowered, nearest
+    directions = run.sae.W_dec[features]  # (k, n)
+    largest = torch.as_tensor(largest).to(directions)
+    logits = logit_effects(run, directions) * largest[:, None]  # (k, vocab_size)
+    frequent = torch.from_numpy(np.flatnonzero(run.token_counts >= RARE)).to(run.device)
+    logits = logits[:, frequent]  # of these alone
+    cosines = directions  # at an mlp site the neurons are the axes
+    if kind != "mlp":
+        W_out = run.gpt.blocks[int(layer)].mlp_proj.weight    # (n_embd, n_neurons)
+        cosines = directions @ F.normalize(W_out, dim=0)      # with what each neuron writes
+    raised = ranked_pairs(logits, logits, n, frequent)
+    lowered = ranked_pairs(logits, -logits, n, frequent)
+    nearest = ranked_pairs(cosines, cosines.abs(), n)
+    return list(zip(raised, lowered, nearest))
 
 
 def print_feature(run, i, acts, n_top=5, n_intervals=4, each=1, n_tokens=8, note=""):
@@ -861,13 +952,13 @@ def print_related(run, i, largest, n):
     """
     axes = "neurons" if run.gpt else "columns"
     if run.gpt:
-        raised, lowered, nearest = related(run, i, largest, n)
+        (raised, lowered, nearest), = related(run, [i], [largest], n)
         for label, pairs in (("raises", raised), ("lowers", lowered)):
             texts = [f"{quoted(run, token)} {logit:+.1f}" for token, logit in pairs]
             print(f"  {label:>8}  " + "  ".join(texts))
     else:
-        direction = run.sae.W_dec[i]
-        nearest = ranked_pairs(range(len(direction)), direction, direction.abs(), n)
+        direction = run.sae.W_dec[[i]]
+        nearest, = ranked_pairs(direction, direction.abs(), n)
     texts = [f"{number} {cosine:+.2f}" for number, cosine in nearest]
     print(f"  {axes:>8}  " + "  ".join(texts))
 
@@ -987,8 +1078,10 @@ def show_report(run, args):
     print_features(run, "drawn at random", drawn[:args.show])
     print()
     if run.gpt:
-        write_page(run, headline, rows, density)
+        write_page(run, headline, rows, density, np.sort(best[:ON_PAGE]))
         print(f"wrote {os.path.join(run.folder, 'features.html')}: open it in a browser")
+        if run.n_features > ON_PAGE:
+            print(f"  it has {ON_PAGE:,} {most_energetic(run)}")
     save(run, "metrics", **metrics)
 
 
@@ -1510,7 +1603,7 @@ def explainability(run, alive, mlp, density, rng, n_sample):
     acts = {
         "features": run.activations(features),
         "neurons": mlp[neurons],
-        "random directions": (run.x().numpy() @ directions).T,
+        "random directions": (run.x().cpu().numpy() @ directions).T,
     }
     scores = {}
     for kind, rows in acts.items():
@@ -2160,7 +2253,8 @@ def splitting(small, large, order):
     """
     m = small.n_features
     acts = sparse_and_shuffled(small, order)
-    found = defaultdict(list)  # of each block of large features, for each kind: (2, m)
+    highest = defaultdict(lambda: np.full(m, -np.inf))  # of each kind
+    n_similar = defaultdict(lambda: np.zeros(m, dtype=int))
     for block in tracked("comparing", blocks(large.n_features), "features"):
         theirs = torch.from_numpy(large.activations(block))
         theirs /= theirs.max().clip(1e-30)  # as those of small
@@ -2174,13 +2268,9 @@ def splitting(small, large, order):
             "masked_by_large_shuffled": by_large[m:],
         }
         for kind, values in kinds.items():
-            n_similar = (values > SIMILAR).sum(1)
-            found[kind].append(np.stack([values.max(1), n_similar]))
-    combined = {}
-    for kind, parts in found.items():
-        highest, n_similar = np.swapaxes(parts, 0, 1)  # (blocks, m) each
-        combined[kind] = highest.max(0), n_similar.sum(0).astype(int)
-    return combined
+            highest[kind] = np.maximum(highest[kind], values.max(1))
+            n_similar[kind] += (values > SIMILAR).sum(1)
+    return {kind: (highest[kind], n_similar[kind]) for kind in highest}
 
 
 def show_splitting(run, small, large, n_shown, rng):
@@ -2469,6 +2559,12 @@ def tsne(directions, perplexity=30.0, n_iters=300, seed=0):
 # the page: assets/page.html, an ordinary page with a small sample, filled with a run's features
 
 PAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "page.html")
+ON_PAGE = 8192  # features at most: a browser has to hold the page, of some 2.5 kB a feature
+
+
+def most_energetic(run):
+    """What the features are that are on a page which has no room for all."""
+    return f"of {run.n_features:,} features, those that carry most of the reconstruction"
 
 
 def fill_page(data):
@@ -2561,8 +2657,10 @@ class Window:
 
 
 def describe_feature(run, i, acts, width):
-    """One feature with activations acts (N T,) as the page wants it, its examples as Windows."""
-    raised, lowered, nearest = related(run, i, acts.max().item(), 8)
+    """
+    Feature i with activations acts (N T,) as the page wants it, but for what describe_features
+    adds, and its examples as Windows.
+    """
     shown = []
     windows = []
     for label, position in examples(run, acts, 6, 4, 1, np.random.default_rng(i)):
@@ -2579,14 +2677,7 @@ def describe_feature(run, i, acts, width):
             "window": [first, first + width],
             "active": active,  # the effects in the window come later, by add_effects
         })
-    description = {
-        "max": short(acts.max()),
-        "histogram": histogram(acts),
-        "raised": short_pairs(raised),
-        "lowered": short_pairs(lowered),
-        "neurons": short_pairs(nearest),
-        "examples": shown,
-    }
+    description = {"max": short(acts.max()), "histogram": histogram(acts), "examples": shown}
     return description, windows
 
 
@@ -2604,9 +2695,9 @@ def add_neighbours(run, features, numbers, active):
             features[numbers[k]][name] = short_pairs(pairs)
 
 
-def add_map(run, features, density):
-    """The places in the map of all features but the dead ones, from 0 to 1."""
-    alive = np.flatnonzero(density)
+def add_map(run, features, numbers, density):
+    """To those of the features (numbers) that are not dead: their places in the map, 0 to 1."""
+    alive = numbers[density[numbers] > 0]
     if len(alive) == 0:
         return
     places = tsne(run.sae.W_dec[alive])
@@ -2629,71 +2720,104 @@ def training_curves(run, n=200):
     return curves
 
 
-def describe_features(run, density):
+def describe_features(run, numbers, density):
     """
-    All features as the page wants them, and the Windows of all examples. density: (m,), that of
-    count_active, as the contexts are too few to tell what is dead or of ultra-low density.
+    Features (ascending numbers) as the page wants them, a list of all with None for the others,
+    and the Windows of their examples. density: (m,), that of count_active, as the contexts are
+    too few to tell what is dead or of ultra-low density.
     """
-    mlp = unit_rows(run.neurons())
-    features = []
+    none = torch.empty(len(run.x()), 0, device=run.device)
+    neurons = torch.cat([none] + [run.x(site) for site in run.neuron_sites], dim=1)
+    neurons = unit_columns(neurons.cpu())  # (N T, n_neurons)
+    width = min(24, run.T)
+    features = [None] * run.n_features
     windows = []
     active = []
-    for block in tracked("describing", blocks(run.n_features), "features"):
+    parts = [numbers[block] for block in blocks(len(numbers))]
+    for block in tracked("describing", parts, "features"):
         acts = run.activations(block)
         active.append(torch.from_numpy(acts > 0).to_sparse())
-        nearest = (unit_rows(acts) @ mlp.T).max(1, initial=-np.inf)  # there may be no neurons
+        highest = closest(acts, neurons)
         explained = explained_by_tokens(run, acts)
+        nearby = related(run, block, acts.max(1), 8)
         for k, i in enumerate(block.tolist()):
-            description = {"density": short(density[i])}
-            if acts[k].any():
-                rest, own_windows = describe_feature(run, i, acts[k], min(24, run.T))
-                by_token, by_pair = explained[k]
-                description["explained"] = short(by_pair)
-                description["explained_by_token"] = short(by_token)
-                description["motif"] = motif(by_token, by_pair)
-                description["neuron_correlation"] = short(nearest[k])
-                description |= rest
-                windows += own_windows
-            features.append(description)
-    add_neighbours(run, features, np.arange(run.n_features), torch.cat(active).float())
+            features[i] = {"density": short(density[i])}
+            if not acts[k].any():
+                continue
+            details, own_windows = describe_feature(run, i, acts[k], width)
+            by_token, by_pair = explained[k]
+            raised, lowered, nearest = nearby[k]
+            features[i] |= details | {
+                "explained": short(by_pair),
+                "explained_by_token": short(by_token),
+                "motif": motif(by_token, by_pair),
+                "neuron_correlation": short(highest[k]),
+                "raised": short_pairs(raised),
+                "lowered": short_pairs(lowered),
+                "neurons": short_pairs(nearest),
+            }
+            windows += own_windows
+    add_neighbours(run, features, numbers, torch.cat(active).float())
     return features, windows
 
 
-def log_probabilities(run, contexts, t, hook=None):
-    """Of the tokens after t (b, k), places in contexts (b, T + 1) -> (b, k), on the CPU."""
-    rows = torch.arange(len(t), device=run.device)[:, None]
-    needed = contexts[:, :int(t.max()) + 1]  # what comes later has no effect on these
-    stream = run.gpt.trunk(needed, hook)
-    logits = run.gpt.lm_head(stream[rows, t])  # (b, k, vocab_size)
-    following = contexts[rows, t + 1, None]    # (b, k, 1)
-    return logits.log_softmax(2).gather(2, following)[..., 0].cpu()
+def ablated_streams(run, stream, x, chosen, rows, t):
+    """
+    What reaches the unembedding at places t (w, width) when each of w Windows has its feature
+    ablated on its whole context, which is row rows[k] of the residual stream (b, T, n_embd) and
+    the activations x (b, T, n) at the site -> (w, width, n_embd).
+    """
+    hook = clamp(run, [window.feature for window in chosen], 0.0)  # its own in each context
+    if run.in_last_layer:  # nothing that follows looks at another token
+        rows = rows[:, None]
+        return run.gpt.after(run.site, stream[rows, t], hook(run.site, x[rows, t]))
+    end = int(t.max()) + 1  # what comes later has no effect on these
+    changed = hook(run.site, x[rows, :end])
+    places = torch.arange(len(rows), device=run.device)[:, None]
+    return run.gpt.after(run.site, stream[rows, :end], changed)[places, t]
+
+
+def log_probabilities(run, stream, tokens):
+    """Of tokens (k,) after what reaches the unembedding, stream (k, n_embd) -> (k,)."""
+    return run.gpt.lm_head(stream).log_softmax(1).gather(1, tokens[:, None])[:, 0]
 
 
 def add_effects(run, windows):
     """
-    Fills each window's `active`: the activation at every token where the feature is active,
-    and how the next token's log-probability changes when the feature is ablated on the whole
-    context (Bricken et al., feature browser).
+    Adds to the activations in each window's `active` how the next token's log-probability
+    changes when the feature is ablated on the whole context (Bricken et al., feature browser).
     """
-    plain = []
-    every_place = torch.arange(run.T, device=run.device)
-    for batch in run.batches("log-probabilities", run.contexts):
-        plain.append(log_probabilities(run, batch, every_place.expand(len(batch), -1)))
-    plain = torch.cat(plain).flatten()  # (N T,)
+    by_context = defaultdict(list)
+    for window in windows:
+        by_context[window.start // run.T].append(window)
+    n_before = 0  # contexts of the batches before this one
+    for batch in run.batches("ablating", run.contexts):
+        stream, x = run.gpt.before(batch[:, :-1], run.site)
+        plain = run.gpt.after(run.site, stream, x)  # (b, T, n_embd)
+        own = []
+        for k in range(len(batch)):
+            own += by_context[n_before + k]
+        # those that end early in their context together: ablated_streams then computes less
+        own.sort(key=lambda window: window.start % run.T)
+        for block in blocks(len(own)):
+            chosen = [own[k] for k in block]
+            acts = np.stack([window.acts for window in chosen])  # (w, width)
+            starts = torch.tensor([window.start for window in chosen])
+            rows = (starts // run.T - n_before).to(run.device)
+            t = (starts[:, None] % run.T + torch.arange(acts.shape[1])).to(run.device)
+            ablated = ablated_streams(run, stream, x, chosen, rows, t)
 
-    # those that end early in their context together: log_probabilities then computes less
-    windows = sorted(windows, key=lambda window: window.start % run.T)
-    for block in tracked("ablating", blocks(len(windows)), "examples"):
-        chosen = [windows[k] for k in block]
-        starts = torch.tensor([window.start for window in chosen])
-        positions = starts[:, None] + torch.arange(len(chosen[0].acts))  # (b, width)
-        contexts = run.contexts[starts // run.T].to(run.device)
-        hook = clamp(run, [window.feature for window in chosen], 0.0)  # its own in each context
-        after = log_probabilities(run, contexts, (positions % run.T).to(run.device), hook)
-        changes = (after - plain[positions]).tolist()
-        for window, change in zip(chosen, changes):
-            for place in np.flatnonzero(window.acts).tolist():
-                window.active[window.start % run.T + place].append(short(change[place]))
+            # of the tokens alone where the feature is active: which window, which place in it
+            which, place = map(torch.from_numpy, np.nonzero(acts))
+            which, place = which.to(run.device), place.to(run.device)
+            rows, t = rows[which], t[which, place]
+            following = batch[rows, t + 1]
+            with_it = log_probabilities(run, plain[rows, t], following)
+            without = log_probabilities(run, ablated[which, place], following)
+            changes = (without - with_it).tolist()
+            for window, at, change in zip(which.tolist(), t.tolist(), changes):
+                chosen[window].active[at].append(short(change))
+        n_before += len(batch)
 
 
 def example_texts(run, n_texts):
@@ -2701,25 +2825,29 @@ def example_texts(run, n_texts):
     texts = []
     chosen = np.unique(np.linspace(0, len(run.contexts) - 1, n_texts).astype(int))
     for k in chosen.tolist():
-        x = run.x()[k * run.T:(k + 1) * run.T].to(run.device)
-        f = run.sae.encode(x).sort(1, descending=True)
+        f = run.sae.encode(run.x()[k * run.T:(k + 1) * run.T])  # (T, m)
+        n_active = (f > 0).sum(1).tolist()
+        largest = f.topk(max(n_active), dim=1)
         active = []  # for each token [feature, activation] of the active ones
-        for numbers, values in zip(f.indices.tolist(), f.values.tolist()):
-            n_active = sum(value > 0 for value in values)
-            active.append(short_pairs(zip(numbers[:n_active], values[:n_active])))
+        for n, numbers, values in zip(n_active, largest.indices.tolist(), largest.values.tolist()):
+            active.append(short_pairs(zip(numbers[:n], values[:n])))
         texts.append({"tokens": run.contexts[k, :-1].tolist(), "active": active})
     return texts
 
 
-def write_page(run, headline, rows, density, n_texts=8):
+def write_page(run, headline, rows, density, numbers=None, n_texts=8):
     """
-    features.html, one file: every feature with its density (m,) and its examples, and some
-    held-out texts with every token's features.
+    features.html, one file: every feature, or some (ascending numbers), with its density, of all
+    (m,), and its examples, and some held-out texts with every token's features.
     """
     fill_page({})  # a page that somebody has edited is refused now rather than after a minute
-    features, windows = describe_features(run, density)
+    if numbers is None:
+        numbers = np.arange(run.n_features)
+    if len(numbers) < run.n_features:
+        rows = rows + [("on this page", f"{len(numbers):,}", most_energetic(run))]
+    features, windows = describe_features(run, numbers, density)
     add_effects(run, windows)
-    add_map(run, features, density)
+    add_map(run, features, numbers, density)
     data = {
         "title": headline,
         "summary": rows,

@@ -93,18 +93,21 @@ class Block(nn.Module):
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return self.attn_proj(y)
 
-    def forward(self, x, hook, layer):
-        """From x (B, T, C) to (B, T, C). The block goes on with what hook(site, x) returns."""
-        attention_output = self.attention(self.ln_1(x))  # (B, T, C)
-        x = x + hook(f"attn.{layer}", attention_output)
-        neurons = F.relu(self.c_fc(self.ln_2(x)))  # (B, T, 4 C)
-        neurons = hook(f"mlp.{layer}", neurons)
-        x = x + self.mlp_proj(neurons)
-        return hook(f"resid.{layer}", x)
+    def read(self, kind, stream):
+        """The activations at a kind of site, made from the residual stream (B, T, C) there."""
+        if kind == "attn":
+            return self.attention(self.ln_1(stream))     # (B, T, C)
+        if kind == "mlp":
+            return F.relu(self.c_fc(self.ln_2(stream)))  # (B, T, 4 C): the neurons
+        return stream                                    # resid: after both
 
-
-class SiteReached(Exception):
-    """Carries activations out of the middle of the model: see GPT.activations."""
+    def write(self, kind, stream, x):
+        """The residual stream (B, T, C) once the activations x at a kind of site are in it."""
+        if kind == "attn":
+            return stream + x
+        if kind == "mlp":
+            return stream + self.mlp_proj(x)
+        return x
 
 
 class GPT(nn.Module):
@@ -148,35 +151,64 @@ class GPT(nn.Module):
             elif p.dim() == 2:
                 nn.init.normal_(p, std=keeps_variance)
 
+    @property
+    def sites(self):
+        """Where the hook is called, in order: a list of (site, its kind, its block)."""
+        found = []
+        for layer, block in enumerate(self.blocks):
+            for kind in ("attn", "mlp", "resid"):
+                found.append((f"{kind}.{layer}", kind, block))
+        return found
+
+    def embed(self, idx):
+        """The residual stream (B, T, C) before the first layer, of token ids idx (B, T)."""
+        positions = torch.arange(idx.shape[1], device=idx.device)  # (T,)
+        return self.wte(idx) + self.wpe(positions)
+
     def trunk(self, idx, hook=None):
         """
         Everything before the unembedding: token ids idx (B, T) become (B, T, n_embd), after
         the last LayerNorm. hook is forward's.
         """
-        def replaced(site, x):
+        stream = self.embed(idx)  # (B, T, C)
+        for site, kind, block in self.sites:
+            x = block.read(kind, stream)
             replacement = hook(site, x) if hook else None
-            return x if replacement is None else replacement
+            stream = block.write(kind, stream, x if replacement is None else replacement)
+        return self.ln_f(stream)
 
-        T = idx.shape[1]
-        positions = torch.arange(T, device=idx.device)  # (T,)
-        x = self.wte(idx) + self.wpe(positions)         # (B, T, C)
-        for layer, block in enumerate(self.blocks):
-            x = block(x, replaced, layer)  # (B, T, C)
-        return self.ln_f(x)
+    def before(self, idx, site):
+        """
+        The part of trunk up to a site: the residual stream (B, T, C) there and the activations
+        (B, T, site_width), on token ids idx (B, T).
+        """
+        stream = self.embed(idx)
+        for name, kind, block in self.sites:
+            x = block.read(kind, stream)
+            if name == site:
+                return stream, x
+            stream = block.write(kind, stream, x)
+
+    def after(self, site, stream, x):
+        """
+        The rest of trunk, with x (B, T, site_width) at the site; (1, 1, site_width) is the same
+        x at every token. Several x can follow one `before`. In the last layer all that is left
+        treats each token by itself: B and T may then be any.
+        """
+        names = [name for name, _, _ in self.sites]
+        (_, kind, block), *later = self.sites[names.index(site):]
+        stream = block.write(kind, stream, x)
+        for _, kind, block in later:
+            stream = block.write(kind, stream, block.read(kind, stream))
+        return self.ln_f(stream)
 
     def activations(self, idx, site):
         """
         The activations (B, T, site_width) at a site, on token ids idx (B, T). Nothing that
         comes after the site is computed.
         """
-        def leave(name, x):
-            if name == site:
-                raise SiteReached(x)
-
-        try:
-            self.trunk(idx, leave)
-        except SiteReached as reached:
-            return reached.args[0]
+        _, x = self.before(idx, site)
+        return x
 
     def forward(self, idx, targets=None, hook=None):
         """
@@ -212,11 +244,9 @@ class GPT(nn.Module):
 
     def site_width(self, site):
         """The width of the activations at a site. UserError when there is no such site."""
-        sites = []
-        for layer in range(self.config.n_layer):
-            sites += [f"attn.{layer}", f"mlp.{layer}", f"resid.{layer}"]
-        if site not in sites:
-            raise UserError(f"the model has no site {site}: it has {', '.join(sites)}")
+        names = [name for name, _, _ in self.sites]
+        if site not in names:
+            raise UserError(f"the model has no site {site}: it has {', '.join(names)}")
         if site.startswith("mlp"):
             return 4 * self.config.n_embd
         return self.config.n_embd

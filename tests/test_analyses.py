@@ -880,7 +880,7 @@ def test_raised_and_lowered_are_the_extremes_about_the_median_among_tokens_that_
         weights = 2.5 * (weights - np.median(weights))
         order = [t for t in weights.argsort() if t % 3]
         assert not {*np.abs(weights).argsort()[-16:]} & {*order}  # all of these are rare
-        raised, lowered, _ = analyze.related(this, i, 2.5, 8)
+        _, (raised, lowered, _) = analyze.related(this, [1, i], [0.1, 2.5], 8)
         for found, expected in ((raised, order[:-9:-1]), (lowered, order[:8])):
             assert [token for token, _ in found] == expected
             np.testing.assert_allclose([value for _, value in found], weights[expected], rtol=1e-3, atol=1e-4)
@@ -890,7 +890,8 @@ def test_what_a_short_training_text_has_too_little_of_is_in_no_list_and_without_
     this = lookup_run(tmp_path, "bar foo\n" * 60, fires({7: {" foo": 1.0}}))
     often = [t for t in TOKENIZER.encode_ordinary(" foo bar\n")]
     np.array(often * 100 + [V - 1] * 99, dtype=np.uint16).tofile(tmp_path / "train.bin")
-    for pairs in analyze.related(this, 7, 1.0, 8)[:2]:
+    (*both, _), = analyze.related(this, [7], [1.0], 8)
+    for pairs in both:
         assert sorted(token for token, _ in pairs) == sorted(often)
     (tmp_path / "train.bin").unlink()
     done = script("analyze.py", "feature", "7", f"--out_dir={tmp_path}", "--device=cpu")

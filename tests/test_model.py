@@ -86,6 +86,19 @@ def test_what_a_hook_returns_takes_the_place_of_the_activations_at_its_site_and_
     np.testing.assert_allclose(hooked.detach().numpy(), expected, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("site", ["attn.0", "mlp.0", "resid.0", "attn.1", "mlp.1", "resid.1"])
+def test_what_comes_after_a_site_goes_on_from_any_activations_there(site):
+    gpt, idx = small_gpt(), torch.randint(31, (2, 9))
+    stream, x = gpt.before(idx, site)
+    for factor in (1, 0.5):  # several x follow one stream
+        logits = gpt.lm_head(gpt.after(site, stream, factor * x + 1)).detach()
+        expected = numpy_forward(gpt, idx, lambda s, x: factor * x + 1 if s == site else x)
+        np.testing.assert_allclose(logits.numpy(), expected, rtol=1e-9, atol=1e-10)
+    if site.endswith(".1"):  # of the last layer's tokens each goes on by itself
+        some = gpt.lm_head(gpt.after(site, stream[:, [7, 2]], 0.5 * x[:, [7, 2]] + 1)).detach()
+        np.testing.assert_allclose(some.numpy(), expected[:, [7, 2]], rtol=1e-9, atol=1e-10)
+
+
 def test_a_hook_that_returns_nothing_sees_every_site_once_in_order_and_changes_nothing():
     gpt, idx, seen = small_gpt(), torch.randint(31, (2, 9)), []
     logits, _ = gpt(idx, hook=lambda site, x: seen.append((site, tuple(x.shape))))

@@ -459,6 +459,19 @@ def test_what_is_active_in_training_alone_says_so_and_what_only_the_held_out_tex
     assert page.js("feature.querySelectorAll('.text').length") == 4
 
 
+def test_features_that_the_page_has_no_room_for_are_numbers_without_a_link(page, monkeypatch, tmp_path):
+    features = [None if i in (0, 4) else feature for i, feature in enumerate(DATA["features"])]
+    (tmp_path / "features.html").write_text(fill_page(DATA | {"features": features}), encoding="utf-8")
+    monkeypatch.setattr(page, "path", tmp_path / "features.html")
+    page.open("#texts/0/0")
+    assert page.js(ROWS) == ordered("density", -1, [i for i in COLUMNS["number"] if i not in (0, 4)])
+    lines = "[...document.querySelectorAll('#active .ranked')].map(line => [line.querySelector('a')?.hash, line.textContent.trim()])"
+    assert page.js(lines) == [["#1", "1  self2.00"], [None, "00.500"]]
+    page.js("location.hash = '#4'")
+    page.expect(HEADING, "tiny · mlp.0")
+    assert page.js("dots.map(feature => feature.number)") == [i for i in DOTS if i not in (0, 4)]
+
+
 def test_a_new_feature_and_a_new_order_are_shown_from_the_top(page):
     page.call("Emulation.setDeviceMetricsOverride", width=1200, height=500, deviceScaleFactor=1, mobile=False)
     page.open("#0")
