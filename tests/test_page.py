@@ -489,7 +489,7 @@ def test_the_lines_around_a_window_are_shown_and_a_click_unfolds_the_whole_conte
     page.open("#0")
     example = "feature.querySelector('.text')"
     around = f"[...{example}.querySelectorAll('.around')].map(part => part.textContent)"
-    assert page.js(around) == [" self" * 24 + "\n", "\n" + "⏎    " * 24]
+    assert page.js(around) == [" self" * 24, "⏎    " * 24]
     alpha = "getComputedStyle(%s).backgroundColor.match(/[\\d.]+/g)[3]"
     assert float(page.js(alpha % f"{example}.querySelectorAll('.around')[1].children[5]")) == pytest.approx(0.425, abs=0.01)
 
@@ -505,11 +505,11 @@ def test_the_lines_around_a_window_are_shown_and_a_click_unfolds_the_whole_conte
     assert unfolded() == words and "–" in page.js(f"getComputedStyle({example}.children[2], '::after').content")
     page.js(f"{example}.querySelector('button').focus()")
     page.key("Enter")
-    assert page.js(around)[0] == " self" * 24 + "\n"
+    assert page.js(around)[0] == " self" * 24
     page.key("Enter")  # the button keeps the focus
     assert unfolded() == words
     page.click(".text button")
-    assert page.js(around)[0] == " self" * 24 + "\n"
+    assert page.js(around)[0] == " self" * 24
     assert "hacked" not in page.js("Object.keys(window)")
 
 
@@ -572,9 +572,9 @@ def test_a_dot_under_the_mouse_tells_its_token_and_a_click_opens_its_feature(pag
     point_at(page, 3, ("mouseMoved", "mousePressed", "mouseReleased"))
     page.expect(HEADING, "feature 3")
     assert page.js(CURRENT) == ["#3"]
+    page.mouse("h1")
     page.js("history.back()")
-    page.expect("canvas.checkVisibility()", True)
-    assert page.js("pointedView.checkVisibility()") is False
+    page.expect("canvas.checkVisibility() && !pointedView.checkVisibility()", True)
     point_at(page, 0)
     page.expect("pointedView.checkVisibility()", True)
     page.mouse("h1")
