@@ -2489,25 +2489,24 @@ def affinities(directions, perplexity):
     neighbours.
     """
     parts = []
-    own = torch.eye(len(directions), dtype=torch.bool, device=directions.device)
-    for rows, itself in zip(directions.split(256), own.split(256)):  # so few stay in the cache
-        distances = 2 - 2 * rows @ directions.t()         # (b, m)
-        distances.masked_fill_(itself, 4)                 # the largest that there is
-        distances -= distances.amin(1, keepdim=True)      # no Gaussian is 0 everywhere
-        low = distances.new_full((len(rows), 1), -10.0)   # of log2 (1 / (2 width^2))
-        high = -2 * low
-        for _ in range(30):
-            middle = (low + high) / 2
-            precision = 2 ** middle
-            p = (-precision * distances).exp_().masked_fill_(itself, 0)
-            p /= p.sum(1, keepdim=True).clip(1e-30)       # alone there are no others
+    m = len(directions)
+    everyone = torch.arange(m, device=directions.device)
+    for block in tracked("neighbours", blocks(m), "features"):  # so few stay in the cache
+        rows = directions[block]
+        itself = everyone[block, None] == everyone
+        distances = 2 - 2 * rows @ directions.t()     # (b, m)
+        distances.masked_fill_(itself, 4)             # the largest that there is
+        distances -= distances.amin(1, keepdim=True)  # no Gaussian is 0 everywhere
+        log_precision = distances.new_full((len(rows), 1), 5)  # log2 (1 / (2 width^2))
+        for k in range(28):
+            p = (-2**log_precision * distances).exp_().masked_fill_(itself, 0)
+            p /= p.sum(1, keepdim=True).clip(1e-30)   # of one direction there are no others
             entropy = -torch.xlogy(p, p).sum(1, keepdim=True)
             too_wide = entropy > math.log(perplexity)
-            low = torch.where(too_wide, middle, low)
-            high = torch.where(too_wide, high, middle)
+            log_precision += torch.where(too_wide, 8 * 0.5**k, -8 * 0.5**k)
         parts.append(p)
     p = torch.cat(parts)
-    return (p + p.t()) / (2 * len(p))
+    return (p + p.t()) / (2 * m)
 
 
 def tsne_gradient(P, places, exaggeration=1.0):

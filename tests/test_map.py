@@ -157,3 +157,74 @@ def test_features_are_active_together_as_their_correlation_says():
 ])
 def test_a_motif_is_what_explains_half_of_the_variance(by_token, by_pair, expected):
     assert analyze.motif(by_token, by_pair) == expected
+
+
+# -----------------------------------------------------------------------------
+# the page's data
+
+
+def page_data(out):
+    html = (out / "sae/scaling/features.html").read_text(encoding="utf-8")
+    return json.loads(re.search('id="data">(.*?)</script>', html, re.S).group(1))
+
+
+@pytest.mark.parametrize("numbers", [None, np.array([0, 2, 3, 5, 6, 9, 12])], ids=["all", "some"])
+def test_the_page_has_neighbours_motifs_and_places_of_its_features(tmp_path, numbers):
+    """Feature 3 is never active, so it is nobody's neighbour; feature 0 is dead by its density, so it has no place."""
+    this, _ = random_run(tmp_path, "resid.0", tokens=np.random.default_rng(0).integers(0, 9, 2000), block_size=30)
+    with torch.no_grad():
+        this.sae.b_enc[3] = -100.0
+    density = np.arange(14) / 1e6
+    analyze.write_page(this, "tiny", [], density, numbers, n_texts=3)
+    data = page_data(tmp_path)
+    numbers = np.arange(14) if numbers is None else numbers
+    acts = this.activations(np.arange(14))
+    seen = [i for i in numbers.tolist() if acts[i].any()]
+    assert 3 not in seen and len(seen) == len(numbers) - 1
+    W = this.sae.W_dec.detach().numpy()
+    phi = np.corrcoef(acts[seen] > 0)
+    explained = analyze.explained_by_tokens(this, acts)
+    for i, feature in enumerate(data["features"]):
+        if i not in numbers:
+            assert feature is None
+            continue
+        assert ("map" in feature) == (i > 0)
+        if i not in seen:
+            assert set(feature) == {"density", "map"}
+            continue
+        k = seen.index(i)
+        for name, likeness in (("nearest", W[seen] @ W[i]), ("together", phi[k])):
+            others = {other: likeness[j] for j, other in enumerate(seen) if other != i and likeness[j] > 1e-6}
+            found = dict(feature[name])
+            assert len(found) == min(5, len(others))
+            assert sorted(found.values()) == pytest.approx(sorted(others.values())[-len(found):], rel=6e-3), name
+            assert found == pytest.approx({other: others[other] for other in found}, rel=6e-3)
+        by_token, by_pair = explained[i]
+        assert feature["explained_by_token"] == pytest.approx(by_token, rel=6e-3)
+        assert feature["explained"] == pytest.approx(by_pair, rel=6e-3)
+        assert feature["motif"] == analyze.motif(by_token, by_pair)
+    places = np.array([feature["map"] for feature in data["features"] if feature and "map" in feature])
+    assert places.min() == 0 and places.max() == 1 and (places.min(0) == 0).all()
+    assert len(np.unique(places.round(2), axis=0)) == len(places) == len(numbers) - 1
+
+
+def test_the_page_has_the_training_curves_of_the_log_thinned_to_its_last_line(tmp_path):
+    this = lookup_run(tmp_path, "bar foo\n" * 60, fires({7: {" foo": 1.0}}))
+    log = [{"step": 10 * k, "l0": 1e4 / k, "dead": k / 2000, "variance_explained": math.nan} for k in range(1, 1002)]
+    with open(tmp_path / "sae/scaling/log.jsonl", "w") as file:
+        file.writelines(json.dumps(line) + "\n" for line in log)
+    analyze.write_page(this, "tiny", [], np.ones(300))
+    data = page_data(tmp_path)
+    assert (data["features"][7]["explained_by_token"], data["features"][7]["motif"]) == (1, "single token")
+    curves = data["training"]
+    assert set(curves) == {"step", "l0", "dead", "variance_explained"}
+    lines = log[::-1][::6][::-1]
+    assert 100 < len(lines) == len(curves["step"]) <= 200
+    for name in ("step", "l0", "dead"):
+        assert curves[name] == pytest.approx([line[name] for line in lines], rel=6e-3)
+    assert set(curves["variance_explained"]) == {None}
+    (tmp_path / "sae/scaling/log.jsonl").unlink()
+    analyze.write_page(this, "tiny", [], np.zeros(300))
+    data = page_data(tmp_path)
+    assert data["training"] == {} and not any("map" in feature for feature in data["features"])
+    assert data["contexts"] == this.contexts[:, :-1].tolist()
