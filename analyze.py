@@ -2488,8 +2488,8 @@ def affinities(directions, perplexity):
     direction, whose width is bisected until 2^entropy is the perplexity, a soft count of
     neighbours.
     """
-    parts = []
     m = len(directions)
+    P = directions.new_empty(m, m)
     everyone = torch.arange(m, device=directions.device)
     for block in tracked("neighbours", blocks(m), "features"):  # so few stay in the cache
         rows = directions[block]
@@ -2504,9 +2504,8 @@ def affinities(directions, perplexity):
             entropy = -torch.xlogy(p, p).sum(1, keepdim=True)
             too_wide = entropy > math.log(perplexity)
             log_precision += torch.where(too_wide, 8 * 0.5**k, -8 * 0.5**k)
-        parts.append(p)
-    p = torch.cat(parts)
-    return (p + p.t()) / (2 * m)
+        P[block] = p
+    return (P + P.t()).div_(2 * m)  # in place: it can be large
 
 
 def tsne_gradient(P, places, exaggeration=1.0):
