@@ -2699,8 +2699,8 @@ def add_map(run, features, numbers, density):
     if len(alive) == 0:
         return
     places = tsne(run.sae.W_dec[alive])
-    places -= places.amin(0)
-    places /= places.max().clip(1e-30)
+    low, high = places.aminmax(dim=0)
+    places = 0.5 + (places - (low + high) / 2) / (high - low).max().clip(1e-30)
     for i, place in zip(alive.tolist(), places.tolist()):
         features[i]["map"] = [short(x) for x in place]
 
