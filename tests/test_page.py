@@ -466,7 +466,7 @@ def test_features_that_the_page_has_no_room_for_are_numbers_without_a_link(page,
     page.open("#texts/0/0")
     assert page.js(ROWS) == ordered("density", -1, [i for i in COLUMNS["number"] if i not in (0, 4)])
     lines = "[...document.querySelectorAll('#active .ranked')].map(line => [line.querySelector('a')?.hash, line.textContent.trim()])"
-    assert page.js(lines) == [["#1", "1  self2.00"], [None, "00.500"]]
+    assert page.js(lines) == [["#1", "1  self2.00"], [None, "0 (not on this page)0.500"]]
     page.js("location.hash = '#4'")
     page.expect(HEADING, "tiny · mlp.0")
     assert page.js("dots.map(feature => feature.number)") == [i for i in DOTS if i not in (0, 4)]
