@@ -430,6 +430,22 @@ def test_what_is_active_in_training_alone_says_so_and_what_only_the_held_out_tex
     assert page.js("feature.querySelectorAll('.text').length") == 4
 
 
+def test_features_that_are_not_on_the_page_have_no_row_and_no_link(page, monkeypatch, tmp_path):
+    """Of a large dictionary the page has some; the others keep their numbers."""
+    features = [None, DATA["features"][1], None, *DATA["features"][3:6]]
+    texts = [{"tokens": [0, 1], "active": [[[0, 2.0], [1, 0.5]], []]}]
+    data = DATA | {"features": features, "texts": texts}
+    (tmp_path / "features.html").write_text(fill_page(data), encoding="utf-8")
+    monkeypatch.setattr(page, "path", tmp_path / "features.html")
+    page.open("#texts/0/0")
+    assert page.js(ROWS) == ordered("density", -1, [1, 3, 4, 5])
+    lines = "[...document.querySelectorAll('#active .ranked')].map(line => [line.firstChild.hash, line.textContent])"
+    (no_link, first), (link, second) = page.js(lines)
+    assert first == "0 (not on this page)2.00" and link == "#1" and second.endswith("0.500") and no_link is None
+    page.js("location.hash = '#0'")
+    page.expect(HEADING, "tiny · mlp.0")
+
+
 def test_a_new_feature_and_a_new_order_are_shown_from_the_top(page):
     page.call("Emulation.setDeviceMetricsOverride", width=1200, height=500, deviceScaleFactor=1, mobile=False)
     page.open("#0")
