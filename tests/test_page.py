@@ -459,17 +459,21 @@ def test_what_is_active_in_training_alone_says_so_and_what_only_the_held_out_tex
     assert page.js("feature.querySelectorAll('.text').length") == 4
 
 
-def test_features_that_the_page_has_no_room_for_are_numbers_without_a_link(page, monkeypatch, tmp_path):
-    features = [None if i in (0, 4) else feature for i, feature in enumerate(DATA["features"])]
-    (tmp_path / "features.html").write_text(fill_page(DATA | {"features": features}), encoding="utf-8")
+def test_features_that_are_not_on_the_page_have_no_row_and_no_link(page, monkeypatch, tmp_path):
+    """Of a large dictionary the page has some; the others keep their numbers."""
+    features = [None, DATA["features"][1], None, *DATA["features"][3:6]]
+    texts = [{"tokens": [0, 1], "active": [[[0, 2.0], [1, 0.5]], []]}]
+    data = DATA | {"features": features, "texts": texts}
+    (tmp_path / "features.html").write_text(fill_page(data), encoding="utf-8")
     monkeypatch.setattr(page, "path", tmp_path / "features.html")
     page.open("#texts/0/0")
-    assert page.js(ROWS) == ordered("density", -1, [i for i in COLUMNS["number"] if i not in (0, 4)])
-    lines = "[...document.querySelectorAll('#active .ranked')].map(line => [line.querySelector('a')?.hash, line.textContent.trim()])"
-    assert page.js(lines) == [["#1", "1  self2.00"], [None, "0 (not on this page)0.500"]]
-    page.js("location.hash = '#4'")
+    assert page.js(ROWS) == ordered("density", -1, [1, 3, 4, 5])
+    lines = "[...document.querySelectorAll('#active .ranked')].map(line => [line.firstChild.hash, line.textContent])"
+    (no_link, first), (link, second) = page.js(lines)
+    assert first == "0 (not on this page)2.00" and link == "#1" and second.endswith("0.500") and no_link is None
+    page.js("location.hash = '#0'")
     page.expect(HEADING, "tiny · mlp.0")
-    assert page.js("dots.map(feature => feature.number)") == [i for i in DOTS if i not in (0, 4)]
+    assert page.js("dots.map(feature => feature.number)") == [1, 3, 4, 5]
 
 
 def test_a_new_feature_and_a_new_order_are_shown_from_the_top(page):
@@ -673,6 +677,9 @@ def test_without_a_log_or_a_living_feature_the_first_view_has_what_there_is(page
     page.path.write_text(fill_page(DATA | {"training": {}}), encoding="utf-8")
     page.open()
     assert page.js("[charts.querySelectorAll('.bars').length, charts.querySelectorAll('svg').length]") == [1, 0]
+    page.path.write_text(fill_page(DATA | {"features": [DATA["features"][0] | {"density": 1}]}), encoding="utf-8")
+    page.open()
+    assert page.js("[...document.querySelectorAll('#charts .bar')].map(bar => bar.style.height)") == ["0%"] * 4 + ["100%"]
     page.path.write_text(fill_page(DATA | {"features": [{"density": 0}], "texts": []}), encoding="utf-8")
     page.open()
     assert page.js("[document.querySelectorAll('canvas, svg').length, list.children.length]") == [0, 1]
