@@ -3031,6 +3031,82 @@ def show_automata(run, args):
 
 
 # -----------------------------------------------------------------------------
+# the map of features: t-SNE (van der Maaten & Hinton 2008), exact, of the directions' cosines
+
+
+def affinities(directions, perplexity):
+    """
+    How alike directions (m, n) of unit norm are -> P (m, m), symmetric, of sum 1 (van der Maaten &
+    Hinton, sections 2 and 3.1): Gaussians of their squared distances 2 - 2 cosine, one about each
+    direction, whose width is bisected until 2^entropy is the perplexity, a soft count of
+    neighbours.
+    """
+    m = len(directions)
+    P = directions.new_empty(m, m)
+    everyone = torch.arange(m, device=directions.device)
+    for block in tracked("neighbours", blocks(m), "features"):  # so few stay in the cache
+        rows = directions[block]
+        itself = everyone[block, None] == everyone
+        distances = 2 - 2 * rows @ directions.t()     # (b, m)
+        distances.masked_fill_(itself, 4)             # the largest that there is
+        distances -= distances.amin(1, keepdim=True)  # no Gaussian is 0 everywhere
+        log_precision = distances.new_full((len(rows), 1), 5)  # log2 (1 / (2 width^2))
+        for k in range(28):
+            p = (-2**log_precision * distances).exp_().masked_fill_(itself, 0)
+            p /= p.sum(1, keepdim=True).clip(1e-30)   # of one direction there are no others
+            entropy = -torch.xlogy(p, p).sum(1, keepdim=True)
+            too_wide = entropy > math.log(perplexity)
+            log_precision += torch.where(too_wide, 8 * 0.5**k, -8 * 0.5**k)
+        P[block] = p
+    return (P + P.t()).div_(2 * m)  # in place: it can be large
+
+
+def tsne_gradient(P, places, exaggeration=1.0):
+    """
+    The gradient of KL(P || Q) by the places y (m, 2) -> (m, 2): 4 sum_j (p_ij - q_ij) (y_i - y_j)
+    / (1 + |y_i - y_j|^2), where q_ij is in proportion to 1 / (1 + |y_i - y_j|^2) and of sum 1
+    (section 3.3). P (m, m) may be exaggerated (section 3.4).
+    """
+    squares = places.square().sum(1, keepdim=True)
+    ones = torch.ones_like(squares)
+    left = torch.cat([-2 * places, squares + 1, ones], 1)
+    right = torch.cat([places, ones, squares], 1)  # left_i . right_j = 1 + |y_i - y_j|^2
+    summed = torch.cat([places, ones], 1)          # w_i . this: sums of w_ij y_j, and of w_ij
+    pull = []
+    push = []
+    total = -len(places)  # a place is not its own neighbour, though its kernel is 1
+    for rows, p in zip(left.split(256), P.split(256)):  # in blocks that stay in the cache
+        kernel = (rows @ right.t()).reciprocal_()       # (b, m)
+        total += kernel.sum()
+        pull.append((kernel * p) @ summed)
+        push.append(kernel.square_() @ summed)
+    force = exaggeration * torch.cat(pull) - torch.cat(push) / total.clip(1e-30)  # (m, 3)
+    return 4 * (places * force[:, 2:] - force[:, :2])
+
+
+def tsne(directions, perplexity=30.0, n_iters=300, seed=0):
+    """
+    Places (m, 2) in a plane of directions (m, n) of unit norm: those with a high cosine are near
+    one another. Of directions that have few others each has a third of them as neighbours.
+    """
+    m = len(directions)
+    P = affinities(directions, max(1, min(perplexity, (m - 1) / 3)))
+    generator = torch.Generator().manual_seed(seed)
+    places = 1e-4 * torch.randn(m, 2, generator=generator).to(directions)
+    velocity = torch.zeros_like(places)
+    gains = torch.ones_like(places)
+    rate = m / 12  # P is of sum 1: the more places, the smaller is the force on each
+    for step in tracked("mapping", range(n_iters), "steps", lambda step: 1):
+        gradient = tsne_gradient(P, places, 4 if step < 50 else 1)
+        # momentum, and a larger step as long as the gradient keeps its sign: section 3.4
+        turned = (gradient > 0) == (velocity > 0)
+        gains = torch.where(turned, gains * 0.8, gains + 0.2).clip(0.01)
+        velocity = 0.8 * velocity - rate * gains * gradient
+        places += velocity
+    return places
+
+
+# -----------------------------------------------------------------------------
 # the page: assets/page.html, an ordinary page with a small sample, filled with a run's features
 
 PAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "page.html")
@@ -3068,13 +3144,67 @@ def short_pairs(pairs):
     return [[number, short(value)] for number, value in pairs]
 
 
+def motif(by_token, by_pair):
+    """
+    What makes a feature active, as far as the two R^2 of explained_by_tokens tell: "single token"
+    if the current token explains half of the variance of its activations, "token in context" if
+    it does together with the one before, else "context"; None where there is no R^2.
+    """
+    if not np.isfinite(by_token):
+        return None
+    if by_token >= 0.5:
+        return "single token"
+    return "token in context" if by_pair >= 0.5 else "context"
+
+
+def most_alike(likeness, n):
+    """likeness (k, m) of k features with all -> for each its n highest (index, value) over 0."""
+    best = likeness.topk(min(n, likeness.shape[1]))
+    lists = []
+    for indices, values in zip(best.indices.tolist(), best.values.tolist()):
+        pairs = zip(indices, values)
+        lists.append([pair for pair in pairs if pair[1] > 0])
+    return lists
+
+
+def nearest_features(directions, n=5):
+    """For each of the directions (m, n_x), of unit norm, the n others with the highest cosine."""
+    lists = []
+    for block in blocks(len(directions)):
+        cosines = directions[block] @ directions.t()  # (b, m)
+        cosines[range(len(block)), block] = 0         # not itself
+        lists += most_alike(cosines, n)
+    return lists
+
+
+def active_together(active, n=5):
+    """
+    For each feature the n others that it is most often active together with, by the correlation of
+    being active (phi): 1 if always together, 0 if as often as by chance. active: (m, N T) of 0
+    and 1, sparse.
+    """
+    m, n_tokens = active.shape
+    tokens = active.t().coalesce()
+    counts = torch.sparse.sum(active, 1).to_dense()  # (m,)
+    spread = (counts * (1 - counts / n_tokens)).sqrt()
+    lists = []
+    for block in tracked("pairing", blocks(m, 1024), "features"):
+        rows = active.index_select(0, torch.from_numpy(block))
+        both = torch.sparse.mm(rows, tokens).to_dense()  # on how many tokens (b, m)
+        chance = counts[block, None] * counts / n_tokens
+        phi = (both - chance) / (spread[block, None] * spread).clip(1e-30)
+        phi[range(len(block)), block] = 0  # not itself
+        lists += most_alike(phi, n)
+    return lists
+
+
 @dataclass
 class Window:
     """A part of a context that is shown as an example of a feature."""
     feature: int
     start: int        # position of its first token
     acts: np.ndarray  # (width,) of the feature there
-    active: dict      # of the page: place in the window -> [activation, effect of ablating]
+    active: dict      # of the page: place in the context -> [activation, effect of ablating]
 
 
 def describe_feature(run, i, acts, width):
@@ -3088,16 +3218,57 @@ def describe_feature(run, i, acts, width):
         t = position % run.T  # within its context, which the window does not leave
         first = min(max(0, t - 15), run.T - width)
         start = position - t + first
-        window = Window(i, start, acts[start:start + width].copy(), {})
-        windows.append(window)
+        whole = acts[position - t:position - t + run.T]
+        active = {place: [short(whole[place])] for place in np.flatnonzero(whole).tolist()}
+        windows.append(Window(i, start, acts[start:start + width].copy(), active))
         shown.append({
             "label": label,
-            "tokens": run.tokens[start:start + width].tolist(),
-            "marked": position - start,
-            "active": window.active,  # filled later, by add_effects
+            "context": position // run.T,
+            "marked": t,
+            "window": [first, first + width],
+            "active": active,  # the effects in the window come later, by add_effects
         })
     description = {"max": short(acts.max()), "histogram": histogram(acts), "examples": shown}
     return description, windows
+
+
+def add_neighbours(run, features, numbers, active):
+    """
+    To each of the features, a list of all, that are active here: the nearest of them, and those
+    it is active together with. active: (k, N T) of 0 and 1, sparse, of k numbers of features.
+    """
+    seen = torch.sparse.sum(active, 1).to_dense() > 0
+    directions = run.sae.W_dec[numbers].cpu() * seen[:, None]  # of 0: no cosine is over 0
+    lists = {"nearest": nearest_features(directions), "together": active_together(active)}
+    for name, neighbours in lists.items():
+        for k in seen.nonzero().flatten().tolist():
+            pairs = [(int(numbers[other]), value) for other, value in neighbours[k]]
+            features[numbers[k]][name] = short_pairs(pairs)
+
+
+def add_map(run, features, numbers, density):
+    """To those of the features (numbers) that are not dead: their places in the map, 0 to 1."""
+    alive = numbers[density[numbers] > 0]
+    if len(alive) == 0:
+        return
+    places = tsne(run.sae.W_dec[alive])
+    low, high = places.aminmax(dim=0)
+    places = 0.5 + (places - (low + high) / 2) / (high - low).max().clip(1e-30)
+    for i, place in zip(alive.tolist(), places.tolist()):
+        features[i]["map"] = [short(x) for x in place]
+
+
+def training_curves(run, n=200):
+    """At most n lines of the training log, in columns; nothing where there is no log."""
+    if not os.path.exists(os.path.join(run.folder, "log.jsonl")):
+        return {}
+    columns = read_log(run.folder)
+    stride = len(columns["step"]) // n + 1
+    curves = {}
+    for name, column in columns.items():
+        thinned = column[::-stride][::-1]  # with the last line
+        curves[name] = [short(value) for value in thinned]
+    return curves
 
 
 def describe_features(run, numbers, density):
@@ -3112,26 +3283,32 @@ def describe_features(run, numbers, density):
     width = min(24, run.T)
     features = [None] * run.n_features
     windows = []
+    active = []
     parts = [numbers[block] for block in blocks(len(numbers))]
     for block in tracked("describing", parts, "features"):
         acts = run.activations(block)
+        active.append(torch.from_numpy(acts > 0).to_sparse())
         highest = closest(acts, neurons)
-        explained = explained_by_tokens(run, acts)[:, 1]
+        explained = explained_by_tokens(run, acts)
         nearby = related(run, block, acts.max(1), 8)
         for k, i in enumerate(block.tolist()):
             features[i] = {"density": short(density[i])}
             if not acts[k].any():
                 continue
             details, own_windows = describe_feature(run, i, acts[k], width)
+            by_token, by_pair = explained[k]
             raised, lowered, nearest = nearby[k]
             features[i] |= details | {
-                "explained": short(explained[k]),
+                "explained": short(by_pair),
+                "explained_by_token": short(by_token),
+                "motif": motif(by_token, by_pair),
                 "neuron_correlation": short(highest[k]),
                 "raised": short_pairs(raised),
                 "lowered": short_pairs(lowered),
                 "neurons": short_pairs(nearest),
             }
             windows += own_windows
+    add_neighbours(run, features, numbers, torch.cat(active).float())
     return features, windows
 
 
@@ -3158,9 +3335,8 @@ def log_probabilities(run, stream, tokens):
 
 def add_effects(run, windows):
     """
-    Fills each window's `active`: the activation at every token where the feature is active,
-    and how the next token's log-probability changes when the feature is ablated on the whole
-    context (Bricken et al., feature browser).
+    Adds to the activations in each window's `active` how the next token's log-probability
+    changes when the feature is ablated on the whole context (Bricken et al., feature browser).
     """
     by_context = defaultdict(list)
     for window in windows:
@@ -3190,8 +3366,8 @@ def add_effects(run, windows):
             with_it = log_probabilities(run, plain[rows, t], following)
             without = log_probabilities(run, ablated[which, place], following)
             changes = (without - with_it).tolist()
-            for k, at, change in zip(which.tolist(), place.tolist(), changes):
-                chosen[k].active[at] = [short(acts[k, at]), short(change)]
+            for window, at, change in zip(which.tolist(), t.tolist(), changes):
+                chosen[window].active[at].append(short(change))
         n_before += len(batch)
 
 
@@ -3222,10 +3398,13 @@ def write_page(run, headline, rows, density, numbers=None, n_texts=8):
         rows = rows + [("on this page", f"{len(numbers):,}", most_energetic(run))]
     features, windows = describe_features(run, numbers, density)
     add_effects(run, windows)
+    add_map(run, features, numbers, density)
     data = {
         "title": headline,
         "summary": rows,
         "ultra_low": ULTRA_LOW,
+        "training": training_curves(run),
+        "contexts": run.contexts[:, :-1].tolist(),
         "vocabulary": [token_text(run, token) for token in range(run.tokenizer.n_vocab)],
         "features": features,
         "texts": example_texts(run, n_texts),

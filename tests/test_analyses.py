@@ -464,6 +464,32 @@ def test_explained_by_tokens_is_a_dictionary_of_means_learned_on_even_and_judged
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_means_given_tokens_predict_every_place_of_the_contexts_that_are_judged(tmp_path):
+    """Against a dictionary; of a token that was not seen the mean of all, of a pair that of its token."""
+    rng = np.random.default_rng(1)
+    tokens = np.minimum(rng.geometric(0.1, (60, 5)), 200)
+    this, _ = random_run(tmp_path, tokens=[*tokens.flat, 0], block_size=5)
+    acts = (rng.standard_normal((3, 60, 5)) * (rng.random((3, 60, 5)) < 0.4)).astype(np.float32)
+    by_token, by_pair = analyze.means_given_tokens(this, acts.reshape(3, -1))
+    judge = this.token_pairs[0][1::2]
+    unseen = set()
+    for i in range(3):
+        seen = defaultdict(list)
+        for c in range(0, 60, 2):
+            for t in range(5):
+                previous = tokens[c, t - 1] if t else None
+                for key in ((), (tokens[c, t],), (previous, tokens[c, t])):
+                    seen[key].append(acts[i, c, t])
+        for k, c in enumerate(range(1, 60, 2)):
+            for t in range(5):
+                keys = [(), (tokens[c, t],), (tokens[c, t - 1] if t else None, tokens[c, t])]
+                unseen |= {len(key) for key in keys if key not in seen}
+                token, pair = (np.mean(seen[[key for key in keys[:n] if key in seen][-1]]) for n in (2, 3))
+                assert by_token[i, judge[k, t]] == pytest.approx(token, abs=1e-6)
+                assert by_pair[i, judge[k, t]] == pytest.approx(pair, abs=1e-6)
+    assert unseen == {1, 2}
+
+
 @pytest.mark.parametrize("kind, expected", [("token", (1, 1)), ("pair", (0, 1)), ("noise", (0, 0))])
 def test_what_the_token_or_the_pair_decides_is_explained_and_noise_is_not(tmp_path, kind, expected):
     """0 0 1 1 0 holds every pair once, so in "is it the token before again?" a token tells nothing, a pair all."""
@@ -512,6 +538,22 @@ def test_features_are_compared_with_the_neurons_that_come_before_the_site(tmp_pa
         line, = [line.split() for line in printed.splitlines() if line.startswith(f"  {kind}")]
         whole, cut = numbers["explained"][kind].values()
         assert line[-4:] == [f"{value:.2f}" for value in (whole[0], cut[0], whole[1], cut[1])]
+
+
+@pytest.mark.parametrize("factor", [1, 1e18])
+def test_the_closest_of_columns_is_that_of_the_highest_pearson_correlation(factor):
+    """Of what is active seldom, often, never, and always as much, which correlates with nothing."""
+    rng = np.random.default_rng(0)
+    acts = np.maximum(rng.standard_normal((6, 400)) - [[1.5], [2], [0], [-1], [9], [9]], 0)
+    acts[5] = 3.0
+    columns = rng.standard_normal((400, 7)) + 5
+    columns[:, 4] += 3 * acts[2]
+    columns = columns * factor
+    exact = np.corrcoef(acts[:4], columns.T)[:4, 4:]
+    others = analyze.unit_columns(torch.from_numpy(columns.astype(np.float32)))
+    found = analyze.closest((acts * factor).astype(np.float32), others)
+    np.testing.assert_allclose(found, [*exact.max(1), 0, 0], atol=1e-5)
+    assert found[2] > 0.7
 
 
 def test_at_attn_0_no_neuron_comes_before_and_the_page_says_nothing_of_them(tmp_path):
@@ -922,12 +964,14 @@ def test_the_bytes_that_a_feature_raises_are_told_apart_in_the_terminal_and_on_t
 # -----------------------------------------------------------------------------
 # the page's data
 
-@pytest.mark.parametrize("recipe, input_norm", [("scaling", "dataset"), ("towards", "token")])
+@pytest.mark.parametrize("site, recipe, input_norm", [
+    ("resid.0", "scaling", "dataset"), ("resid.0", "towards", "token"), ("mlp.1", "towards", "token"),
+    ("attn.1", "scaling", "dataset")])
 def test_the_page_tells_activations_and_the_effect_of_ablating_the_feature_on_the_whole_context(
-        tmp_path, recipe, input_norm):
+        tmp_path, site, recipe, input_norm):
     """Every active token of every example: log-probability of the next token without the feature minus with it."""
     tokens = np.random.default_rng(0).integers(0, V, 2000)
-    this, _ = random_run(tmp_path, "resid.0", recipe, input_norm, tokens, block_size=30)
+    this, _ = random_run(tmp_path, site, recipe, input_norm, tokens, block_size=30)
     density = np.arange(14) / 1e6
     analyze.write_page(this, "tiny", [], density, n_texts=3)
     html = (tmp_path / "sae/scaling/features.html").read_text(encoding="utf-8")
@@ -941,17 +985,19 @@ def test_the_page_tells_activations_and_the_effect_of_ablating_the_feature_on_th
         change = (without[..., 0] - plain).flatten().numpy()
         assert d["density"] == pytest.approx(density[i]) and ("examples" in d) == f[i].any()
         for example in d.get("examples", ()):
-            tokens, marked, active = (example[key] for key in ("tokens", "marked", "active"))
-            starts = [s for s in range(len(this.tokens)) if this.tokens[s:s + len(tokens)].tolist() == tokens
-                      and s // 30 == (s + len(tokens) - 1) // 30]
-            assert len(starts) == 1 and 0 <= marked < len(tokens) == 24 and str(marked) in active
-            window = f[i, starts[0]:starts[0] + 24]
-            assert set(active) == {str(k) for k in np.flatnonzero(window > 1e-6)}
-            for k, (activation, effect) in active.items():
-                assert activation == pytest.approx(window[int(k)], rel=6e-3)
-                assert effect == pytest.approx(change[starts[0] + int(k)], rel=6e-3, abs=2e-5)
-                checked += 1
+            context, marked, active = (example[key] for key in ("context", "marked", "active"))
+            start, end = example["window"]
+            assert 0 <= start <= marked < end == start + 24 <= 30 and str(marked) in active
+            whole = f[i, 30 * context:30 * context + 30]
+            assert set(active) == {str(t) for t in np.flatnonzero(whole > 1e-6)}
+            for t, (activation, *effect) in active.items():
+                assert activation == pytest.approx(whole[int(t)], rel=6e-3)
+                assert len(effect) == (start <= int(t) < end)
+                if effect:
+                    assert effect[0] == pytest.approx(change[30 * context + int(t)], rel=6e-3, abs=2e-5)
+                    checked += 1
     assert checked > 300
+    assert data["contexts"] == this.contexts[:, :-1].tolist()
     assert [text["tokens"] for text in data["texts"]] == [this.contexts[k, :-1].tolist() for k in (0, 32, 65)]
     for text in data["texts"]:
         k = this.contexts[:, :-1].tolist().index(text["tokens"])
@@ -1526,3 +1572,19 @@ def test_a_text_without_frequent_words_is_a_mistake_too(tmp_path):
     lookup_run(tmp_path, "1 2 3 4 " * 40, fires({7: {"1": 1.0}}))
     done = script("analyze.py", "complete", f"--out_dir={tmp_path}", "--device=cpu")
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_a_large_dictionary_has_its_most_energetic_features_on_the_page_and_says_so(tmp_path, monkeypatch):
+    """Of 14 features 5: the others are null, not dead."""
+    monkeypatch.setattr(analyze, "ON_PAGE", 5)
+    this, _ = random_run(tmp_path, tokens=np.random.default_rng(0).integers(0, V, 900))
+    printed = analyzed(tmp_path, "report")
+    text = "of 14 features, those that carry most of the reconstruction"
+    assert f"features.html: open it in a browser\n  it has 5 {text}\n" in printed
+    html = (tmp_path / "sae/scaling/features.html").read_text(encoding="utf-8")
+    data = json.loads(re.search('id="data">(.*?)</script>', html, re.S).group(1))
+    energy = (all_by_hand(this)[0]**2).mean(1)
+    kept = [i for i, feature in enumerate(data["features"]) if feature]
+    assert len(data["features"]) == 14 and kept == sorted(np.argsort(-energy)[:5])
+    assert all("examples" in data["features"][i] for i in kept)
+    assert data["summary"][-1] == ["on this page", "5", text]

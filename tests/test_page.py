@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import re
 import select
 import shutil
@@ -55,21 +56,30 @@ COLUMNS = {
 }
 
 
-def alive(density, m, explained, neuron, marked, raised):
+MOTIFS = ["single token", "token in context", "context"]
+
+
+def alive(number, density, m, explained, neuron, marked, raised):
     examples = [
         {
             "label": label,
-            "tokens": [0, 1, marked, 2, 3],
-            "marked": 2,
-            "active": {"2": [m * share, -0.25], "3": [m / 10, None]},
+            "context": number,
+            "marked": 32,
+            "window": [30, 35],
+            "active": {"32": [m * share, -0.25], "33": [m / 10, None], "2": [m / 4], "40": [m / 2]},
         }
         for label, share in (("top", 1), ("top", 0.75), ("50-75%", 0.5), ("0-25%", 0.125))
     ]
     return {
         "density": density,
+        "map": [number / len(FEATURES), (7 * number % len(FEATURES)) / len(FEATURES)],
         "max": m,
         "explained": explained,
+        "explained_by_token": explained and explained / 2,
+        "motif": MOTIFS[number % 3] if explained else None,
         "neuron_correlation": neuron,
+        "nearest": [[(number + k) % len(FEATURES), 0.9 / k] for k in (1, 2, 3)],
+        "together": [[0, 0.5]] if number else [],
         "histogram": [4**k for k in reversed(range(24))],
         "examples": examples,
         "raised": [[raised, 2.5], [9, 1.25]],
@@ -83,7 +93,14 @@ DATA = {
     "summary": [["L0", "10.5", "active features a token"]],
     "vocabulary": SEEN,
     "ultra_low": 1e-5,
-    "features": [alive(*f) if f else {"density": 0} for f in FEATURES],
+    "training": {
+        "step": [100, 200, 400],
+        "variance_explained": [0.5, 0.75, 1.0],
+        "l0": [250.0, None, 50.0],
+        "dead": [0.0, 0.0, 0.0],
+    },
+    "contexts": [[4] * 5 + [1] * 25 + [0, 1, f[4] if f else 0, 2, 3] + [2] * 30 for f in FEATURES],
+    "features": [alive(i, *f) if f else {"density": 0} for i, f in enumerate(FEATURES)],
     "texts": [
         {"tokens": [0, 1, 2, 3], "active": [[[1, 2.0], [0, 0.5]], [], [[5, 617.25]], [[4, 0.01], [2, 0.001]]]},
         {"tokens": list(range(len(VOCAB))), "active": [[[0, 1.0]]] * len(VOCAB)},
@@ -161,8 +178,11 @@ class Browser:
 
     def key(self, key, modifiers=0):
         code = {"Tab": 9, "Enter": 13, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}[key]
-        for kind in ("rawKeyDown", "keyUp"):
-            self.call("Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=code, modifiers=modifiers)
+        typed = {"text": "\r"} if key == "Enter" else {}  # without it, Enter presses no button
+        for kind in ("keyDown" if typed else "rawKeyDown", "keyUp"):
+            self.call(
+                "Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=code, modifiers=modifiers, **typed
+            )
 
     def filter(self, text="", kind="all"):
         self.js(f"kind.value = {json.dumps(kind)}; kind.dispatchEvent(new Event('input', {{ bubbles: true }}))")
@@ -216,7 +236,7 @@ def test_it_opens_as_a_file_with_the_summary_and_all_features_by_density(page):
     sent = [event["params"] for event in page.events if event.get("method") == "Network.requestWillBeSent"]
     assert [params["request"]["url"] for params in sent] == [page.url] and page.url.startswith("file:")
     assert page.js("document.title") == page.js(HEADING) == "tiny · mlp.0"
-    summary = page.js("feature.querySelector('section').innerText.split(/\\n+/)")
+    summary = page.js("feature.querySelector('.panels section').innerText.split(/\\n+/)")
     assert summary == ["L0", "10.5", "active features a token"]
     assert page.js(ROWS) == ordered("density", -1)
 
@@ -243,13 +263,17 @@ def test_the_template_opens_by_itself_with_its_sample(page, monkeypatch):
 
 
 def test_the_sample_has_the_keys_of_a_page_that_is_filled_with_a_run():
-    assert set(SAMPLE) == set(DATA) == {"title", "summary", "ultra_low", "vocabulary", "features", "texts"}
-    numbers = {"density", "max", "explained", "neuron_correlation"}
-    lists = {"histogram", "examples", "raised", "lowered", "neurons"}
+    keys = {"title", "summary", "ultra_low", "training", "vocabulary", "contexts", "features", "texts"}
+    assert set(SAMPLE) == set(DATA) == keys and set(SAMPLE["training"]) == set(DATA["training"])
+    numbers = {"density", "max", "explained", "explained_by_token", "motif", "neuron_correlation"}
+    lists = {"map", "histogram", "examples", "raised", "lowered", "neurons", "nearest", "together"}
     for feature in SAMPLE["features"]:
         assert set(feature) == (numbers | lists if feature["density"] else {"density"})
         for example in feature.get("examples", ()):
-            assert set(example) == {"label", "tokens", "marked", "active"}
+            assert set(example) == {"label", "context", "marked", "window", "active"}
+            start, end = example["window"]
+            assert start <= example["marked"] < end <= len(SAMPLE["contexts"][example["context"]])
+            assert str(example["marked"]) in example["active"]
     assert all(set(text) == {"tokens", "active"} for text in SAMPLE["texts"])
 
 
@@ -321,7 +345,8 @@ def test_text_keeps_the_features_with_it_in_a_marked_or_raised_token(page):
 
 def test_a_kind_keeps_its_features(page):
     alive = [i for i, f in enumerate(FEATURES) if f]
-    for kind, kept in (("alive", alive), ("ultra-low", [3]), ("dead", [2, 6]), ("all", COLUMNS["number"])):
+    motifs = [(motif, [i for i in alive if DATA["features"][i]["motif"] == motif]) for motif in MOTIFS]
+    for kind, kept in (("alive", alive), ("ultra-low", [3]), ("dead", [2, 6]), *motifs, ("all", COLUMNS["number"])):
         page.filter("", kind)
         assert page.js(ROWS) == ordered("density", -1, kept)
     page.filter("self", "dead")
@@ -378,25 +403,27 @@ def test_a_feature_shows_its_effects_neurons_and_histogram(page):
 def test_examples_stand_in_groups_shaded_by_activation_with_the_marked_token_outlined(page):
     page.open("#3")
     groups = page.js("""[...feature.children].filter(part => part.querySelector(":scope > .text")).map(part => [
-        part.querySelector("h2").textContent, [...part.querySelectorAll(".text")].map(line => line.textContent)])""")
+        part.querySelector("h2").textContent, [...part.querySelectorAll(".text")].map(line =>
+            [...line.querySelectorAll(":scope > bdi")].map(token => token.textContent).join(""))])""")
     line = "def self⏎    ⏎    Return"
     assert groups == [["top", [line, line]], ["50-75%", [line]], ["0-25%", [line]]]
-    each = "[...feature.querySelectorAll('.text')].map(line => [...line.children].map(t => +(%s)))"
+    each = "[...feature.querySelectorAll('.text')].map(line => [...line.querySelectorAll(':scope > bdi')].map(t => +(%s)))"
     shares = page.js(each % "t.style.getPropertyValue('--share')")
     assert shares == [[0, 0, share, 0.1, 0] for share in (1, 0.75, 0.5, 0.125)]
     alphas = page.js(each % "getComputedStyle(t).backgroundColor.match(/[\\d.]+/g)[3]")
     assert all(a == 0 for line in alphas for a in (line[0], line[1], line[4]))
     assert alphas[0][2] > alphas[1][2] > alphas[2][2] > alphas[3][2] > alphas[3][3] > 0.05
-    outlined = "[...feature.querySelector('.text').children].map(t => getComputedStyle(t).boxShadow !== 'none')"
+    outlined = "[...feature.querySelectorAll('.text')[0].querySelectorAll(':scope > bdi')].map(t => getComputedStyle(t).boxShadow !== 'none')"
     assert page.js(outlined) == [False, False, True, False, False]
 
 
 @pytest.mark.parametrize("how", ["mouse", "keyboard"])
 def test_a_tooltip_tells_activation_and_effect(page, how):
     page.open("#0")
-    tips = "[...feature.querySelectorAll('.text')[1].children].map(t => getComputedStyle(t, '::after').content)"
+    tips = """[...feature.querySelectorAll('.text')[1].querySelectorAll(':scope > bdi')].map(t =>
+        getComputedStyle(t, '::after').content)"""
     assert page.js(tips) == ["none"] * 5
-    page.click(".text:nth-of-type(2) > bdi", nth=0)  # from here, Tab goes to the next that is active
+    page.js("feature.querySelectorAll('.text button')[0].focus()")  # from here, Tab goes to the next that is active
     for nth, activation, effect in ((2, "2.25", "−0.25"), (3, "0.300", "–")):
         if how == "mouse":
             page.mouse(".text:nth-of-type(2) > bdi", nth)
@@ -416,7 +443,9 @@ def test_a_dead_feature_says_so(page):
 def test_what_is_active_in_training_alone_says_so_and_what_only_the_held_out_text_has_is_dead(
         page, monkeypatch, tmp_path):
     """By density, that on training tokens, features are dead or of ultra-low density."""
-    features = [DATA["features"][0], {"density": 3e-6}, DATA["features"][1] | {"density": 0}]
+    lone = {"nearest": [], "together": []}
+    first, second = (feature | lone for feature in DATA["features"][:2])
+    features = [first, {"density": 3e-6, "map": [0, 1]}, second | {"density": 0}]
     (tmp_path / "features.html").write_text(fill_page(DATA | {"features": features, "texts": []}), encoding="utf-8")
     monkeypatch.setattr(page, "path", tmp_path / "features.html")
     page.open("#1")
@@ -430,6 +459,23 @@ def test_what_is_active_in_training_alone_says_so_and_what_only_the_held_out_tex
     assert page.js("feature.querySelectorAll('.text').length") == 4
 
 
+def test_features_that_are_not_on_the_page_have_no_row_and_no_link(page, monkeypatch, tmp_path):
+    """Of a large dictionary the page has some; the others keep their numbers."""
+    features = [None, DATA["features"][1], None, *DATA["features"][3:6]]
+    texts = [{"tokens": [0, 1], "active": [[[0, 2.0], [1, 0.5]], []]}]
+    data = DATA | {"features": features, "texts": texts}
+    (tmp_path / "features.html").write_text(fill_page(data), encoding="utf-8")
+    monkeypatch.setattr(page, "path", tmp_path / "features.html")
+    page.open("#texts/0/0")
+    assert page.js(ROWS) == ordered("density", -1, [1, 3, 4, 5])
+    lines = "[...document.querySelectorAll('#active .ranked')].map(line => [line.firstChild.hash, line.textContent])"
+    (no_link, first), (link, second) = page.js(lines)
+    assert first == "0 (not on this page)2.00" and link == "#1" and second.endswith("0.500") and no_link is None
+    page.js("location.hash = '#0'")
+    page.expect(HEADING, "tiny · mlp.0")
+    assert page.js("dots.map(feature => feature.number)") == [1, 3, 4, 5]
+
+
 def test_a_new_feature_and_a_new_order_are_shown_from_the_top(page):
     page.call("Emulation.setDeviceMetricsOverride", width=1200, height=500, deviceScaleFactor=1, mobile=False)
     page.open("#0")
@@ -441,6 +487,203 @@ def test_a_new_feature_and_a_new_order_are_shown_from_the_top(page):
     assert page.js("list.parentNode.scrollTop") == 100
     page.js("max.click()")
     page.expect("list.parentNode.scrollTop", 0)
+
+
+def test_the_lines_around_a_window_are_shown_and_a_click_unfolds_the_whole_context(page):
+    page.open("#0")
+    example = "feature.querySelector('.text')"
+    around = f"[...{example}.querySelectorAll('.around')].map(part => part.textContent)"
+    assert page.js(around) == [" self" * 24, "⏎    " * 24]
+    alpha = "getComputedStyle(%s).backgroundColor.match(/[\\d.]+/g)[3]"
+    assert float(page.js(alpha % f"{example}.querySelectorAll('.around')[1].children[5]")) == pytest.approx(0.425, abs=0.01)
+
+    def unfolded():
+        return page.js(f"[...{example}.children].filter(part => part.tagName !== 'BUTTON').map(part => part.textContent)")
+
+    words = [SEEN[token].replace("⏎", "⏎\n") for token in DATA["contexts"][0]]
+    page.click(".text .around")
+    assert unfolded() == words and page.js(f"{example}.querySelector('button').ariaExpanded") == "true"
+    shaded = f"[...{example}.children].map((part, k) => part.classList.contains('shaded') ? k : -1).filter(k => k >= 0)"
+    assert page.js(shaded) == [2, 32, 33, 40]
+    page.click(".text .shaded")  # shows its tooltip
+    assert unfolded() == words and "–" in page.js(f"getComputedStyle({example}.children[2], '::after').content")
+    page.js(f"{example}.querySelector('button').focus()")
+    page.key("Enter")
+    assert page.js(around)[0] == " self" * 24
+    page.key("Enter")  # the button keeps the focus
+    assert unfolded() == words
+    page.click(".text button")
+    assert page.js(around)[0] == " self" * 24
+    assert "hacked" not in page.js("Object.keys(window)")
+
+
+def test_a_feature_links_to_its_neighbours_and_tells_its_motif(page):
+    page.open("#3")
+    lines = """[...feature.querySelectorAll('section')].filter(panel => panel.querySelector('h2').title).map(panel => [
+        panel.querySelector('h2').textContent, [...panel.querySelectorAll('.ranked')].map(line =>
+            [line.querySelector('a').hash, line.lastChild.textContent, +line.style.getPropertyValue('--share')])])"""
+    panels = dict(page.js(lines))
+    assert panels["nearest features, cosine"] == [
+        ["#4", "+0.90", 1],
+        ["#5", "+0.45", 0.5],
+        ["#6", "+0.30", pytest.approx(1 / 3)],
+    ]
+    assert panels["active together, correlation"] == [["#0", "+0.50", 1]]
+    assert "single token: 0.05 by the token alone" in page.js("feature.innerText")
+    page.click("#feature .ranked a")
+    page.expect(HEADING, "feature 4")
+
+
+# -----------------------------------------------------------------------------
+# the first view
+
+DOTS = [i for i, f in enumerate(FEATURES) if f]
+
+
+def colour_at(page, number):
+    """The colour of the canvas in the middle of a feature's dot: red, green, blue, alpha."""
+    return page.js(f"""(() => {{ const {{ x, y }} = dotOf(features[{number}]), scale = devicePixelRatio;
+        return [...canvas.getContext("2d").getImageData(scale * x, scale * y, 1, 1).data]; }})()""")
+
+
+def point_at(page, number, kinds=("mouseMoved",)):
+    x, y = page.js(f"""(() => {{ canvas.scrollIntoView({{ block: "center" }}); const box = canvas.getBoundingClientRect();
+        const dot = dotOf(features[{number}]); return [box.x + dot.x, box.y + dot.y]; }})()""")
+    for kind in kinds:
+        page.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+    return x, y
+
+
+def test_the_map_has_a_dot_for_every_feature_but_the_dead_ones(page):
+    assert page.js("dots.map(feature => feature.number)") == DOTS
+    size = page.js("canvas.clientWidth")
+    assert size == page.js("canvas.clientHeight") > 300
+    for i in DOTS:
+        x, y = (10 + (size - 20) * place for place in DATA["features"][i]["map"])
+        assert page.js(f"Object.values(dotOf(features[{i}])).slice(0, 2)") == pytest.approx([x, y])
+        assert colour_at(page, i)[3] > 150
+    radii = page.js("dots.map(feature => dotOf(feature).radius)")
+    densities = [FEATURES[i][0] for i in DOTS]
+    assert [radii[k] for k in sorted(range(len(DOTS)), key=densities.__getitem__)] == sorted(radii)
+
+
+def test_a_dot_under_the_mouse_tells_its_token_and_a_click_opens_its_feature(page):
+    point_at(page, 3)
+    page.expect("pointedView.textContent", "feature 3 ⏎    \ndensity 0.0004%\nsingle token\nraises   &lt;")
+    assert page.js("pointedView.checkVisibility() && canvas.style.cursor") == "pointer"
+    box = page.js("(({ left, right }) => [left, right])(pointedView.getBoundingClientRect())")
+    assert page.js("document.querySelector('main').getBoundingClientRect().left") <= box[0] < box[1] <= page.js("innerWidth")
+    point_at(page, 3, ("mouseMoved", "mousePressed", "mouseReleased"))
+    page.expect(HEADING, "feature 3")
+    assert page.js(CURRENT) == ["#3"]
+    page.mouse("h1")
+    page.js("history.back()")
+    page.expect("canvas.checkVisibility() && !pointedView.checkVisibility()", True)
+    point_at(page, 0)
+    page.expect("pointedView.checkVisibility()", True)
+    page.mouse("h1")
+    page.expect("pointedView.checkVisibility()", False)
+
+
+def test_a_tap_on_a_dot_shows_its_tooltip_and_a_tap_on_that_opens_the_feature(page):
+    page.call("Emulation.setDeviceMetricsOverride", width=390, height=844, deviceScaleFactor=2, mobile=True)
+    page.call("Emulation.setTouchEmulationEnabled", enabled=True)
+    page.open()
+
+    def tap(x, y):
+        page.call("Input.dispatchTouchEvent", type="touchStart", touchPoints=[{"x": x, "y": y}])
+        page.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+
+    tap(*point_at(page, 5, ()))
+    page.expect("pointedView.hash + pointedView.checkVisibility()", "#5true")
+    assert page.js(HEADING) == "tiny · mlp.0"
+    tap(*page.js("(box => [box.x + box.width / 2, box.y + box.height / 2])(pointedView.getBoundingClientRect())"))
+    page.expect(HEADING, "feature 5")
+    page.call("Emulation.setTouchEmulationEnabled", enabled=False)
+
+
+def test_the_search_lights_its_dots_up_and_the_list_rings_one(page):
+    page.filter("hacked")
+    shown = page.js(ROWS)
+    assert sorted(shown) == [7, 8, 12]
+    for i in DOTS:
+        assert (colour_at(page, i)[3] > 150) == (i in shown), i
+    assert page.js("featureAt(dotOf(features[0]).x, dotOf(features[0]).y)") is None  # what is dimmed cannot be hit
+    page.mouse("#list a", 1)
+    page.expect("pointed?.number", shown[1])
+    ring = page.js("""(() => { const { x, y, radius } = dotOf(pointed);
+        return [...canvas.getContext("2d").getImageData(x + radius, y, 1, 1).data]; })()""")
+    assert max(ring[:3]) < 60 and ring[3] > 150  # as dark as the text
+    page.filter("")
+    assert all(colour_at(page, i)[3] > 150 for i in DOTS)
+
+
+@pytest.mark.parametrize("token, expected", [
+    ("⏎⏎    ", "white space"), ("⇥", "white space"), ("", "white space"), ("  ", "white space"),
+    (" 10", "number"), ("2", "number"), ("٣", "number"),
+    ("self", "word"), ("x1", "word"), ("é", "word"), ("_a", "word"), (" the", "word after a space"), (" __x", "word after a space"),
+    ("漢", "other script"), (" это", "other script"), ("\\xe2\\x80", "other script"), ("של", "other script"),
+    ("):", "punctuation"), (" =", "punctuation"), ("\\", "punctuation"), ("�", "punctuation"), ("_", "punctuation"),
+])
+def test_a_token_is_of_the_class(page, token, expected):
+    assert page.js(f"(data.vocabulary.push({json.dumps(token)}), classOf(data.vocabulary.length - 1))") == expected
+
+
+def test_dots_are_coloured_by_names_or_between_the_smallest_and_the_largest_number(page):
+    def choose(name):
+        page.js(f"colouring.value = {json.dumps(name)}; colouring.dispatchEvent(new Event('input'))")
+        return page.js("dots.map(feature => feature.colour)"), page.js("legend.innerText.split(/\\n+/).slice(-7)")
+
+    def opaque(colour):
+        return [int(part) for part in re.findall(r"\d+", colour)]
+
+    # a name has a colour of its own, and the legend tells how many dots have it
+    colours, lines = choose("motif")
+    motifs = [DATA["features"][i]["motif"] for i in DOTS]
+    for motif in {*motifs}:
+        assert len({colour for colour, own in zip(colours, motifs) if own == motif}) == 1
+        assert any(f"{motif or 'none'} {motifs.count(motif)}" in line for line in lines), (motif, lines)
+    assert len(set(colours)) == len({*motifs})
+    # a number lies between the ends
+    colours, lines = choose("neuron correlation")
+    values = [FEATURES[i][3] for i in DOTS]
+    low, high = min(filter(None, values)), max(filter(None, values))
+    first, last = opaque(page.js("mixColour(0)")), opaque(page.js("mixColour(1)"))
+    for colour, value in zip(colours, values):
+        if value is None:
+            assert colour == page.js("noColour")
+            continue
+        share = (value - low) / (high - low)
+        assert opaque(colour) == pytest.approx([a + share * (b - a) for a, b in zip(first, last)], abs=0.51)
+    assert "0.05" in "".join(lines) and "0.90" in "".join(lines)
+    for name in page.js("Object.keys(colourings)"):
+        choose(name)
+        assert colour_at(page, 0)[3] > 150
+
+
+def test_the_charts_are_those_of_the_densities_and_of_the_log(page):
+    heights = page.js("[...document.querySelectorAll('#charts .bar')].map(bar => parseFloat(bar.style.height))")
+    logs = [math.log10(FEATURES[i][0]) for i in DOTS]
+    counts = [sum(math.floor(5 * (log + 6)) == k for log in logs) for k in range(30)]
+    assert heights == pytest.approx([100 * count / max(counts) for count in counts], rel=1e-4)
+    text = page.js("charts.innerText")
+    assert f"density of {len(DOTS)} features" in text and "0.0001%" in text and "step 400" in text
+    lines = page.js("[...charts.querySelectorAll('polyline')].map(line => line.getAttribute('points'))")
+    assert lines == ["25,97 50,50 100,3", "25,3 100,97", "25,97 50,97 100,97"]  # a null has no point
+
+
+def test_without_a_log_or_a_living_feature_the_first_view_has_what_there_is(page, monkeypatch, tmp_path):
+    monkeypatch.setattr(page, "path", tmp_path / "features.html")
+    page.path.write_text(fill_page(DATA | {"training": {}}), encoding="utf-8")
+    page.open()
+    assert page.js("[charts.querySelectorAll('.bars').length, charts.querySelectorAll('svg').length]") == [1, 0]
+    page.path.write_text(fill_page(DATA | {"features": [DATA["features"][0] | {"density": 1}]}), encoding="utf-8")
+    page.open()
+    assert page.js("[...document.querySelectorAll('#charts .bar')].map(bar => bar.style.height)") == ["0%"] * 4 + ["100%"]
+    page.path.write_text(fill_page(DATA | {"features": [{"density": 0}], "texts": []}), encoding="utf-8")
+    page.open()
+    assert page.js("[document.querySelectorAll('canvas, svg').length, list.children.length]") == [0, 1]
+    assert page.js(HEADING) == "tiny · mlp.0" and page.js(VALUES) == ["10.5"]
 
 
 # -----------------------------------------------------------------------------
@@ -488,7 +731,7 @@ def test_hostile_tokens_stay_text_wherever_they_are_shown(page):
         text = SEEN[FEATURES[i][4]]
         assert page.js("document.querySelector('#list [aria-current=true] bdi').textContent") == text
         assert page.js("feature.querySelector('.ranked bdi').textContent") == text
-        assert page.js("[...feature.querySelector('.text').children].map(t => t.textContent)") == [
+        assert page.js("[...feature.querySelectorAll('.text')[0].querySelectorAll(':scope > bdi')].map(t => t.textContent)") == [
             "def",
             " self",
             text,

@@ -901,6 +901,24 @@ def loaded_run(out, *flags):
     return analyze.load_run(args, torch.device("cpu"), "scaling"), args
 
 
+@pytest.mark.parametrize("bias, sparse", [(-1.5, True), (0.3, False)])
+def test_features_are_a_sparse_matrix_where_few_are_active_and_the_same(bias, sparse):
+    torch.manual_seed(0)
+    sae = SparseAutoencoder(SAEConfig(8, 50, decoder_norm=1.0)).fold().requires_grad_(False)
+    sae.b_enc += bias
+    sae.b_dec.uniform_(-1, 1)
+    x = torch.randn(700, 8)
+    exact = np.maximum(x.double().numpy() @ sae.W_enc.double().numpy() + sae.b_enc.double().numpy(), 0)
+    f = analyze.sparse_where_it_pays(sae, x)
+    assert (f.layout == torch.sparse_csr) == sparse and exact.any()
+    np.testing.assert_allclose(f.to_dense(), exact, atol=1e-5)
+    n_active, squares = analyze.activity(f)
+    np.testing.assert_allclose(n_active, (exact > 1e-6).sum(0), atol=1)
+    np.testing.assert_allclose(squares, (exact**2).sum(0), rtol=1e-4)
+    x_hat = exact @ sae.W_dec.double().numpy() + sae.b_dec.numpy()
+    np.testing.assert_allclose(sae.decode(f), x_hat, atol=1e-5)
+
+
 def test_the_density_pass_counts_every_token_of_the_training_text_once(trained):
     run, _ = loaded_run(trained)
     tokens = np.fromfile(trained / "train.bin", dtype=np.uint16).astype(np.int64)
