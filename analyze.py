@@ -1928,7 +1928,7 @@ def by_budget(runs):
     return {group[0].compute: group for group in groups.values()}
 
 
-def frontier(runs):
+def best_sizes(runs):
     """
     Of runs at one learning rate the best size for each budget of compute, as far as `optimum`
     knows one -> {compute: (n_features, loss)}
@@ -1965,13 +1965,13 @@ def best_rates(runs):
 def scaling_laws(runs):
     """
     Power laws of compute C (Templeton et al., "Scaling Laws") -> {what: (c, k) of c C^k}, and what
-    they are fitted to: the learning rate that most runs have, the frontier of the runs with it,
-    best_rates. As in the paper, the rate is fixed for the frontier and swept afterwards.
+    they are fitted to: the learning rate that most runs have, best_sizes of the runs with it,
+    best_rates. As in the paper, the rate is fixed for the sizes and swept afterwards.
     """
-    # the frontier, at one rate
+    # the best sizes, at one rate
     counts = Counter(run.learning_rate for run in runs)
     fixed_rate = counts.most_common(1)[0][0]
-    best = frontier([run for run in runs if run.learning_rate == fixed_rate])
+    best = best_sizes([run for run in runs if run.learning_rate == fixed_rate])
     laws = {}
     if len(best) > 1:
         budgets = np.array(list(best))
@@ -2001,7 +2001,7 @@ def draw_scaling(run, runs, best):
         if best:
             sizes, losses = zip(*best.values())
             left.plot(sizes, losses, "x", color=RED)
-            right.plot(list(best), losses, "x:", color=RED, label="frontier")
+            right.plot(list(best), losses, "x:", color=RED, label="best size")
         left.set(xscale="log", xlabel="features", ylabel="held-out loss")
         right.set(xscale="log", xlabel="compute (operations)", ylabel="held-out loss")
         all_sizes = sorted({other.n_features for other in runs})
