@@ -11,6 +11,7 @@ features.
     python analyze.py neurons                         # do features differ from neurons?
     python analyze.py complete --names=small,large    # which words have a feature of their own?
     python analyze.py scaling --names=a,b,c           # loss against compute, of many finished runs
+    python analyze.py frontier --names=a,b,c --l0=10  # lambdas and sizes beside PCA and neurons
     python analyze.py compare small large             # splitting; across two models: universality
     python analyze.py toy --name=toy                  # how many known directions were found?
     python analyze.py feature 5 --name=own --texts=lines.txt  # of activations without a model
@@ -69,7 +70,8 @@ def parse_args():
                         help="feature: number; search: texts; compare: two names or folders")
     add = parser.add_argument_group("analysis").add_argument
     add("--name", default=SAEConfig.recipe, help="folder under out_dir/sae, or a path to one")
-    add("--names", default="", help="complete, scaling: several of them, with commas between")
+    add("--names", default="",
+        help="complete, scaling, frontier: several of them, with commas between")
     add("--acts", type=os.path.expanduser, default="",
         help="judge it on your own activations, a quoted pattern of .npy files: on all their "
         "rows, or the last twentieth where they are what it was trained on")
@@ -77,7 +79,7 @@ def parse_args():
         help="of your own activations: a text file with a line for each row of all their files "
         "in order, to be shown beside the rows")
     add("--eval_tokens", type=at_least(1), default=2**18,
-        help="report: held-out tokens, or rows, of its metrics")
+        help="report, frontier (at most 32,768): held-out tokens, or rows, of the metrics")
     add("--density_tokens", type=at_least(1),
         help="report: tokens of the training text, or rows trained on, on which dead features "
         "are never active; None: as many as take some 20 s on two CPU cores")
@@ -99,6 +101,8 @@ def parse_args():
         help="steer: clamp to these multiples of its maximum, as --value=-2,0,1")
     add("--without", nargs="*", default=[],
         help="search: texts that lack the concept; no feature active on one is shown")
+    add("--l0", type=at_least(1e-3, float),
+        help="frontier: how much is explained at so many active features a token, by each size")
     add("--words", default="",
         help="complete: file of words (ASCII letters); default: words of the held-out text")
     return parser.parse_args()
@@ -199,7 +203,7 @@ class Run:
         for batch in tracked(label, contexts.split(size), unit):
             yield batch.to(self.device)
 
-    def trained_x(self, n_tokens):
+    def trained_x(self, n_tokens, label="counting activity"):
         """
         Yields activations (b, n) of n_tokens tokens of the training text, from all of it, in whole
         contexts, or of as many rows of trained_on; of all if there are fewer. Prints progress.
@@ -207,7 +211,7 @@ class Run:
         if not self.gpt:
             n = min(n_tokens, self.trained_on.rows)
             starts = range(0, n, 4096)
-            for start in tracked("counting activity", starts, "pieces", lambda start: 1):
+            for start in tracked(label, starts, "pieces", lambda start: 1):
                 yield self.trained_on.batch(start, min(4096, n - start)).to(self.device)
             return
         text = self.training_text
@@ -217,7 +221,7 @@ class Run:
         starts = T * (np.arange(n) * n_contexts // n)  # evenly spread
         # some 4,096 tokens at a time
         pieces = np.array_split(starts, min(n, math.ceil(n * T / 4096)))
-        for piece in tracked("counting activity", pieces, "contexts"):
+        for piece in tracked(label, pieces, "contexts"):
             idx = torch.from_numpy(text[piece[:, None] + np.arange(T)].astype(np.int64))
             yield self.gpt.activations(idx.to(self.device), self.site).flatten(0, 1)
 
@@ -2388,6 +2392,269 @@ def draw_universality(run, best):
 
 
 # -----------------------------------------------------------------------------
+# frontier: how much is explained at which L0
+
+
+@dataclass
+class Point:
+    """An autoencoder, or something simpler than one, at its L0. None: not known, or no meaning."""
+    curve: str                     # points that differ in lambda alone, or in k, are of one curve
+    name: str
+    l0: float
+    variance_explained: float | None
+    loss_recovered: float | None
+    # of autoencoders alone:
+    n_features: int | None = None
+    l1_coeff: float | None = None  # lambda
+    dead: float | None = None      # share of its features, at the last line of log.jsonl
+
+
+# What else than size and lambda a run may have been told: where it differs, curves do.
+CURVE_FLAGS = ("recipe", "input_norm", "center", "pre_bias", "start", "resample", "batch_size",
+               "max_iters", "learning_rate")
+
+
+def curve_name(run, first):
+    """The curve of a Run: its size, and what it was told that the first Run was not."""
+    flags = run.sae.extra["args"]
+    usual = first.sae.extra["args"]
+    name = f"{run.n_features:,} features"
+    for flag in CURVE_FLAGS:
+        if flags.get(flag) != usual.get(flag):
+            name += f", {flag} {flags.get(flag)}"
+    return name
+
+
+def load_comparable(run, args):
+    """
+    The Runs of --names, the first of which is loaded, all with its model, text and activations.
+    UserError when one is of another model or site, or does not say its lambda.
+    """
+    runs = []
+    for name in args.names:
+        other = load_run(args, run.device, name)
+        if other.site != run.site or other.source["gpt"] != run.source["gpt"]:
+            raise UserError(
+                f"{name} is of another site or model than {args.names[0]}: "
+                "frontier takes autoencoders of the same activations"
+            )
+        if "l1_coeff" not in other.sae.extra.get("args", {}):
+            raise UserError(f"{name} does not say what lambda it was trained with: leave it out")
+        runs.append(replace(run, folder=other.folder, sae=other.sae, source=other.source))
+    return runs
+
+
+def measured(run, name, first):
+    """A Run as a Point, and its metrics."""
+    metrics, _ = measure(run)
+    log = run.sae.extra.get("log")
+    point = Point(
+        curve=curve_name(run, first),
+        name=name,
+        l0=float(metrics["l0"]),
+        variance_explained=metrics["variance_explained"],
+        loss_recovered=metrics["loss_recovered"],
+        n_features=run.n_features,
+        l1_coeff=run.sae.extra["args"]["l1_coeff"],
+        dead=log[-1]["dead"] if log else None,
+    )
+    return point, metrics
+
+
+def principal_components(run, n_tokens):
+    """
+    The mean (n,) of the activations of n_tokens tokens of the training text, and the directions
+    (n, n), one a row, along which they vary, those of the largest variance first.
+    """
+    x = torch.cat(list(run.trained_x(n_tokens, "reading the training text")))  # (n_tokens, n)
+    covariance = torch.cov(x.t(), correction=0)
+    _, columns = torch.linalg.eigh(where_float64_is(covariance).double())  # the largest last
+    return x.mean(0), columns.t().flip(0).to(x)
+
+
+def without_dictionary(x, mean, directions, ks):
+    """
+    Explains x (b, T, n) by k numbers a token. Yields for every way and k: the way, k, the numbers,
+    and x_hat (b, T, n).
+
+    PCA: the coordinates along the first k principal components. Entries: the k entries of x that
+    are largest in magnitude, 0 in the place of the others; at an mlp site these are neurons.
+    """
+    coordinates = (x - mean) @ directions.t()
+    magnitudes = x.abs()
+    sizes = magnitudes.sort(descending=True).values
+    for k in ks:
+        numbers = coordinates[..., :k]
+        yield "PCA", k, numbers, mean + numbers @ directions[:k]
+        largest = x * (magnitudes >= sizes[..., k - 1:k])
+        yield "entries", k, largest, largest
+
+
+def baseline_points(run, losses, mean, directions, ks):
+    """
+    What is explained without_dictionary, judged on run.held_out as `measure` judges, which gave
+    the losses of the model as it is and with 0 at the site -> list of Points
+    """
+    n_tokens = len(run.held_out) * run.T
+    sums = defaultdict(Counter)  # (way, k) -> sums over all tokens
+    center = 0.0  # of x about the mean of the training text: the sum, and of squares
+    square = 0.0
+    for batch in run.batches("measuring PCA and entries", run.held_out):
+        x = run.gpt.activations(batch[:, :-1], run.site)  # (b, T, n)
+        away = where_float64_is(x - mean).double()
+        center += away.sum((0, 1))
+        square += away.square().sum().item()
+        for way, k, numbers, x_hat in without_dictionary(x, mean, directions, ks):
+            _, loss = run.gpt(batch[:, :-1], batch[:, 1:], run.put(x_hat))
+            found = sums[way, k]
+            found["active"] += torch.count_nonzero(numbers).item()
+            found["error"] += (x_hat - x).square().sum().item()
+            found["loss"] += loss.item() * len(batch)
+    variance = square - center.square().sum().item() / n_tokens
+    points = []
+    for (way, k), found in sums.items():
+        curve = "neurons" if way == "entries" and run.site in run.neuron_sites else way
+        spliced = {**losses, "loss_spliced": found["loss"] / len(run.held_out)}
+        points.append(Point(
+            curve=curve,
+            name=f"{curve}, k = {k}",
+            l0=found["active"] / n_tokens,
+            variance_explained=explained_share(found["error"], variance),
+            loss_recovered=loss_recovered(spliced),
+        ))
+    return points
+
+
+def curves_of(points):
+    """{name: points} of each curve, by L0; small dictionaries first, those without one last."""
+    curves = defaultdict(list)
+    for point in sorted(points, key=lambda point: (point.n_features or math.inf, point.l0)):
+        curves[point.curve].append(point)
+    return curves
+
+
+def at_l0(curve, l0):
+    """
+    A curve, a list of Points by L0, at a wanted L0 -> Point. What lies between two of them is
+    linear in log L0. None where all lie on one side.
+    """
+    l0s = np.array([point.l0 for point in curve])
+    if not l0s[0] <= l0 <= l0s[-1]:
+        return None
+
+    def read(key):
+        values = [getattr(point, key) for point in curve]
+        if None in values:
+            return None
+        # L0 is 0 where all is dead: it has no log
+        return float(np.interp(math.log(l0), np.log(l0s.clip(1e-9)), values))
+
+    return Point(
+        curve=curve[0].curve,
+        name=curve[0].curve,
+        l0=l0,
+        variance_explained=read("variance_explained"),
+        loss_recovered=read("loss_recovered"),
+        n_features=curve[0].n_features,
+        l1_coeff=read("l1_coeff"),
+    )
+
+
+def best_at(curves, l0):
+    """Every curve that reaches a wanted L0 there, the most variance explained first."""
+    points = [at_l0(curve, l0) for curve in curves.values()]
+    reached = [point for point in points if point]
+    return sorted(reached, key=lambda point: -(point.variance_explained or 0))
+
+
+def print_points(points):
+    """Points as the rows of a table."""
+    width = max(len(point.name) for point in points)
+    columns = "features  lambda      L0  variance explained  loss recovered    dead"
+    print(f"{'':{width}}  {columns}")
+    for point in points:
+        features = or_blank(point.n_features, ",")
+        l1_coeff = or_blank(point.l1_coeff, ".3g")
+        explained = or_undefined(point.variance_explained, ".3f")
+        recovered = or_undefined(point.loss_recovered, ".3f")
+        row = (
+            f"{point.name:<{width}}  {features:>8}  {l1_coeff:>6}  {point.l0:6.1f}  "
+            f"{explained:>18}  {recovered:>14}  {or_blank(point.dead, '.2%'):>6}"
+        )
+        print(row.rstrip())
+
+
+def or_blank(number, form):
+    """A number in a format such as ".3f"; None as nothing."""
+    return "" if number is None else f"{number:{form}}"
+
+
+def draw_frontier(run, curves):
+    """Variance explained and loss recovered against L0, without a dictionary dashed."""
+    path = os.path.join(run.folder, "frontier.png")
+    with figure(path, panels=2, width=9, height=3.8) as axes:
+        for ax, key in zip(axes, ("variance_explained", "loss_recovered")):
+            lowest = 1.0  # of autoencoders: what is far below them need not be seen
+            for name, curve in curves.items():
+                l0s = [point.l0 for point in curve]
+                values = np.array([getattr(point, key) for point in curve], float)
+                if curve[0].n_features:
+                    ax.plot(l0s, values, "o-", ms=4, label=name)
+                    lowest = min(lowest, *values)
+                else:
+                    colour = GREY if name == "PCA" else "black"
+                    ax.plot(l0s, values, "--", color=colour, label=f"{name}, no dictionary")
+            ax.set(xscale="log", xlabel="L0", ylabel=key.replace("_", " "))
+            ax.set_ylim(lowest - 0.2, 1.02)
+            ticks = [l0 for l0 in (1, 2, 5, 10, 20, 50, 100, 200, 500) if l0 < ax.get_xlim()[1]]
+            ax.set_xticks(ticks, ticks)
+            ax.minorticks_off()
+
+
+def show_frontier(run, args, n_tokens=2**15):
+    """
+    Variance explained and loss recovered against L0, of runs of several sizes and lambdas: at
+    unequal L0 two say nothing of one another. Beside them what as many numbers a token explain
+    without a dictionary.
+    """
+    # autoencoders, each on fewer tokens than report takes
+    stride = math.ceil(len(run.held_out) * run.T / n_tokens)
+    run = replace(run, held_out=run.held_out[::stride])
+    runs = load_comparable(run, args)
+    points = []
+    for name, other in zip(args.names, runs):
+        point, metrics = measured(other, name, run)
+        points.append(point)
+
+    # what is simpler
+    mean, directions = principal_components(run, args.read_tokens)
+    width = len(mean)
+    ks = sorted({max(1, width >> halved) for halved in range(8)})  # of 512: 4, 8, 16, ... 512
+    simple = baseline_points(run, metrics, mean, directions, ks)
+
+    # what both say
+    curves = curves_of(points + simple)
+    in_order = sum(curves.values(), [])
+    print()
+    print_points(in_order)
+    at = best_at(curves, args.l0) if args.l0 else []
+    if at:
+        print(f"\nat L0 {args.l0:g}, linear in log L0 between the runs on either side, best first")
+        print_points(at)
+    elif args.l0:
+        print(f"\nno two runs of one size have L0 {args.l0:g} between them")
+    draw_frontier(run, curves)
+    save(
+        run,
+        "frontier",
+        tokens=metrics["tokens"],
+        points=[vars(point) for point in in_order],
+        l0=args.l0,
+        at_l0=[vars(point) for point in at],
+    )
+
+
+# -----------------------------------------------------------------------------
 # the page: assets/page.html, an ordinary page with a small sample, filled with a run's features
 
 PAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "page.html")
@@ -2577,6 +2844,7 @@ COMMANDS = {
     "complete": Command(show_complete),
     "scaling": Command(show_scaling, kinds=("model", "own", "toy"), logs_only=True),
     "compare": Command(show_compare, kinds=("model", "own"), takes="names"),
+    "frontier": Command(show_frontier),
 }
 
 
