@@ -7,6 +7,7 @@ features.
     python analyze.py cause --prompt="def __init__("  # which features cause the next token?
     python analyze.py steer --feature=304             # text with a feature held at some value
     python analyze.py steer --features=3,17,304       # ... and a table, beside random directions
+    python analyze.py steer --feature=304 --vector "with" --without "w/o"  # beside their difference
     python analyze.py search "import numpy as" --without "import os"
     python analyze.py neurons                         # do features differ from neurons?
     python analyze.py complete --names=small,large    # which words have a feature of their own?
@@ -99,8 +100,11 @@ def parse_args():
         help="steer: which feature, or several with commas between")
     add("--value", default="-2,0,1,2,4",
         help="steer: clamp to these multiples of its maximum, as --value=-2,0,1")
+    add("--vector", nargs="*", default=[],
+        help="steer: texts that have a concept; their mean activation less that of the texts of "
+        "--without is a direction to steer along, beside the feature's")
     add("--without", nargs="*", default=[],
-        help="search: texts that lack the concept; no feature active on one is shown")
+        help="search, steer: texts that lack the concept; search shows no feature active on one")
     add("--l0", type=at_least(1e-3, float),
         help="frontier: how much is explained at so many active features a token, by each size")
     add("--words", default="",
@@ -1282,10 +1286,10 @@ def clamp(run, features, value, directions=None):
     return hook
 
 
-def mean_probability(run, contexts, token, hook=None):
-    """The probability of a token, its mean over all places of contexts (b, T)."""
-    logits, _ = run.gpt(contexts, hook=hook)
-    return logits.softmax(-1)[..., token].mean().item()
+def probability_and_loss(run, contexts, token, hook=None):
+    """The probability of a token, its mean over all places of contexts (b, T + 1), and the loss."""
+    logits, loss = run.gpt(contexts[:, :-1], contexts[:, 1:], hook)
+    return logits.softmax(-1)[..., token].mean().item(), loss.item()
 
 
 def parse_multiples(text):
@@ -1305,6 +1309,26 @@ def random_directions(run, n, seed):
     return F.normalize(drawn, dim=1).to(run.device)
 
 
+def mean_activation(run, texts):
+    """Activations at the site, the mean over each text's tokens and then over the texts -> (n,)."""
+    means = []
+    for text in texts:
+        x = run.gpt.activations(encode_text(run, text), run.site)  # (1, T, n)
+        means.append(x.mean((0, 1)))
+    return torch.stack(means).mean(0)
+
+
+def difference_of_means(run, texts, without):
+    """
+    The direction (n,), of unit norm, from the mean activation of texts without a concept to that
+    of texts with it: what one would steer along without features. UserError when there is none.
+    """
+    difference = mean_activation(run, texts) - mean_activation(run, without)
+    if not difference.any():
+        raise UserError("the texts of --vector and of --without have the same mean activation")
+    return F.normalize(difference, dim=0)
+
+
 def following_token(run, acts, n=50):
     """The token that most often comes after the n top examples of a feature, acts (N T,)."""
     following = run.contexts[:, 1:].flatten().numpy()  # of each position the token after it
@@ -1312,30 +1336,49 @@ def following_token(run, acts, n=50):
     return Counter(after.tolist()).most_common(1)[0][0]
 
 
-def steered(run, i, acts, token, multiples, contexts, directions):
+def steered(run, i, acts, token, multiples, contexts, directions, vector=None):
     """
-    The mean probability of a token over all places of contexts (b, T) with feature i, of
-    activations acts (N T,), clamped to multiples of its maximum; and with the same pushes along
-    each of directions (k, n) in its place, as mean and standard deviation -> dict, to be saved
+    The mean probability of a token over all places of contexts (b, T + 1), and their loss, with
+    feature i, of activations acts (N T,), clamped to multiples of its maximum; with the same
+    pushes along each of directions (k, n) in its place, as mean and standard deviation; and along
+    a vector (n,), if given -> dict, to be saved
     """
+    def outcome(hook=None):
+        return probability_and_loss(run, contexts, token, hook)
+
     clamped = []  # of each multiple
     for multiple in tracked(f"feature {i}", multiples, "values", lambda _: 1):
         value = multiple * acts.max().item()
+        probability, loss = outcome(clamp(run, [i], value))
         # the control takes off and adds as much, but along another direction
         hooks = [clamp(run, [i], value, direction[None]) for direction in directions]
-        control = [mean_probability(run, contexts, token, hook) for hook in hooks]
-        clamped.append({
+        control = np.array([outcome(hook) for hook in hooks])  # (k, 2)
+        random_mean, random_loss = control.mean(0).tolist()
+        random_spread, random_loss_spread = control.std(0, ddof=1).tolist()
+        row = {
             "multiple": multiple,
-            "probability": mean_probability(run, contexts, token, clamp(run, [i], value)),
-            "random_mean": float(np.mean(control)),
-            "random_spread": float(np.std(control, ddof=1)),
-        })
-    return {
+            "probability": probability,
+            "random_mean": random_mean,
+            "random_spread": random_spread,
+            "loss": loss,
+            "random_loss": random_loss,
+            "random_loss_spread": random_loss_spread,
+        }
+        if vector is not None:
+            along = clamp(run, [i], value, vector[None])
+            row["vector_probability"], row["vector_loss"] = outcome(along)
+        clamped.append(row)
+    unsteered, plain = outcome()
+    result = {
         "feature": i,
         "token": token_text(run, token),
-        "unsteered": mean_probability(run, contexts, token),
+        "unsteered": unsteered,
+        "loss": plain,
         "clamped": clamped,
     }
+    if vector is not None:
+        result["cosine"] = (vector @ run.sae.W_dec[i]).item()
+    return result
 
 
 def beyond_random(results):
@@ -1375,10 +1418,36 @@ def print_steered(results, counts, n_directions):
             print(f"{value:>12}  likelier {row['higher']}, less likely {row['lower']}")
 
 
+def print_beside_vector(results, n_directions):
+    """The table of what `steered` with a vector found: probabilities and losses."""
+    along = f"{'feature':>10}{'means':>9}{f'{n_directions} random':>20}"
+    print(
+        f"\n{'':33}{'probability of the token':>39}{'loss on held-out text':>39}\n"
+        f"feature  token         clamped to{along}{along}"
+    )
+    for result in results:
+        token = f"'{result['token']}'"
+        plain = f"{result['unsteered']:10.5f}{result['loss']:39.3f}"
+        print(f"{result['feature']:7}  {token:<14} unsteered{plain}")
+        for row in result["clamped"]:
+            value = f"{row['multiple']:+g} x max"
+            random = f"{row['random_mean']:.5f} ± {row['random_spread']:.5f}"
+            random_loss = f"{row['random_loss']:.3f} ± {row['random_loss_spread']:.3f}"
+            print(
+                f"{value:>33}"
+                f"{row['probability']:10.5f}{row['vector_probability']:9.5f}{random:>20}"
+                f"{row['loss']:10.3f}{row['vector_loss']:9.3f}{random_loss:>20}"
+            )
+    for result in results:
+        print(f"cosine of feature {result['feature']} with the means: {result['cosine']:+.2f}")
+
+
 def show_steer(run, args, n_directions=20):
     """
     How likely a token becomes when a feature is clamped to multiples of its maximum, beside
-    pushes of equal norm along random directions. Of a single feature texts as well.
+    pushes of equal norm along random directions. Of a single feature texts as well. With
+    --vector also along the difference of mean activations between texts with and without a
+    concept, and what each costs on text that has nothing to do with it.
 
     The feature's own logit weights must not choose the token, or any direction would be seen to
     work: it is the one that follows in the text where the feature is active, or the user's.
@@ -1390,34 +1459,46 @@ def show_steer(run, args, n_directions=20):
     if max(map(abs, multiples)) * all_acts.max().item() > 1e15:
         raise UserError(f"--value={args.value} is more than the model can hold: give less")
     target = first_token(run, args.target).item() if args.target else None
+    if bool(args.vector) != bool(args.without):
+        raise UserError("steer takes texts with a concept and without: --vector and --without")
+    vector = difference_of_means(run, args.vector, args.without) if args.vector else None
     for i, acts in zip(features, all_acts):
         print(title(run, i, acts))
     stride = max(1, len(run.contexts) // 16)  # some 16 contexts from all of the text
-    contexts = run.contexts[::stride, :-1].to(run.device)
+    contexts = run.contexts[::stride].to(run.device)
     start = encode_text(run, args.prompt) if args.prompt else contexts[:1, :16]
     directions = random_directions(run, n_directions, args.seed)
     results = []
     for i, acts in zip(features, all_acts):
         if acts.any():  # of a dead one the title says so
             token = following_token(run, acts) if target is None else target
-            results.append(steered(run, i, acts, token, multiples, contexts, directions))
+            results.append(
+                steered(run, i, acts, token, multiples, contexts, directions, vector)
+            )
     if not results:
         return
     counts = beyond_random(results)
-    print_steered(results, counts, n_directions)
+    if vector is None:
+        print_steered(results, counts, n_directions)
+    else:
+        print_beside_vector(results, n_directions)
     if len(features) == 1:
-        print_steered_texts(run, features[0], all_acts[0], multiples, start, args.seed)
+        print_steered_texts(run, features[0], all_acts[0], multiples, start, args.seed, vector)
     save(run, "steer", random_directions=n_directions, features=results, beyond_random=counts)
 
 
-def print_steered_texts(run, i, acts, multiples, start, seed):
-    """What the model writes after token ids start (1, T), feature i clamped and not."""
-    for multiple in [None] + multiples:
-        name = "unsteered"
-        hook = None
-        if multiple is not None:
-            name = f"{multiple:+g} x max"
-            hook = clamp(run, [i], multiple * acts.max().item())
+def print_steered_texts(run, i, acts, multiples, start, seed, vector=None):
+    """
+    What the model writes after token ids start (1, T), feature i clamped and not, and with the
+    same pushes along a vector (n,), if given.
+    """
+    hooks = [("unsteered", None)]
+    for multiple in multiples:
+        value = multiple * acts.max().item()
+        hooks.append((f"{multiple:+g} x max", clamp(run, [i], value)))
+        if vector is not None:
+            hooks.append(("along means", clamp(run, [i], value, vector[None])))
+    for name, hook in hooks:
         # the same draws for all, so that two texts differ by the feature alone
         generator = torch.Generator(run.device).manual_seed(seed)
         ids = run.gpt.generate(start, 60, hook=hook, generator=generator)

@@ -380,7 +380,7 @@ def test_steer_measures_what_follows_in_the_text_not_what_the_feature_writes(tmp
     assert analyze.logit_effects(this, this.sae.W_dec[7:8]).argmax() == tilde
     acts = this.activations([7])[0]
     assert analyze.following_token(this, acts) == bar
-    contexts, directions = this.contexts[:2, :-1], analyze.random_directions(this, 20, 0)
+    contexts, directions = this.contexts[:2], analyze.random_directions(this, 20, 0)
     for token, raised in ((bar, False), (tilde, True)):
         result = analyze.steered(this, 7, acts, token, [0, 20], contexts, directions)
         nothing, much = result["clamped"]

@@ -1,4 +1,4 @@
-"""What is explained at which L0, beside PCA and the largest entries."""
+"""What is explained at which L0, beside PCA and the largest entries; steering beside a difference of means."""
 
 import copy
 import re
@@ -9,6 +9,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import analyze
 from analyze import Point
@@ -253,5 +254,94 @@ def test_frontier_says_what_is_best_at_one_l0(swept):
 ])
 def test_runs_that_cannot_be_compared_are_one_line(swept, names, words):
     done = script("analyze.py", "frontier", f"--names={names}", f"--out_dir={swept}", "--device=cpu")
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert all(word in done.stderr for word in words)
+
+
+# -----------------------------------------------------------------------------
+# steering along a difference of means
+
+
+def test_the_difference_of_means_is_plain_numpys(tmp_path):
+    """Each text's mean over its tokens counts once, however long the text is."""
+    this, _ = random_run(tmp_path, "mlp.1")
+    having, lacking = ["foo bar", "foo"], ["bar baz foo", "baz", "x"]
+
+    def mean(texts):
+        rows = []
+        for text in texts:
+            idx = torch.tensor([this.tokenizer.encode_ordinary(text)])
+            rows.append(activations_at(this.gpt, idx, "mlp.1")[0].mean(0))
+        return np.mean(rows, 0)
+    expected = mean(having) - mean(lacking)
+    expected /= np.linalg.norm(expected)
+    np.testing.assert_allclose(analyze.difference_of_means(this, having, lacking), expected, atol=1e-5)
+    np.testing.assert_allclose(analyze.difference_of_means(this, lacking, having), -expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("input_norm", ["dataset", "token"])
+def test_pushes_along_the_means_are_as_long_as_the_clamps(tmp_path, input_norm):
+    this, _ = random_run(tmp_path, "resid.0", input_norm=input_norm)
+    vector = analyze.difference_of_means(this, ["foo"], ["bar"])
+    x = torch.randn(2, 5, 8)
+    for value in (-1.0, 2.5):
+        own = analyze.clamp(this, [3], value)("resid.0", x) - x
+        along = analyze.clamp(this, [3], value, vector[None])("resid.0", x) - x
+        np.testing.assert_allclose(along.norm(dim=2), own.norm(dim=2), rtol=1e-4)
+        signs = own @ this.sae.W_dec[3]
+        np.testing.assert_allclose(along, signs[..., None] * vector, rtol=1e-3, atol=1e-5)
+
+
+def test_steer_compares_with_the_difference_of_means_in_probability_and_in_the_loss(swept):
+    """The table's numbers are those of hooks made by hand; in the texts each clamp is followed by its push."""
+    this = load(swept)
+    x = activations_at(this.gpt, this.contexts[:, :-1], this.site)
+    f = by_hand(this.sae, x)[0]
+    i = int(f.max((0, 1)).argmax())
+    command = ("analyze.py", "steer", f"--feature={i}", "--value=-1,2", f"--out_dir={swept}", "--device=cpu")
+    plain = script(*command)
+    assert plain.returncode == 0 and "means" not in plain.stdout
+    done = script(*command, "--vector", "return self", "self.total", "--without", "def add", "--target=self")
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    result, = numbers_in(swept / "sae/scaling/steer.json")["features"]
+
+    contexts = this.contexts[::max(1, len(this.contexts) // 16)]
+    own = torch.from_numpy(by_hand(this.sae, activations_at(this.gpt, contexts[:, :-1], this.site))[0][..., [i]]).float()
+    largest = float(f[..., i].max())
+    vector = analyze.difference_of_means(this, ["return self", "self.total"], ["def add"])
+    token = this.tokenizer.encode_ordinary("self")[0]
+
+    def outcome(multiple, direction):
+        def hook(site, x):
+            return x + (multiple * largest - own) * direction if site == this.site else None
+        logits, _ = this.gpt(contexts[:, :-1], hook=hook if multiple is not None else None)
+        loss = F.cross_entropy(logits.flatten(0, 1).double(), contexts[:, 1:].flatten()).item()
+        return pytest.approx(logits.softmax(2)[..., token].mean().item(), rel=1e-3), pytest.approx(loss, rel=1e-4)
+    assert (result["unsteered"], result["loss"]) == outcome(None, None)
+    assert result["cosine"] == pytest.approx(float(vector @ this.sae.W_dec[i]), abs=1e-5)
+    directions = analyze.random_directions(this, 20, 1337)
+    for row in result["clamped"]:
+        assert (row["probability"], row["loss"]) == outcome(row["multiple"], this.sae.W_dec[i])
+        assert (row["vector_probability"], row["vector_loss"]) == outcome(row["multiple"], vector)
+        losses = [outcome(row["multiple"], direction)[1].expected for direction in directions]
+        assert row["random_loss"] == pytest.approx(np.mean(losses), rel=1e-4)
+        assert row["random_loss_spread"] == pytest.approx(np.std(losses, ddof=1), rel=1e-2)
+        cells = [f"{row['multiple']:+g} x max", f"{row['probability']:.5f}", f"{row['vector_probability']:.5f}",
+                 f"{row['random_mean']:.5f} ± {row['random_spread']:.5f}", f"{row['loss']:.3f}",
+                 f"{row['vector_loss']:.3f}", f"{row['random_loss']:.3f} ± {row['random_loss_spread']:.3f}"]
+        assert re.search(" +".join(map(re.escape, cells)) + "$", done.stdout, re.M), done.stdout
+    names = re.findall(r"\n\n +(unsteered|\S+ x max|along means)  ", done.stdout)
+    assert names == ["unsteered", "-1 x max", "along means", "+2 x max", "along means"]
+    assert f"cosine of feature {i} with the means: {result['cosine']:+.2f}\n" in done.stdout
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--vector", "self"], ["--vector", "--without"]),
+    (["--without", "self"], ["--vector", "--without"]),
+    (["--vector", "self", "--without", ""], ["0 tokens"]),
+    (["--vector", "self", "--without", "self"], ["--vector", "same"]),
+])
+def test_a_difference_needs_texts_with_and_without(swept, flags, words):
+    done = script("analyze.py", "steer", "--feature=0", *flags, f"--out_dir={swept}", "--device=cpu")
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
     assert all(word in done.stderr for word in words)
