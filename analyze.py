@@ -102,7 +102,8 @@ def parse_args():
         help="steer: clamp to these multiples of its maximum, as --value=-2,0,1")
     add("--vector", nargs="*", default=[],
         help="steer: texts that have a concept; their mean activation less that of the texts of "
-        "--without is a direction to steer along, beside the feature's")
+        "--without is a direction to steer along, beside the feature's; of a text with «...» the "
+        "marked token counts alone")
     add("--without", nargs="*", default=[],
         help="search, steer: texts that lack the concept; search shows no feature active on one")
     add("--l0", type=at_least(1e-3, float),
@@ -1310,11 +1311,14 @@ def random_directions(run, n, seed):
 
 
 def mean_activation(run, texts):
-    """Activations at the site, the mean over each text's tokens and then over the texts -> (n,)."""
+    """
+    Activations at the site (n,), the mean over texts: of each its marked token's, see
+    read_marked, or the mean over its tokens.
+    """
     means = []
     for text in texts:
-        x = run.gpt.activations(encode_text(run, text), run.site)  # (1, T, n)
-        means.append(x.mean((0, 1)))
+        x, place = read_marked(run, text)  # (T, n)
+        means.append(x.mean(0) if place is None else x[place])
     return torch.stack(means).mean(0)
 
 
@@ -1511,16 +1515,18 @@ def print_steered_texts(run, i, acts, multiples, start, seed, vector=None):
 
 def read_marked(run, text):
     """
-    Activations f (T, m) on a text, and the place of the token that holds the last character
-    marked with «...» (without a mark the text's last).
+    Activations x (T, n) at the site on a text, and the place of the token that holds the last
+    character marked with «...»; None without a mark.
     """
     plain = re.sub("[«»]", "", text)
-    marked = re.search("«.+?»", text, re.S)  # the first one
-    upto = re.sub("[«»]", "", text[:marked.end()]) if marked else plain
     idx = encode_text(run, plain)
-    f = run.sae.encode(run.gpt.activations(idx, run.site))[0]  # (T, m)
+    x = run.gpt.activations(idx, run.site)[0]
+    marked = re.search("«.+?»", text, re.S)  # the first one
+    if not marked:
+        return x, None
+    upto = re.sub("[«»]", "", text[:marked.end()])
     _, starts = run.tokenizer.decode_with_offsets(idx[0].tolist())  # in characters
-    return f, bisect(starts, len(upto) - 1) - 1
+    return x, bisect(starts, len(upto) - 1) - 1
 
 
 def search_scores(run, texts, without=()):
@@ -1533,13 +1539,14 @@ def search_scores(run, texts, without=()):
     scores = []
     active = []
     for text in texts:
-        f, place = read_marked(run, text)
-        scores.append(f[place] + f.mean(0))
+        x, place = read_marked(run, text)
+        f = run.sae.encode(x)  # (T, m)
+        scores.append(f[-1 if place is None else place] + f.mean(0))
         active.append(f.amax(0) > 0)
     absent = torch.ones_like(active[0])  # from all texts without the concept
     for text in without:
-        f, _ = read_marked(run, text)
-        absent &= f.amax(0) == 0
+        x, _ = read_marked(run, text)
+        absent &= run.sae.encode(x).amax(0) == 0
     scores = torch.stack(scores).mean(0) * absent
     n_active = torch.stack(active).sum(0) * absent
     return scores.cpu().numpy(), n_active.cpu().numpy()

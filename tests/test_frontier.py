@@ -263,17 +263,16 @@ def test_runs_that_cannot_be_compared_are_one_line(swept, names, words):
 
 
 def test_the_difference_of_means_is_plain_numpys(tmp_path):
-    """Each text's mean over its tokens counts once, however long the text is."""
+    """Each text's mean over its tokens counts once, however long the text is; of a marked one that token."""
     this, _ = random_run(tmp_path, "mlp.1")
-    having, lacking = ["foo bar", "foo"], ["bar baz foo", "baz", "x"]
+    having, lacking = ["foo bar", "foo", "foo« bar» baz"], ["bar baz foo", "baz", "x"]
 
-    def mean(texts):
-        rows = []
-        for text in texts:
-            idx = torch.tensor([this.tokenizer.encode_ordinary(text)])
-            rows.append(activations_at(this.gpt, idx, "mlp.1")[0].mean(0))
-        return np.mean(rows, 0)
-    expected = mean(having) - mean(lacking)
+    def read(text):
+        idx = torch.tensor([this.tokenizer.encode_ordinary(text)])
+        return activations_at(this.gpt, idx, "mlp.1")[0]
+    assert len(read("foo bar baz")) == 3
+    with_it = np.mean([read("foo bar").mean(0), read("foo").mean(0), read("foo bar baz")[1]], 0)
+    expected = with_it - np.mean([read(text).mean(0) for text in lacking], 0)
     expected /= np.linalg.norm(expected)
     np.testing.assert_allclose(analyze.difference_of_means(this, having, lacking), expected, atol=1e-5)
     np.testing.assert_allclose(analyze.difference_of_means(this, lacking, having), -expected, atol=1e-5)
