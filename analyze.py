@@ -2635,7 +2635,8 @@ def at_l0(curve, l0):
         if None in values:
             return None
         # L0 is 0 where all is dead: it has no log
-        return float(np.interp(math.log(l0), np.log(l0s.clip(1e-9)), values))
+        log_l0, *log_l0s = np.log(np.append(l0, l0s).clip(1e-9))
+        return float(np.interp(log_l0, log_l0s, values))
 
     return Point(
         curve=curve[0].curve,
@@ -2655,11 +2656,12 @@ def best_at(curves, l0):
     return sorted(reached, key=lambda point: -(point.variance_explained or 0))
 
 
-def print_points(points):
-    """Points as the rows of a table."""
+def print_points(points, first=()):
+    """Points as the rows of a table; on the right what a first curve has at the same L0."""
     width = max(len(point.name) for point in points)
+    there = f"  {first[0].curve} at this L0" if first else ""
     columns = "features  lambda      L0  variance explained  loss recovered    dead"
-    print(f"{'':{width}}  {columns}")
+    print(f"{'':{width}}  {columns}{there}")
     for point in points:
         features = or_blank(point.n_features, ",")
         l1_coeff = or_blank(point.l1_coeff, ".3g")
@@ -2669,6 +2671,11 @@ def print_points(points):
             f"{point.name:<{width}}  {features:>8}  {l1_coeff:>6}  {point.l0:6.1f}  "
             f"{explained:>18}  {recovered:>14}  {or_blank(point.dead, '.2%'):>6}"
         )
+        beside = at_l0(first, point.l0) if first and point.curve != first[0].curve else None
+        if beside:
+            explained = or_undefined(beside.variance_explained, ".3f")
+            recovered = or_undefined(beside.loss_recovered, ".3f")
+            row += f"  {explained} and {recovered}"
         print(row.rstrip())
 
 
@@ -2701,8 +2708,8 @@ def draw_frontier(run, curves):
 
 def show_frontier(run, args, n_tokens=2**15):
     """
-    Variance explained and loss recovered against L0, of runs of several sizes and lambdas: at
-    unequal L0 two say nothing of one another. Beside them what as many numbers a token explain
+    Variance explained and loss recovered against L0, of runs of several sizes and lambdas: of two
+    at unequal L0 neither need be the better. Beside them what as many numbers a token explain
     without a dictionary.
     """
     # autoencoders, each on fewer tokens than report takes
@@ -2724,7 +2731,7 @@ def show_frontier(run, args, n_tokens=2**15):
     curves = curves_of(points + simple)
     in_order = sum(curves.values(), [])
     print()
-    print_points(in_order)
+    print_points(in_order, curves[curve_name(run, run)])
     at = best_at(curves, args.l0) if args.l0 else []
     if at:
         print(f"\nat L0 {args.l0:g}, linear in log L0 between the runs on either side, best first")

@@ -106,6 +106,7 @@ def test_at_a_wanted_l0_a_curve_is_linear_in_log_l0_between_its_runs():
     assert analyze.at_l0([few, some], 17.0) is analyze.at_l0([few, some], 3.9) is None
     dead = Point("small", "d", 0.0, 0.0, 0.0, 512, 99.0, 1.0)
     assert 0 < analyze.at_l0([dead, few], 2.0).variance_explained < 0.6
+    assert analyze.at_l0([dead, few], 0.0).variance_explained == 0
 
 
 def test_the_best_at_an_l0_comes_first_though_a_run_of_another_size_explains_more_elsewhere():
@@ -144,7 +145,7 @@ def swept(trained, tmp_path_factory):
     shutil.copytree(trained, out, ignore=shutil.ignore_patterns("acts"))
     whole = load_sae(out / "sae/scaling/sae.pt")
     for size in (48, 96):
-        for l1_coeff, lower in ((2.0, 0.0), (4.0, 0.3), (9.0, 0.8)):
+        for l1_coeff, lower in ((2.0, 0.0), (4.0, 0.5), (9.0, 1.5)):
             sae = SparseAutoencoder(SAEConfig(64, size))
             sae.scale.copy_(whole.scale)
             with torch.no_grad():
@@ -153,7 +154,7 @@ def swept(trained, tmp_path_factory):
                 sae.b_enc.copy_(whole.b_enc[:size] - lower)
                 sae.b_dec.copy_(whole.b_dec)
             args = whole.extra["args"] | {"l1_coeff": l1_coeff, "n_features": size}
-            log = [{"dead": 0.9}, {"dead": lower / 4}]
+            log = [{"dead": 0.9}, {"dead": l1_coeff / 80}]
             saved(out, f"m{size}-{l1_coeff:g}", sae, whole.extra["source"], args, log)
     source = whole.extra["source"]
     saved(out, "unknown", whole, source, {"seed": 0})
@@ -196,10 +197,19 @@ def test_frontier_prints_draws_and_saves_runs_beside_what_needs_no_dictionary(sw
         assert point["l0"] == pytest.approx((f > 0).sum(2).mean(), rel=1e-3)
         assert point["variance_explained"] == pytest.approx(explained, abs=1e-3)
         size, l1_coeff = name[1:].split("-")
-        assert point["dead"] == {"2": 0, "4": 0.075, "9": 0.2}[l1_coeff]
+        assert point["dead"] == float(l1_coeff) / 80
         cells = [name, size, l1_coeff, f"{point['l0']:.1f}", f"{point['variance_explained']:.3f}",
                  f"{point['loss_recovered']:.3f}", f"{point['dead']:.2%}"]
-        assert re.search("^" + " +".join(map(re.escape, cells)) + "$", done.stdout, re.M), done.stdout
+        row, = re.findall("^" + " +".join(map(re.escape, cells)) + "(.*)$", done.stdout, re.M)
+        # of what is not on the first run's curve, what that curve has at the same L0
+        there = ""
+        if size == "48" and points["m96-9"]["l0"] <= point["l0"] <= points["m96-2"]["l0"]:
+            first = [points[f"m96-{l}"] for l in (9, 4, 2)]
+            there = "  " + " and ".join(
+                f"{np.interp(np.log(point['l0']), [np.log(p['l0']) for p in first], [p[key] for p in first]):.3f}"
+                for key in ("variance_explained", "loss_recovered"))
+        assert row == there
+    assert re.search(r"^m48-.* and 0\.\d+$", done.stdout, re.M) and " 96 features at this L0\n" in done.stdout
 
 
 def test_of_a_long_text_frontier_takes_evenly_spread_contexts(swept):
