@@ -2701,7 +2701,9 @@ def draw_frontier(run, curves):
                     ax.plot(l0s, values, "--", color=colour, label=f"{name}, no dictionary")
             ax.set(xscale="log", xlabel="L0", ylabel=key.replace("_", " "))
             ax.set_ylim(lowest - 0.2, 1.02)
-            ticks = [l0 for l0 in (1, 2, 5, 10, 20, 50, 100, 200, 500) if l0 < ax.get_xlim()[1]]
+            low, high = ax.get_xlim()
+            steps = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000]
+            ticks = [l0 for l0 in steps if low < l0 < high]
             ax.set_xticks(ticks, ticks)
             ax.minorticks_off()
 
