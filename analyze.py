@@ -2544,7 +2544,7 @@ def measured(run, name, first):
         loss_recovered=metrics["loss_recovered"],
         n_features=run.n_features,
         l1_coeff=run.sae.extra["args"]["l1_coeff"],
-        dead=log[-1]["dead"] if log else None,
+        dead=log[-1].get("dead") if log else None,
     )
     return point, metrics
 
@@ -2695,7 +2695,7 @@ def draw_frontier(run, curves):
                 values = np.array([getattr(point, key) for point in curve], float)
                 if curve[0].n_features:
                     ax.plot(l0s, values, "o-", ms=4, label=name)
-                    lowest = min(lowest, *values)
+                    lowest = min([lowest, *values[np.isfinite(values)]])
                 else:
                     colour = GREY if name == "PCA" else "black"
                     ax.plot(l0s, values, "--", color=colour, label=f"{name}, no dictionary")

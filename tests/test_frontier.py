@@ -128,6 +128,18 @@ def test_the_best_at_an_l0_comes_first_though_a_run_of_another_size_explains_mor
     assert analyze.best_at(curves, 100.0) == []
 
 
+def test_what_has_no_meaning_is_called_undefined_and_left_out_of_the_picture(tmp_path, capsys):
+    """As where zero-ablation costs the model nothing, or where all is dead."""
+    points = [Point("9 features", "a", 4.0, 0.5, None, 9, 1.0), Point("9 features", "b", 0.0, None, None, 9, 2.0)]
+    curves = analyze.curves_of(points + [Point("PCA", "PCA, k = 2", 2.0, 0.3, None)])
+    analyze.draw_frontier(SimpleNamespace(folder=tmp_path), curves)
+    assert (tmp_path / "frontier.png").stat().st_size > 1000
+    analyze.print_points(points)
+    assert re.findall(r"^[ab] .*", capsys.readouterr().out, re.M) == [
+        "a         9       1     4.0               0.500       undefined",
+        "b         9       2     0.0           undefined       undefined"]
+
+
 def test_a_curve_is_named_by_its_size_and_by_what_the_first_run_was_not_told():
     def run(n_features, **flags):
         flags = {"recipe": "a", "pre_bias": "auto", "max_iters": 10, "l1_coeff": 1.0, "seed": 0} | flags
