@@ -7,11 +7,13 @@ features.
     python analyze.py cause --prompt="def __init__("  # which features cause the next token?
     python analyze.py steer --feature=304             # text with a feature held at some value
     python analyze.py steer --features=3,17,304       # ... and a table, beside random directions
+    python analyze.py steer --feature=304 --vector "with" --without "w/o"  # beside their difference
     python analyze.py search "import numpy as" --without "import os"
     python analyze.py neurons                         # do features differ from neurons?
     python analyze.py explain                         # how much of the model do tokens explain?
     python analyze.py complete --names=small,large    # which words have a feature of their own?
     python analyze.py scaling --names=a,b,c           # loss against compute, of many finished runs
+    python analyze.py frontier --names=a,b,c --l0=10  # lambdas and sizes beside PCA and neurons
     python analyze.py compare small large             # splitting; across two models: universality
     python analyze.py automata                        # which features switch one another on?
     python analyze.py toy --name=toy                  # how many known directions were found?
@@ -72,7 +74,8 @@ def parse_args():
                         help="feature: number; search: texts; compare: two names or folders")
     add = parser.add_argument_group("analysis").add_argument
     add("--name", default=SAEConfig.recipe, help="folder under out_dir/sae, or a path to one")
-    add("--names", default="", help="complete, scaling: several of them, with commas between")
+    add("--names", default="",
+        help="complete, scaling, frontier: several of them, with commas between")
     add("--acts", type=os.path.expanduser, default="",
         help="judge it on your own activations, a quoted pattern of .npy files: on all their "
         "rows, or the last twentieth where they are what it was trained on")
@@ -80,7 +83,7 @@ def parse_args():
         help="of your own activations: a text file with a line for each row of all their files "
         "in order, to be shown beside the rows")
     add("--eval_tokens", type=at_least(1), default=2**18,
-        help="report: held-out tokens, or rows, of its metrics")
+        help="report, frontier (at most 32,768): held-out tokens, or rows, of the metrics")
     add("--density_tokens", type=at_least(1),
         help="report: tokens of the training text, or rows trained on, on which dead features "
         "are never active; None: as many as take some 20 s on two CPU cores")
@@ -101,8 +104,14 @@ def parse_args():
         help="steer: which feature, or several with commas between")
     add("--value", default="-2,0,1,2,4",
         help="steer: clamp to these multiples of its maximum, as --value=-2,0,1")
+    add("--vector", nargs="*", default=[],
+        help="steer: texts that have a concept; their mean activation less that of the texts of "
+        "--without is a direction to steer along, beside the feature's; of a text with «...» the "
+        "marked token counts alone")
     add("--without", nargs="*", default=[],
-        help="search: texts that lack the concept; no feature active on one is shown")
+        help="search, steer: texts that lack the concept; search shows no feature active on one")
+    add("--l0", type=at_least(1e-3, float),
+        help="frontier: how much is explained at so many active features a token, by each size")
     add("--words", default="",
         help="complete: file of words (ASCII letters); default: words of the held-out text")
     return parser.parse_args()
@@ -221,7 +230,7 @@ class Run:
         for batch in tracked(label, contexts.split(size), unit):
             yield batch.to(self.device)
 
-    def trained_x(self, n_tokens):
+    def trained_x(self, n_tokens, label="counting activity"):
         """
         Yields activations (b, n) of n_tokens tokens of the training text, from all of it, in whole
         contexts, or of as many rows of trained_on; of all if there are fewer. Prints progress.
@@ -229,7 +238,7 @@ class Run:
         if not self.gpt:
             n = min(n_tokens, self.trained_on.rows)
             starts = range(0, n, 4096)
-            for start in tracked("counting activity", starts, "pieces", lambda start: 1):
+            for start in tracked(label, starts, "pieces", lambda start: 1):
                 yield self.trained_on.batch(start, min(4096, n - start)).to(self.device)
             return
         text = self.training_text
@@ -239,7 +248,7 @@ class Run:
         starts = T * (np.arange(n) * n_contexts // n)  # evenly spread
         # some 4,096 tokens at a time
         pieces = np.array_split(starts, min(n, math.ceil(n * T / 4096)))
-        for piece in tracked("counting activity", pieces, "contexts"):
+        for piece in tracked(label, pieces, "contexts"):
             idx = torch.from_numpy(text[piece[:, None] + np.arange(T)].astype(np.int64))
             yield self.gpt.activations(idx.to(self.device), self.site).flatten(0, 1)
 
@@ -1392,10 +1401,10 @@ def clamp(run, features, value, directions=None):
     return hook
 
 
-def mean_probability(run, contexts, token, hook=None):
-    """The probability of a token, its mean over all places of contexts (b, T)."""
-    logits, _ = run.gpt(contexts, hook=hook)
-    return logits.softmax(-1)[..., token].mean().item()
+def probability_and_loss(run, contexts, token, hook=None):
+    """The probability of a token, its mean over all places of contexts (b, T + 1), and the loss."""
+    logits, loss = run.gpt(contexts[:, :-1], contexts[:, 1:], hook)
+    return logits.softmax(-1)[..., token].mean().item(), loss.item()
 
 
 def parse_multiples(text):
@@ -1415,6 +1424,29 @@ def random_directions(run, n, seed):
     return F.normalize(drawn, dim=1).to(run.device)
 
 
+def mean_activation(run, texts):
+    """
+    Activations at the site (n,), the mean over texts: of each its marked token's, see
+    read_marked, or the mean over its tokens.
+    """
+    means = []
+    for text in texts:
+        x, place = read_marked(run, text)  # (T, n)
+        means.append(x.mean(0) if place is None else x[place])
+    return torch.stack(means).mean(0)
+
+
+def difference_of_means(run, texts, without):
+    """
+    The direction (n,), of unit norm, from the mean activation of texts without a concept to that
+    of texts with it: what one would steer along without features. UserError when there is none.
+    """
+    difference = mean_activation(run, texts) - mean_activation(run, without)
+    if not difference.any():
+        raise UserError("the texts of --vector and of --without have the same mean activation")
+    return F.normalize(difference, dim=0)
+
+
 def following_token(run, acts, n=50):
     """The token that most often comes after the n top examples of a feature, acts (N T,)."""
     following = run.contexts[:, 1:].flatten().numpy()  # of each position the token after it
@@ -1422,30 +1454,49 @@ def following_token(run, acts, n=50):
     return Counter(after.tolist()).most_common(1)[0][0]
 
 
-def steered(run, i, acts, token, multiples, contexts, directions):
+def steered(run, i, acts, token, multiples, contexts, directions, vector=None):
     """
-    The mean probability of a token over all places of contexts (b, T) with feature i, of
-    activations acts (N T,), clamped to multiples of its maximum; and with the same pushes along
-    each of directions (k, n) in its place, as mean and standard deviation -> dict, to be saved
+    The mean probability of a token over all places of contexts (b, T + 1), and their loss, with
+    feature i, of activations acts (N T,), clamped to multiples of its maximum; with the same
+    pushes along each of directions (k, n) in its place, as mean and standard deviation; and along
+    a vector (n,), if given -> dict, to be saved
     """
+    def outcome(hook=None):
+        return probability_and_loss(run, contexts, token, hook)
+
     clamped = []  # of each multiple
     for multiple in tracked(f"feature {i}", multiples, "values", lambda _: 1):
         value = multiple * acts.max().item()
+        probability, loss = outcome(clamp(run, [i], value))
         # the control takes off and adds as much, but along another direction
         hooks = [clamp(run, [i], value, direction[None]) for direction in directions]
-        control = [mean_probability(run, contexts, token, hook) for hook in hooks]
-        clamped.append({
+        control = np.array([outcome(hook) for hook in hooks])  # (k, 2)
+        random_mean, random_loss = control.mean(0).tolist()
+        random_spread, random_loss_spread = control.std(0, ddof=1).tolist()
+        row = {
             "multiple": multiple,
-            "probability": mean_probability(run, contexts, token, clamp(run, [i], value)),
-            "random_mean": float(np.mean(control)),
-            "random_spread": float(np.std(control, ddof=1)),
-        })
-    return {
+            "probability": probability,
+            "random_mean": random_mean,
+            "random_spread": random_spread,
+            "loss": loss,
+            "random_loss": random_loss,
+            "random_loss_spread": random_loss_spread,
+        }
+        if vector is not None:
+            along = clamp(run, [i], value, vector[None])
+            row["vector_probability"], row["vector_loss"] = outcome(along)
+        clamped.append(row)
+    unsteered, plain = outcome()
+    result = {
         "feature": i,
         "token": token_text(run, token),
-        "unsteered": mean_probability(run, contexts, token),
+        "unsteered": unsteered,
+        "loss": plain,
         "clamped": clamped,
     }
+    if vector is not None:
+        result["cosine"] = (vector @ run.sae.W_dec[i]).item()
+    return result
 
 
 def beyond_random(results):
@@ -1485,10 +1536,36 @@ def print_steered(results, counts, n_directions):
             print(f"{value:>12}  likelier {row['higher']}, less likely {row['lower']}")
 
 
+def print_beside_vector(results, n_directions):
+    """The table of what `steered` with a vector found: probabilities and losses."""
+    along = f"{'feature':>10}{'means':>9}{f'{n_directions} random':>20}"
+    print(
+        f"\n{'':33}{'probability of the token':>39}{'loss on held-out text':>39}\n"
+        f"feature  token         clamped to{along}{along}"
+    )
+    for result in results:
+        token = f"'{result['token']}'"
+        plain = f"{result['unsteered']:10.5f}{result['loss']:39.3f}"
+        print(f"{result['feature']:7}  {token:<14} unsteered{plain}")
+        for row in result["clamped"]:
+            value = f"{row['multiple']:+g} x max"
+            random = f"{row['random_mean']:.5f} ± {row['random_spread']:.5f}"
+            random_loss = f"{row['random_loss']:.3f} ± {row['random_loss_spread']:.3f}"
+            print(
+                f"{value:>33}"
+                f"{row['probability']:10.5f}{row['vector_probability']:9.5f}{random:>20}"
+                f"{row['loss']:10.3f}{row['vector_loss']:9.3f}{random_loss:>20}"
+            )
+    for result in results:
+        print(f"cosine of feature {result['feature']} with the means: {result['cosine']:+.2f}")
+
+
 def show_steer(run, args, n_directions=20):
     """
     How likely a token becomes when a feature is clamped to multiples of its maximum, beside
-    pushes of equal norm along random directions. Of a single feature texts as well.
+    pushes of equal norm along random directions. Of a single feature texts as well. With
+    --vector also along the difference of mean activations between texts with and without a
+    concept, and what each costs on text that has nothing to do with it.
 
     The feature's own logit weights must not choose the token, or any direction would be seen to
     work: it is the one that follows in the text where the feature is active, or the user's.
@@ -1500,34 +1577,46 @@ def show_steer(run, args, n_directions=20):
     if max(map(abs, multiples)) * all_acts.max().item() > 1e15:
         raise UserError(f"--value={args.value} is more than the model can hold: give less")
     target = first_token(run, args.target).item() if args.target else None
+    if bool(args.vector) != bool(args.without):
+        raise UserError("steer takes texts with a concept and without: --vector and --without")
+    vector = difference_of_means(run, args.vector, args.without) if args.vector else None
     for i, acts in zip(features, all_acts):
         print(title(run, i, acts))
     stride = max(1, len(run.contexts) // 16)  # some 16 contexts from all of the text
-    contexts = run.contexts[::stride, :-1].to(run.device)
+    contexts = run.contexts[::stride].to(run.device)
     start = encode_text(run, args.prompt) if args.prompt else contexts[:1, :16]
     directions = random_directions(run, n_directions, args.seed)
     results = []
     for i, acts in zip(features, all_acts):
         if acts.any():  # of a dead one the title says so
             token = following_token(run, acts) if target is None else target
-            results.append(steered(run, i, acts, token, multiples, contexts, directions))
+            results.append(
+                steered(run, i, acts, token, multiples, contexts, directions, vector)
+            )
     if not results:
         return
     counts = beyond_random(results)
-    print_steered(results, counts, n_directions)
+    if vector is None:
+        print_steered(results, counts, n_directions)
+    else:
+        print_beside_vector(results, n_directions)
     if len(features) == 1:
-        print_steered_texts(run, features[0], all_acts[0], multiples, start, args.seed)
+        print_steered_texts(run, features[0], all_acts[0], multiples, start, args.seed, vector)
     save(run, "steer", random_directions=n_directions, features=results, beyond_random=counts)
 
 
-def print_steered_texts(run, i, acts, multiples, start, seed):
-    """What the model writes after token ids start (1, T), feature i clamped and not."""
-    for multiple in [None] + multiples:
-        name = "unsteered"
-        hook = None
-        if multiple is not None:
-            name = f"{multiple:+g} x max"
-            hook = clamp(run, [i], multiple * acts.max().item())
+def print_steered_texts(run, i, acts, multiples, start, seed, vector=None):
+    """
+    What the model writes after token ids start (1, T), feature i clamped and not, and with the
+    same pushes along a vector (n,), if given.
+    """
+    hooks = [("unsteered", None)]
+    for multiple in multiples:
+        value = multiple * acts.max().item()
+        hooks.append((f"{multiple:+g} x max", clamp(run, [i], value)))
+        if vector is not None:
+            hooks.append(("along means", clamp(run, [i], value, vector[None])))
+    for name, hook in hooks:
         # the same draws for all, so that two texts differ by the feature alone
         generator = torch.Generator(run.device).manual_seed(seed)
         ids = run.gpt.generate(start, 60, hook=hook, generator=generator)
@@ -1540,16 +1629,18 @@ def print_steered_texts(run, i, acts, multiples, start, seed):
 
 def read_marked(run, text):
     """
-    Activations f (T, m) on a text, and the place of the token that holds the last character
-    marked with «...» (without a mark the text's last).
+    Activations x (T, n) at the site on a text, and the place of the token that holds the last
+    character marked with «...»; None without a mark.
     """
     plain = re.sub("[«»]", "", text)
-    marked = re.search("«.+?»", text, re.S)  # the first one
-    upto = re.sub("[«»]", "", text[:marked.end()]) if marked else plain
     idx = encode_text(run, plain)
-    f = run.sae.encode(run.gpt.activations(idx, run.site))[0]  # (T, m)
+    x = run.gpt.activations(idx, run.site)[0]
+    marked = re.search("«.+?»", text, re.S)  # the first one
+    if not marked:
+        return x, None
+    upto = re.sub("[«»]", "", text[:marked.end()])
     _, starts = run.tokenizer.decode_with_offsets(idx[0].tolist())  # in characters
-    return f, bisect(starts, len(upto) - 1) - 1
+    return x, bisect(starts, len(upto) - 1) - 1
 
 
 def search_scores(run, texts, without=()):
@@ -1562,13 +1653,14 @@ def search_scores(run, texts, without=()):
     scores = []
     active = []
     for text in texts:
-        f, place = read_marked(run, text)
-        scores.append(f[place] + f.mean(0))
+        x, place = read_marked(run, text)
+        f = run.sae.encode(x)  # (T, m)
+        scores.append(f[-1 if place is None else place] + f.mean(0))
         active.append(f.amax(0) > 0)
     absent = torch.ones_like(active[0])  # from all texts without the concept
     for text in without:
-        f, _ = read_marked(run, text)
-        absent &= f.amax(0) == 0
+        x, _ = read_marked(run, text)
+        absent &= run.sae.encode(x).amax(0) == 0
     scores = torch.stack(scores).mean(0) * absent
     n_active = torch.stack(active).sum(0) * absent
     return scores.cpu().numpy(), n_active.cpu().numpy()
@@ -2141,7 +2233,7 @@ def by_budget(runs):
     return {group[0].compute: group for group in groups.values()}
 
 
-def frontier(runs):
+def best_sizes(runs):
     """
     Of runs at one learning rate the best size for each budget of compute, as far as `optimum`
     knows one -> {compute: (n_features, loss)}
@@ -2178,13 +2270,13 @@ def best_rates(runs):
 def scaling_laws(runs):
     """
     Power laws of compute C (Templeton et al., "Scaling Laws") -> {what: (c, k) of c C^k}, and what
-    they are fitted to: the learning rate that most runs have, the frontier of the runs with it,
-    best_rates. As in the paper, the rate is fixed for the frontier and swept afterwards.
+    they are fitted to: the learning rate that most runs have, best_sizes of the runs with it,
+    best_rates. As in the paper, the rate is fixed for the sizes and swept afterwards.
     """
-    # the frontier, at one rate
+    # the best sizes, at one rate
     counts = Counter(run.learning_rate for run in runs)
     fixed_rate = counts.most_common(1)[0][0]
-    best = frontier([run for run in runs if run.learning_rate == fixed_rate])
+    best = best_sizes([run for run in runs if run.learning_rate == fixed_rate])
     laws = {}
     if len(best) > 1:
         budgets = np.array(list(best))
@@ -2214,7 +2306,7 @@ def draw_scaling(run, runs, best):
         if best:
             sizes, losses = zip(*best.values())
             left.plot(sizes, losses, "x", color=RED)
-            right.plot(list(best), losses, "x:", color=RED, label="frontier")
+            right.plot(list(best), losses, "x:", color=RED, label="best size")
         left.set(xscale="log", xlabel="features", ylabel="held-out loss")
         right.set(xscale="log", xlabel="compute (operations)", ylabel="held-out loss")
         all_sizes = sorted({other.n_features for other in runs})
@@ -2595,6 +2687,278 @@ def draw_universality(run, best):
             ax.hist(values["found"], bins, color=colour, label=COMPARED[kind], **style)
             ax.hist(values["shuffled"], bins, color=colour, ls=":", **style)
         ax.set(xlabel="correlation (dotted: shuffled)", ylabel="density", yscale="log")
+
+
+# -----------------------------------------------------------------------------
+# frontier: how much is explained at which L0
+
+
+@dataclass
+class Point:
+    """An autoencoder, or something simpler than one, at its L0. None: not known, or no meaning."""
+    curve: str                     # points that differ in lambda alone, or in k, are of one curve
+    name: str
+    l0: float
+    variance_explained: float | None
+    loss_recovered: float | None
+    # of autoencoders alone:
+    n_features: int | None = None
+    l1_coeff: float | None = None  # lambda
+    dead: float | None = None      # share of its features, at the last line of log.jsonl
+
+
+# What else than size and lambda a run may have been told: where it differs, curves do.
+CURVE_FLAGS = ("recipe", "input_norm", "center", "pre_bias", "start", "resample", "batch_size",
+               "max_iters", "learning_rate")
+
+
+def curve_name(run, first):
+    """The curve of a Run: its size, and what it was told that the first Run was not."""
+    flags = run.sae.extra["args"]
+    usual = first.sae.extra["args"]
+    name = f"{run.n_features:,} features"
+    for flag in CURVE_FLAGS:
+        if flags.get(flag) != usual.get(flag):
+            name += f", {flag} {flags.get(flag)}"
+    return name
+
+
+def load_comparable(run, args):
+    """
+    The Runs of --names, the first of which is loaded, all with its model, text and activations.
+    UserError when one is of another model or site, or does not say its lambda.
+    """
+    runs = []
+    for name in args.names:
+        other = load_run(args, run.device, name)
+        if other.site != run.site or other.source["gpt"] != run.source["gpt"]:
+            raise UserError(
+                f"{name} is of another site or model than {args.names[0]}: "
+                "frontier takes autoencoders of the same activations"
+            )
+        if "l1_coeff" not in other.sae.extra.get("args", {}):
+            raise UserError(f"{name} does not say what lambda it was trained with: leave it out")
+        runs.append(replace(run, folder=other.folder, sae=other.sae, source=other.source))
+    return runs
+
+
+def measured(run, name, first):
+    """A Run as a Point, and its metrics."""
+    metrics, _ = measure(run)
+    log = run.sae.extra.get("log")
+    point = Point(
+        curve=curve_name(run, first),
+        name=name,
+        l0=float(metrics["l0"]),
+        variance_explained=metrics["variance_explained"],
+        loss_recovered=metrics["loss_recovered"],
+        n_features=run.n_features,
+        l1_coeff=run.sae.extra["args"]["l1_coeff"],
+        dead=log[-1].get("dead") if log else None,
+    )
+    return point, metrics
+
+
+def principal_components(run, n_tokens):
+    """
+    The mean (n,) of the activations of n_tokens tokens of the training text, and the directions
+    (n, n), one a row, along which they vary, those of the largest variance first.
+    """
+    x = torch.cat(list(run.trained_x(n_tokens, "reading the training text")))  # (n_tokens, n)
+    covariance = torch.cov(x.t(), correction=0)
+    _, columns = torch.linalg.eigh(where_float64_is(covariance).double())  # the largest last
+    return x.mean(0), columns.t().flip(0).to(x)
+
+
+def without_dictionary(x, mean, directions, ks):
+    """
+    Explains x (b, T, n) by k numbers a token. Yields for every way and k: the way, k, the numbers,
+    and x_hat (b, T, n).
+
+    PCA: the coordinates along the first k principal components. Entries: the k entries of x that
+    are largest in magnitude, 0 in the place of the others; at an mlp site these are neurons.
+    """
+    coordinates = (x - mean) @ directions.t()
+    magnitudes = x.abs()
+    sizes = magnitudes.sort(descending=True).values
+    for k in ks:
+        numbers = coordinates[..., :k]
+        yield "PCA", k, numbers, mean + numbers @ directions[:k]
+        largest = x * (magnitudes >= sizes[..., k - 1:k])
+        yield "entries", k, largest, largest
+
+
+def baseline_points(run, losses, mean, directions, ks):
+    """
+    What is explained without_dictionary, judged on run.held_out as `measure` judges, which gave
+    the losses of the model as it is and with 0 at the site -> list of Points
+    """
+    n_tokens = len(run.held_out) * run.T
+    sums = defaultdict(Counter)  # (way, k) -> sums over all tokens
+    center = 0.0  # of x about the mean of the training text: the sum, and of squares
+    square = 0.0
+    for batch in run.batches("measuring PCA and entries", run.held_out):
+        x = run.gpt.activations(batch[:, :-1], run.site)  # (b, T, n)
+        away = where_float64_is(x - mean).double()
+        center += away.sum((0, 1))
+        square += away.square().sum().item()
+        for way, k, numbers, x_hat in without_dictionary(x, mean, directions, ks):
+            _, loss = run.gpt(batch[:, :-1], batch[:, 1:], run.put(x_hat))
+            found = sums[way, k]
+            found["active"] += torch.count_nonzero(numbers).item()
+            found["error"] += (x_hat - x).square().sum().item()
+            found["loss"] += loss.item() * len(batch)
+    variance = square - center.square().sum().item() / n_tokens
+    points = []
+    for (way, k), found in sums.items():
+        curve = "neurons" if way == "entries" and run.site in run.neuron_sites else way
+        spliced = {**losses, "loss_spliced": found["loss"] / len(run.held_out)}
+        points.append(Point(
+            curve=curve,
+            name=f"{curve}, k = {k}",
+            l0=found["active"] / n_tokens,
+            variance_explained=explained_share(found["error"], variance),
+            loss_recovered=loss_recovered(spliced),
+        ))
+    return points
+
+
+def curves_of(points):
+    """{name: points} of each curve, by L0; small dictionaries first, those without one last."""
+    curves = defaultdict(list)
+    for point in sorted(points, key=lambda point: (point.n_features or math.inf, point.l0)):
+        curves[point.curve].append(point)
+    return curves
+
+
+def at_l0(curve, l0):
+    """
+    A curve, a list of Points by L0, at a wanted L0 -> Point. What lies between two of them is
+    linear in log L0. None where all lie on one side.
+    """
+    l0s = np.array([point.l0 for point in curve])
+    if not l0s[0] <= l0 <= l0s[-1]:
+        return None
+
+    def read(key):
+        values = [getattr(point, key) for point in curve]
+        if None in values:
+            return None
+        # L0 is 0 where all is dead: it has no log
+        log_l0, *log_l0s = np.log(np.append(l0, l0s).clip(1e-9))
+        return float(np.interp(log_l0, log_l0s, values))
+
+    return Point(
+        curve=curve[0].curve,
+        name=curve[0].curve,
+        l0=l0,
+        variance_explained=read("variance_explained"),
+        loss_recovered=read("loss_recovered"),
+        n_features=curve[0].n_features,
+        l1_coeff=read("l1_coeff"),
+    )
+
+
+def best_at(curves, l0):
+    """Every curve that reaches a wanted L0 there, the most variance explained first."""
+    points = [at_l0(curve, l0) for curve in curves.values()]
+    reached = [point for point in points if point]
+    return sorted(reached, key=lambda point: -(point.variance_explained or 0))
+
+
+def print_points(points, first=()):
+    """Points as the rows of a table; on the right what a first curve has at the same L0."""
+    width = max(len(point.name) for point in points)
+    there = f"  {first[0].curve} at this L0" if first else ""
+    columns = "features  lambda      L0  variance explained  loss recovered    dead"
+    print(f"{'':{width}}  {columns}{there}")
+    for point in points:
+        features = or_blank(point.n_features, ",")
+        l1_coeff = or_blank(point.l1_coeff, ".3g")
+        explained = or_undefined(point.variance_explained, ".3f")
+        recovered = or_undefined(point.loss_recovered, ".3f")
+        row = (
+            f"{point.name:<{width}}  {features:>8}  {l1_coeff:>6}  {point.l0:6.1f}  "
+            f"{explained:>18}  {recovered:>14}  {or_blank(point.dead, '.2%'):>6}"
+        )
+        beside = at_l0(first, point.l0) if first and point.curve != first[0].curve else None
+        if beside:
+            explained = or_undefined(beside.variance_explained, ".3f")
+            recovered = or_undefined(beside.loss_recovered, ".3f")
+            row += f"  {explained} and {recovered}"
+        print(row.rstrip())
+
+
+def or_blank(number, form):
+    """A number in a format such as ".3f"; None as nothing."""
+    return "" if number is None else f"{number:{form}}"
+
+
+def draw_frontier(run, curves):
+    """Variance explained and loss recovered against L0, without a dictionary dashed."""
+    path = os.path.join(run.folder, "frontier.png")
+    with figure(path, panels=2, width=9, height=3.8) as axes:
+        for ax, key in zip(axes, ("variance_explained", "loss_recovered")):
+            lowest = 1.0  # of autoencoders: what is far below them need not be seen
+            for name, curve in curves.items():
+                l0s = [point.l0 for point in curve]
+                values = np.array([getattr(point, key) for point in curve], float)
+                if curve[0].n_features:
+                    ax.plot(l0s, values, "o-", ms=4, label=name)
+                    lowest = min([lowest, *values[np.isfinite(values)]])
+                else:
+                    colour = GREY if name == "PCA" else "black"
+                    ax.plot(l0s, values, "--", color=colour, label=f"{name}, no dictionary")
+            ax.set(xscale="log", xlabel="L0", ylabel=key.replace("_", " "))
+            ax.set_ylim(lowest - 0.2, 1.02)
+            low, high = ax.get_xlim()
+            steps = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000]
+            ticks = [l0 for l0 in steps if low < l0 < high]
+            ax.set_xticks(ticks, ticks)
+            ax.minorticks_off()
+
+
+def show_frontier(run, args, n_tokens=2**15):
+    """
+    Variance explained and loss recovered against L0, of runs of several sizes and lambdas: of two
+    at unequal L0 neither need be the better. Beside them what as many numbers a token explain
+    without a dictionary.
+    """
+    # autoencoders, each on fewer tokens than report takes
+    stride = math.ceil(len(run.held_out) * run.T / n_tokens)
+    run = replace(run, held_out=run.held_out[::stride])
+    runs = load_comparable(run, args)
+    points = []
+    for name, other in zip(args.names, runs):
+        point, metrics = measured(other, name, run)
+        points.append(point)
+
+    # what is simpler
+    mean, directions = principal_components(run, args.read_tokens)
+    width = len(mean)
+    ks = sorted({max(1, width >> halved) for halved in range(8)})  # of 512: 4, 8, 16, ... 512
+    simple = baseline_points(run, metrics, mean, directions, ks)
+
+    # what both say
+    curves = curves_of(points + simple)
+    in_order = sum(curves.values(), [])
+    print()
+    print_points(in_order, curves[curve_name(run, run)])
+    at = best_at(curves, args.l0) if args.l0 else []
+    if at:
+        print(f"\nat L0 {args.l0:g}, linear in log L0 between the runs on either side, best first")
+        print_points(at)
+    elif args.l0:
+        print(f"\nno two runs of one size have L0 {args.l0:g} between them")
+    draw_frontier(run, curves)
+    save(
+        run,
+        "frontier",
+        tokens=metrics["tokens"],
+        points=[vars(point) for point in in_order],
+        l0=args.l0,
+        at_l0=[vars(point) for point in at],
+    )
 
 
 # -----------------------------------------------------------------------------
@@ -3439,6 +3803,7 @@ COMMANDS = {
     "complete": Command(show_complete),
     "scaling": Command(show_scaling, kinds=("model", "own", "toy"), logs_only=True),
     "compare": Command(show_compare, kinds=("model", "own"), takes="names"),
+    "frontier": Command(show_frontier),
     "automata": Command(show_automata),
 }
 

@@ -380,7 +380,7 @@ def test_steer_measures_what_follows_in_the_text_not_what_the_feature_writes(tmp
     assert analyze.logit_effects(this, this.sae.W_dec[7:8]).argmax() == tilde
     acts = this.activations([7])[0]
     assert analyze.following_token(this, acts) == bar
-    contexts, directions = this.contexts[:2, :-1], analyze.random_directions(this, 20, 0)
+    contexts, directions = this.contexts[:2], analyze.random_directions(this, 20, 0)
     for token, raised in ((bar, False), (tilde, True)):
         result = analyze.steered(this, 7, acts, token, [0, 20], contexts, directions)
         nothing, much = result["clamped"]
@@ -792,7 +792,7 @@ def grid_of(loss_of, sizes, budgets):
 
 
 @pytest.mark.parametrize("alpha, beta", [(0.4, 0.3), (0.3, 0.5)])
-def test_the_frontier_and_its_laws_are_those_of_a_law_with_a_known_optimum(alpha, beta):
+def test_the_best_sizes_and_their_laws_are_those_of_a_law_with_a_known_optimum(alpha, beta):
     """
     L = a N^-alpha + b S^-beta at a budget B = N S is lowest where alpha a N^-alpha = beta b S^-beta, so at
     N = (alpha a / (beta b))^(1 / (alpha + beta)) B^(beta / (alpha + beta)).
@@ -802,7 +802,7 @@ def test_the_frontier_and_its_laws_are_those_of_a_law_with_a_known_optimum(alpha
     def loss_of(size, rows):
         return a * size**-alpha + b * rows**-beta
     runs = grid_of(loss_of, [2**k for k in range(5, 19)], budgets)
-    runs += [finished(64, 2**18, 1e-3, 5e-3)]  # at another rate: it is not part of the frontier
+    runs += [finished(64, 2**18, 1e-3, 5e-3)]  # at another rate: it does not count
     laws, rate, best, rates = analyze.scaling_laws(runs)
     factor = (alpha * a / (beta * b)) ** (1 / (alpha + beta))
     assert rate == 1e-3 and rates == {} and list(best) == [12 * budget for budget in budgets]
@@ -829,10 +829,10 @@ def test_a_parabola_in_the_log_of_x_has_its_vertex_found_and_an_end_is_no_optimu
     assert analyze.optimum({1: 3.0, 2: 2.0, 4: 2.0, 8: 9.0}) == pytest.approx((2 * 2**0.5, 1.875))
 
 
-def test_budgets_with_one_size_or_the_best_at_an_end_are_no_part_of_the_frontier():
+def test_budgets_with_one_size_or_the_best_at_an_end_have_no_best_size():
     runs = grid_of(lambda size, rows: 1 / size, [2, 4, 8], [64])
     runs += [finished(4, 1000, 0.5)] + grid_of(lambda size, rows: abs(size - 4) + 1, [2, 4, 8], [2**12])
-    assert list(analyze.frontier(runs)) == [12 * 2**12]
+    assert list(analyze.best_sizes(runs)) == [12 * 2**12]
     laws, *_ = analyze.scaling_laws(runs)
     assert laws == {}
 
