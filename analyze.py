@@ -2876,8 +2876,8 @@ def raised_entries(logits, entries, known, n=20):
 def print_levels(name, has, judged):
     """Specificity and sensitivity: of each level of activation what `assess` found."""
     print(
-        f"\n{len(has):,} held-out tokens, of which {has.mean():.2%} are with the property: {name}\n"
-        "\n"
+        f"\n{has.mean():.2%} of {len(has):,} held-out tokens are with the property: "
+        f"{printable(name)}\n\n"
         "specificity: how many are with it at each level of the activation; log ratio: the mean\n"
         "of log P(token | property) / P(token). Sensitivity: how many of all with it are above\n"
         f"{'activation':>16}{'tokens':>10}{'with it':>9}{'log ratio':>11}"
@@ -2954,12 +2954,12 @@ def draw_study(run, name, has, detectors, judged, logits):
     are such. logits: of the entries of the vocabulary with the property, and without.
     """
     path = os.path.join(run.folder, "study.png")
-    with figure(path, panels=3, width=11, height=6.4, rows=2) as axes:
+    with figure(path, panels=3, width=9, height=5.2, rows=2) as axes:
         counts, weighted, neuron, shares, effect, twin = axes.flat
         draw_levels(counts, detectors["feature"], has)
         counts.set(title=f"specificity: {printable(name)}", ylabel="tokens")
         draw_levels(weighted, detectors["feature"], has, weighted=True)
-        weighted.set(title="the same, weighted by activation", ylabel="sum of activations")
+        weighted.set(title="weighted by activation", ylabel="sum of activations")
         draw_shares(shares, judged, has.mean())
         effect.hist(logits, 50, stacked=True, color=(BLUE, LIGHT), label=("with it", "without"))
         effect.set(title="effect: logits at its maximum", yscale="log")
@@ -2988,26 +2988,26 @@ def draw_levels(ax, detector, has, weighted=False):
 
 
 def draw_shares(ax, judged, share):
-    """The share with the property at each level, and the recall, of the feature and neurons."""
-    rows = [row for role, row in judged.items() if role != "twin"]  # in a panel of its own
-    for row, colour in zip(rows, (BLUE, GREY, RED)):
+    """The share with the property at each level, and the recall, of feature and best neuron."""
+    rows = [judged[role] for role in ("feature", "best neuron") if role in judged]
+    for row, colour in zip(rows, (BLUE, RED)):
         edges = np.array(row["edges"]) / row["edges"][-1]
         shares = np.array(row["share"][1:], float)  # NaN where there is no token: a gap
         middles = (edges[1:] + edges[:-1]) / 2
         ax.plot(middles, shares, "o-", ms=3, color=colour, label=row["name"])
         ax.plot(edges[:-1], row["recall"], ":", color=colour)
     ax.axhline(share, color="black", lw=0.8, ls="--")
-    ax.set(title="specificity; dotted: sensitivity", ylim=(-0.02, 1.02))
-    ax.set(xlabel="activation / maximum", ylabel="share with it; of these, above")
+    ax.set(title="shares; dotted: sensitivity", ylim=(-0.02, 1.02))
+    ax.set(xlabel="activation / maximum", ylabel="with it; of all with it")
 
 
 def draw_twin(ax, feature, twin, has):
     """The activations of a feature and of its twin, a dot a token."""
     on = (feature.acts > 0) | (twin.acts > 0)
     for chosen, colour in ((on & ~has, GREY), (on & has, BLUE)):
-        ax.scatter(feature.acts[chosen], twin.acts[chosen], s=3, alpha=0.3, color=colour)
+        ax.scatter(feature.acts[chosen], twin.acts[chosen], s=2, color=colour)
     ax.set(title=f"universal: correlation {twin.correlation:.2f}")
-    ax.set(xlabel=f"activation of {feature.name}", ylabel=f"of its {twin.name} in the other run")
+    ax.set(xlabel=f"activation of {feature.name}", ylabel=f"of {twin.name} in the other run")
 
 
 # -----------------------------------------------------------------------------

@@ -103,7 +103,7 @@ def test_what_is_printed(planted):
     this, tokens = planted
     printed, _ = study(this.out_dir, "0", "--proxy=token: foo")
     n, n_foo = len(tokens), tokens.count(" foo")
-    assert f"{n:,} held-out tokens, of which {n_foo / n:.2%} are with the property: token: foo\n" in printed
+    assert f"\n{n_foo / n:.2%} of {n:,} held-out tokens are with the property: token: foo\n" in printed
     top = re.search(r"^ *3\.60 to 4\.00 +(\d+) +100\.0% +\+\d\.\d\d +100\.0% +100\.0%$", printed, re.M)
     assert int(top[1]) == n_foo
     assert "--other=FOLDER" in printed and "\n  best neuron " in printed
