@@ -2450,22 +2450,34 @@ def python_spans(text):
     What stands where in a piece of Python text -> [(class, start, end)], in characters, with the
     class as an index into CLASSES, of which len(CLASSES) is beyond: what no Python has.
 
-    The piece may begin inside a long string: it is read as code, and as the rest of a string
-    that ends with one of the two kinds of triple quotes, and what has the fewest errors counts.
+    The piece may begin inside a comment or string. It is read as code, and as if one of these had
+    been opened, and the reading with the least that no Python has counts.
     """
-    kinds = (*CLASSES, "error")
-    error = len(CLASSES)
     readings = []
-    for quotes in ("", '"""', "'''"):
-        if quotes not in text:
-            continue
-        spans = []
-        for match in PYTHON.finditer(quotes + text):
-            kind = "keyword" if keyword.iskeyword(match.group()) else match.lastgroup
-            start = max(0, match.start() - len(quotes))
-            spans.append((kinds.index(kind), start, match.end() - len(quotes)))
-        readings.append(spans)
+    for opening in ("", "'", '"', '"""', "'''", "#"):  # of equal ones the first
+        if opening in text:
+            readings.append(python_reading(opening, text))
+    error = len(CLASSES)
     return min(readings, key=lambda spans: sum(kind == error for kind, _, _ in spans))
+
+
+def python_reading(opening, text):
+    """`python_spans` of a text that goes on what an opening, such as a quote, began."""
+    kinds = (*CLASSES, "error")
+    whole = opening + text
+    spans = []
+    name_end = len(whole)  # of the name before, if it was one
+    for match in PYTHON.finditer(whole):
+        word = match.group()
+        kind = "keyword" if keyword.iskeyword(word) else match.lastgroup
+        start, end = match.span()
+        if kind == "name" and whole[name_end:start] == " ":
+            kind = "error"  # prose, where a name follows another
+        spans.append((kinds.index(kind), max(0, start - len(opening)), end - len(opening)))
+        # ... as it may do after "match" and "case"
+        is_name = kind == "name" and not keyword.issoftkeyword(word)
+        name_end = end if is_name else len(whole)
+    return spans
 
 
 def overlapped(run, tokens, find, n_kinds):

@@ -162,7 +162,30 @@ def test_a_piece_may_begin_or_end_inside_a_long_string(quotes):
     assert found == whole[cut:] and "error" not in whole
     assert set(found[:len(string)]) == {"string"} == set(found[-20:])
     assert found[found.index("keyword"):][:6] == ["keyword"] * 6 and found.count("comment") == len("# done")
-    assert classes_of("what? a quote that's not closed").count("error") == 2  # no Python
+
+
+@pytest.mark.parametrize("before, rest", [("# It's a", " comment, isn't it?"), ("x = 'It is a", " text of mine, isn\\'t it?'"),
+                                          ('x = "It\'s', ' a text, isn\'t it?"')])
+def test_a_piece_may_begin_inside_a_comment_or_a_short_string(before, rest):
+    rest += '\n\n\ndef f(x):\n    """It\'s a function."""\n    return "x" + x  # and more\n'
+    whole = classes_of(before + rest)
+    assert classes_of(rest) == whole[len(before):] and "error" not in whole
+
+
+def test_of_pieces_cut_anywhere_next_to_nothing_is_misread():
+    text = read(os.path.join(ROOT, "analyze.py"))
+    whole = classes_of(text)
+    wrong = total = 0
+    for start in range(1000, len(text) - 9000, 3701):
+        piece = classes_of(text[start:start + 9000])
+        wrong += sum(a != b for a, b in zip(piece, whole[start:]))
+        total += len(piece)
+    assert total > 200_000 and wrong < 0.005 * total
+
+
+def test_prose_is_no_python():
+    assert classes_of("what? it has been seen").count("error") == len("?" "has" "seen")
+    assert "error" not in classes_of("match x:\n    case y:\n        z = int\n")
 
 
 def test_a_pattern_has_every_token_that_it_touches_and_none_beyond_a_document(tmp_path):
