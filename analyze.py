@@ -15,6 +15,7 @@ features.
     python analyze.py scaling --names=a,b,c           # loss against compute, of many finished runs
     python analyze.py frontier --names=a,b,c --l0=10  # lambdas and sizes beside PCA and neurons
     python analyze.py compare small large             # splitting; across two models: universality
+    python analyze.py study 120 --proxy=token:self    # is one feature what it seems to be?
     python analyze.py automata                        # which features switch one another on?
     python analyze.py toy --name=toy                  # how many known directions were found?
     python analyze.py feature 5 --name=own --texts=lines.txt  # of activations without a model
@@ -28,10 +29,13 @@ function show_... prints, draws and saves it. To add a command, write these and 
 COMMANDS.
 """
 import json
+import keyword
 import math
 import os
 import re
+import shlex
 import shutil
+import tokenize
 import warnings
 from bisect import bisect
 from collections import Counter, defaultdict
@@ -71,7 +75,8 @@ def parse_args():
     parser.add_argument("command", nargs="?", default="report", choices=list(COMMANDS),
                         help="what to do")
     parser.add_argument("arguments", nargs="*",
-                        help="feature: number; search: texts; compare: two names or folders")
+                        help="feature, study: number; search: texts; compare: two names or "
+                        "folders")
     add = parser.add_argument_group("analysis").add_argument
     add("--name", default=SAEConfig.recipe, help="folder under out_dir/sae, or a path to one")
     add("--names", default="",
@@ -114,6 +119,14 @@ def parse_args():
         help="frontier: how much is explained at so many active features a token, by each size")
     add("--words", default="",
         help="complete: file of words (ASCII letters); default: words of the held-out text")
+    add("--proxy", default="",
+        help="study: the property that the feature is to stand for, by default the best of many: "
+        "a regular expression on the text, such as [\\u0590-\\u05ff], or the name of one: "
+        f"{', '.join(PATTERNS)}; token:STRING, a token that is exactly that, its leading space "
+        f"too; of Python text: {', '.join(CLASSES)}")
+    add("--other", type=os.path.expanduser, default="",
+        help="study: the run in which to look for the feature's twin, a name or a folder such as "
+        "out2/sae/NAME")
     return parser.parse_args()
 
 
@@ -779,15 +792,16 @@ def explained_by_tokens(run, acts):
 BLUE = "#2a6f97"
 RED = "#d1495b"
 GREY = "#888888"
+LIGHT = "#d5dbe0"
 
 
 @contextmanager
-def figure(path, panels=1, width=6.0, height=3.6):
+def figure(path, panels=1, width=6.0, height=3.6, rows=1):
     """with figure(path) as ax: draws on one panel (or a list of them); at the end it is written."""
     fig = Figure(figsize=(width, height), layout="constrained")  # no pyplot: no screen needed
-    axes = fig.subplots(1, panels)
+    axes = fig.subplots(rows, panels)  # an array where there are several: in rows, or in one
     yield axes
-    for ax in np.atleast_1d(axes):
+    for ax in np.atleast_1d(axes).flat:
         ax.grid(alpha=0.25)
         ax.spines[["top", "right"]].set_visible(False)
         _, labels = ax.get_legend_handles_labels()
@@ -1403,7 +1417,8 @@ def clamp(run, features, value, directions=None):
 
 def probability_and_loss(run, contexts, token, hook=None):
     """The probability of a token, its mean over all places of contexts (b, T + 1), and the loss."""
-    logits, loss = run.gpt(contexts[:, :-1], contexts[:, 1:], hook)
+    logits, _ = run.gpt(contexts[:, :-1], hook=hook)  # (b, T, vocab_size)
+    loss = F.cross_entropy(logits.flatten(0, 1), contexts[:, 1:].flatten())
     return logits.softmax(-1)[..., token].mean().item(), loss.item()
 
 
@@ -2690,6 +2705,627 @@ def draw_universality(run, best):
 
 
 # -----------------------------------------------------------------------------
+# study: one feature in detail, beside a property of tokens that it may stand for (Bricken et al.,
+# "Detailed Investigations of Individual Features")
+
+
+# Properties that --proxy knows by name. A token has one when a match in the text of its context
+# overlaps any of its characters.
+PATTERNS = {
+    "latin": r"[A-Za-z\u00c0-\u024f]",
+    "greek": r"[\u0370-\u03ff\u1f00-\u1fff]",
+    "cyrillic": r"[\u0400-\u052f]",
+    "hebrew": r"[\u0590-\u05ff\ufb1d-\ufb4f]",
+    "arabic": r"[\u0600-\u06ff\u0750-\u077f\ufb50-\ufdff\ufe70-\ufefc]",
+    "devanagari": r"[\u0900-\u097f]",
+    "thai": r"[\u0e00-\u0e7f]",
+    "han": r"[\u3400-\u4dbf\u4e00-\u9fff]",
+    "kana": r"[\u3041-\u30ff]",
+    "hangul": r"[\uac00-\ud7a3]",
+    "digits": r"[0-9]+",
+    "capitals": r"[A-Z]{2,}",
+    "lines": r"\n",
+    "url": r"https?://[^\s<>\"']+",
+    "hex": r"(?i:\b(?:0x)?(?=[a-f]*[0-9])[0-9a-f]{8,}\b)",
+    "base64": r"[A-Za-z0-9+/]{40,}={0,2}",
+}
+
+# ... and those of Python text. The patterns are those of the standard library's `tokenize`, which
+# itself stops at the first error, and a file that is held out in part is full of them.
+CLASSES = ("comment", "string", "number", "keyword", "name", "op")
+PYTHON = re.compile(
+    rf"(?P<comment>{tokenize.Comment})"
+    # a long string that the end of the text cuts off goes on up to there
+    rf"|(?P<string>{tokenize.StringPrefix}"
+    rf"""(?:\"{{3}}(?:{tokenize.Double3}|.*)|'{{3}}(?:{tokenize.Single3}|.*)"""
+    r"""|"[^"\\\n]*(?:\\.[^"\\\n]*)*"|'[^'\\\n]*(?:\\.[^'\\\n]*)*'))"""
+    rf"|(?P<number>{tokenize.Number})"
+    rf"|(?P<name>{tokenize.Name})"
+    r"|(?P<op>!=|[-+*/%@&|^~<>=:.,;()\[\]{}])"
+    r"|(?P<error>[^\s\\])",  # what no Python has, such as ? or a quote that is not closed
+    re.S,
+)
+PIECE = 4096  # train_gpt.py cuts long documents into pieces of so many tokens and holds some out
+
+
+def python_spans(text):
+    """
+    What stands where in a piece of Python text -> [(class, start, end)], in characters, with the
+    class as an index into CLASSES, of which len(CLASSES) is beyond: what no Python has.
+
+    The piece may begin inside a comment or string. It is read as code, and as if one of these had
+    been opened, and the reading with the least that no Python has counts.
+    """
+    readings = []
+    for opening in ("", "'", '"', '"""', "'''", "#"):  # of equal ones the first
+        if opening in text:
+            readings.append(python_reading(opening, text))
+    error = len(CLASSES)
+    return min(readings, key=lambda spans: sum(kind == error for kind, _, _ in spans))
+
+
+def python_reading(opening, text):
+    """`python_spans` of a text that goes on what an opening, such as a quote, began."""
+    kinds = (*CLASSES, "error")
+    whole = opening + text
+    spans = []
+    name_end = len(whole)  # of the name before, if it was one
+    for match in PYTHON.finditer(whole):
+        word = match.group()
+        kind = "keyword" if keyword.iskeyword(word) else match.lastgroup
+        start, end = match.span()
+        if kind == "name" and whole[name_end:start] == " ":
+            kind = "error"  # prose, where a name follows another
+        spans.append((kinds.index(kind), max(0, start - len(opening)), end - len(opening)))
+        # ... as it may do after "match" and "case"
+        is_name = kind == "name" and not keyword.issoftkeyword(word)
+        name_end = end if is_name else len(whole)
+    return spans
+
+
+def overlapped(run, tokens, find, n_kinds):
+    """
+    Which of tokens (n,) share a character, or a byte of one, with something that is found in
+    their text -> bool (n_kinds, n). find(text) gives a list of (kind, start, end), in characters.
+
+    Documents, and the pieces of long ones, are searched one by one. The end of a text is not part
+    of it and has no property.
+    """
+    bytes_of = run.tokenizer.decode_single_token_bytes
+    end_of_text = run.tokenizer.eot_token
+    marks = np.zeros((n_kinds, len(tokens)), dtype=bool)
+    ends = np.flatnonzero(tokens == end_of_text) + 1
+    for document in np.split(np.arange(len(tokens)), ends):
+        for first in range(0, len(document), PIECE):
+            piece = document[first:first + PIECE]  # positions
+            ids = tokens[piece].tolist()
+            parts = [b"" if token == end_of_text else bytes_of(token) for token in ids]
+            marks[:, piece] = touched(parts, find, n_kinds)
+    return marks
+
+
+def touched(parts, find, n_kinds):
+    """`overlapped` of a single text, whose tokens are these parts, bytes."""
+    # what is no UTF-8, such as half a character, becomes a character for each byte
+    text = b"".join(parts).decode(errors="surrogateescape")
+    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+    widths = 1 + (codes > 0x7F) + (codes > 0x7FF) + (codes > 0xFFFF)  # bytes of each in UTF-8
+    widths[(codes >= 0xDC80) & (codes <= 0xDCFF)] = 1
+    # how many spans begin and end at each character; their sum tells how many cover it
+    steps = np.zeros((n_kinds, len(text) + 1), dtype=int)
+    spans = np.array(find(text), dtype=int).reshape(-1, 3)
+    kinds, starts, ends = spans.T
+    np.add.at(steps, (kinds, starts), 1)
+    np.add.at(steps, (kinds, ends), -1)
+    covered = steps.cumsum(1)[:, :-1] > 0          # (n_kinds, characters)
+    covered = np.repeat(covered, widths, axis=1)   # (n_kinds, bytes)
+    # a token has what any of its bytes has
+    upto = np.pad(covered.cumsum(1), ((0, 0), (1, 0)))
+    edges = np.cumsum([0] + [len(part) for part in parts])
+    return upto[:, edges[1:]] > upto[:, edges[:-1]]
+
+
+def with_patterns(run, patterns):
+    """Which tokens of the contexts overlap a match of each of k patterns -> bool (k, N, T + 1)."""
+    def find(text):
+        spans = []
+        for kind, pattern in enumerate(patterns):
+            spans += [(kind, *match.span()) for match in re.finditer(pattern, text)]
+        return spans
+
+    contexts = run.contexts.numpy()
+    marks = [overlapped(run, context, find, len(patterns)) for context in contexts]
+    return np.stack(marks, axis=1)
+
+
+def with_classes(run):
+    """
+    Which tokens of the contexts have each of CLASSES -> bool (classes, N, T + 1), and the share
+    of the held-out text's tokens that no Python has. It is read in pieces as long as they are held
+    out, not context by context: a quote alone does not tell whether it opens or closes.
+    """
+    text = load_tokens(run.out_dir, "val", run.gpt.config).astype(np.int64)
+    *marks, errors = overlapped(run, text, python_spans, len(CLASSES) + 1)
+    places = spread_contexts(torch.arange(len(text)), run.T, len(run.contexts) * run.T)
+    return np.stack(marks)[:, places.numpy()], float(errors.mean())
+
+
+def with_string(run, string):
+    """
+    Which tokens of the contexts are exactly a string -> bool (N, T + 1). It may be written as it
+    is printed, with ⏎ for a line's end. UserError when no token is.
+    """
+    texts = [token_text(run, token) for token in range(run.tokenizer.n_vocab)]
+    wanted = printable(string)
+    tokens = [token for token, text in enumerate(texts) if text == wanted]
+    if not tokens:
+        alike = [repr(text) for text in texts if wanted and text.strip() == wanted.strip()]
+        hint = f"there is {', '.join(alike)}" if alike else "give one of the tokenizer's"
+        raise UserError(f"--proxy: no token is {string!r}: {hint}")
+    return np.isin(run.contexts.numpy(), tokens)
+
+
+def read_proxy(run, text):
+    """
+    --proxy -> which tokens of the contexts have the property, bool (N, T + 1). UserError where
+    it is no regular expression, or where no token of the contexts has it, or every one.
+    """
+    if text.startswith("token:"):
+        has = with_string(run, text.removeprefix("token:"))
+    elif text in CLASSES:
+        classes, errors = with_classes(run)
+        print(f"read as Python, {errors:.2%} of the held-out tokens are errors")
+        has = classes[CLASSES.index(text)]
+    else:
+        try:
+            has, = with_patterns(run, [PATTERNS.get(text, text)])
+        except (re.error, OverflowError, RecursionError) as error:
+            raise UserError(f"--proxy={text} is no regular expression: {error}")
+    share = has[:, :-1].mean()
+    if share in (0, 1):
+        which = "every" if share else "no"
+        raise UserError(f"--proxy={text}: {which} held-out token has it, so it tells nothing")
+    return has
+
+
+def held_by(acts, has):
+    """The share of the sum of activations (n,) that lies on tokens with a property, bool (n,)."""
+    return acts[has].sum(dtype=float) / acts.sum(dtype=float)
+
+
+def divergence(q, p):
+    """
+    What one learns of something of probability p, in nats, by hearing that it is q. Both (k,),
+    and p neither 0 nor 1.
+    """
+    yes = q * np.log(np.maximum(q, 1e-300) / p)
+    no = (1 - q) * np.log(np.maximum(1 - q, 1e-300) / (1 - p))
+    return yes + no
+
+
+def candidates(run, acts, n_strings=20, most_errors=0.01):
+    """
+    Properties that a feature of activations acts (N T,) may stand for, the likeliest first ->
+    [(name, has (N, T + 1), share, share by activation, gain)].
+
+    They are PATTERNS, the classes of Python where the held-out text is Python, and the strings of
+    the tokens that hold most of the activation. The gain is the log-likelihood, in nats a token,
+    that the property of a token gains where the feature is active, each token weighted by its
+    activation: large where the feature is on the property alone and the property is rare.
+    """
+    tried = dict(zip(PATTERNS, with_patterns(run, PATTERNS.values())))
+    classes, errors = with_classes(run)
+    if errors <= most_errors:
+        tried |= dict(zip(CLASSES, classes))
+    held = np.bincount(run.tokens, acts)  # how much activation is on each token
+    for token in np.argsort(-held, kind="stable")[:n_strings]:
+        tried[f"token:{token_text(run, token)}"] = run.contexts.numpy() == token
+
+    found = []
+    for name, has in tried.items():
+        here = has[:, :-1].ravel()
+        share = here.mean()
+        by_activation = held_by(acts, here)
+        if 0 < share < by_activation:  # those that it raises
+            gain = divergence(by_activation, share)
+            found.append((name, has, float(share), float(by_activation), float(gain)))
+    return sorted(found, key=lambda row: -row[-1])
+
+
+def choose_proxy(run, acts, n_shown):
+    """The best of `candidates`, of which it prints some -> name, has (N, T + 1)."""
+    found = candidates(run, acts)
+    if not found:
+        raise UserError("no property that is known here goes with the feature: give --proxy")
+    print(
+        "\nproperties that it may stand for: how many tokens have each, the same weighted by\n"
+        "activation, and what that tells of a token, in nats (--proxy chooses)"
+    )
+    for name, _, share, by_activation, gain in found[:n_shown]:
+        if gain < 0.001 and name != found[0][0]:
+            break
+        flag = f"--proxy={shlex.quote(name)}"  # as one would type it
+        print(f"  {flag:<28}{share:8.2%}{by_activation:9.1%}{gain:8.3f}")
+    name, has, *_ = found[0]
+    return name, has
+
+
+def likelihood_ratios(tokens, has):
+    """
+    log P(token | property) / P(token) of every token that occurs, from counts -> (largest + 1,).
+
+    The paper has it of strings, whose probability is the product over their tokens; here each is
+    a single token. One occurrence with the property is added, spread over all tokens as they are
+    in the text, or the log of what never has it would be that of 0.
+    """
+    counts = np.bincount(tokens)
+    share = counts / len(tokens)
+    given = (np.bincount(tokens, has) + share) / (has.sum() + 1)
+    ratios = np.zeros(len(counts))
+    seen = counts > 0
+    ratios[seen] = np.log(given[seen] / share[seen])
+    return ratios
+
+
+def ratio(part, whole):
+    """part / whole, arrays (k,), as a list, with None where it would be divided by 0."""
+    pairs = zip(part.tolist(), whole.tolist())
+    return [a / b if b else None for a, b in pairs]
+
+
+def assess(acts, has, ratios, n_levels=10):
+    """
+    How well activations (n,) go with a property, bool (n,), whose log-likelihood ratio is given
+    for every token, ratios (n,) -> dict, to be saved.
+
+    Levels are n_levels equal intervals of the activation; what is listed by level has one entry
+    more, the first, for tokens where it is off. Precision and recall are of saying that the
+    property is where the activation is over the threshold, the lower end of each interval.
+    """
+    edges = np.linspace(0, acts.max(), n_levels + 1)
+    level = np.digitize(acts, edges, right=True)  # 0: off, or below
+    tokens = np.bincount(level, minlength=n_levels + 1)
+    with_it = np.bincount(level, has, n_levels + 1)
+    sums = np.bincount(level, ratios, n_levels + 1)
+    over = tokens[:0:-1].cumsum()[::-1]           # (n_levels,): over each threshold
+    over_with_it = with_it[:0:-1].cumsum()[::-1]
+    share = ratio(with_it, tokens)
+    return {
+        "pearson": correlations(acts, has.astype(float))[0],
+        "share_by_activation": float(held_by(acts, has)),
+        "edges": edges.tolist(),
+        "tokens": tokens.tolist(),
+        "share": share,
+        "lowest": share[1:][np.flatnonzero(tokens[1:])[0]],
+        "highest": share[-1],
+        "log_likelihood_ratio": ratio(sums, tokens),
+        "precision": ratio(over_with_it, over),
+        "recall": ratio(over_with_it, np.full(n_levels, has.sum())),
+    }
+
+
+def entries_with(run, has):
+    """
+    Which entries of the vocabulary have a property: those with it in most of their occurrences in
+    the contexts, of which has (N, T + 1) tells -> bool (vocab_size,), and which are known: those
+    that occur, and are not RARE.
+    """
+    V = run.gpt.config.vocab_size
+    tokens = run.contexts.flatten().numpy()
+    counts = np.bincount(tokens, minlength=V)
+    with_it = np.bincount(tokens, has.ravel(), V)
+    return 2 * with_it > counts, (counts > 0) & (run.token_counts >= RARE)
+
+
+def ablate(run, i, acts, has, entries, most=2**15):
+    """
+    What ablating feature i, of activations acts (N T,), does to what the model predicts where it
+    is active, on contexts of at most so many tokens -> dict, to be saved. Each pair is of the
+    model as it is and of the one without the feature.
+
+    mass: the probability of all entries (vocab_size,), those with the property, together.
+
+    next: the probability of the token that follows in the text, and its mean log, of those that
+    have the property themselves by has (N, T + 1), and of those that have not.
+    """
+    active = torch.from_numpy(acts > 0).view(-1, run.T)
+    rows = active.any(1).nonzero()[:, 0]
+    n = min(len(rows), max(1, most // run.T))
+    rows = rows[torch.arange(n) * len(rows) // n]  # evenly spread
+    entries = torch.from_numpy(entries).to(run.device)
+    masses = []
+    logs = []
+    for block in tracked("ablating", blocks(n, max(1, 4096 // run.T)), "contexts"):
+        contexts = run.contexts[rows[block]].to(run.device)
+        here = active[rows[block]].to(run.device)  # (b, T)
+        following = contexts[:, 1:][here][:, None]  # (k, 1)
+        pair = []
+        for hook in (None, clamp(run, [i], 0.0)):
+            stream = run.gpt.trunk(contexts[:, :-1], hook)
+            log_probs = run.gpt.lm_head(stream[here]).log_softmax(1)  # (k, vocab_size)
+            masses.append(log_probs.exp()[:, entries].sum(1).cpu())
+            pair.append(log_probs.gather(1, following)[:, 0].cpu())
+        logs.append(torch.stack(pair))
+    mass = [torch.cat(masses[side::2]).mean().item() for side in (0, 1)]
+    logs = torch.cat(logs, 1)  # (2, places)
+    follows = torch.from_numpy(has[:, 1:])[rows][active[rows]]
+    numbers = {"places": len(follows), "mass": mass, "next": {}}
+    for name, chosen in (("with", logs[:, follows]), ("without", logs[:, ~follows])):
+        known = chosen.shape[1] > 0
+        numbers["next"][name] = {
+            "places": chosen.shape[1],
+            "probability": chosen.exp().mean(1).tolist() if known else None,
+            "log_probability": chosen.mean(1).tolist() if known else None,
+        }
+    return numbers
+
+
+@dataclass
+class Detector:
+    """What may detect a property: the feature, a neuron, or the feature's twin in another run."""
+    name: str
+    correlation: float  # with the feature
+    acts: np.ndarray    # (N T,)
+
+
+def rival_neurons(run, acts, has):
+    """
+    The neurons that correlate most with acts (N T,), and with a property, bool (N T,) -> {role:
+    Detector}; none at attn.0.
+    """
+    mlp = run.neurons()
+    if len(mlp) == 0:
+        return {}
+    both = unit_rows(np.stack([acts, has])) @ unit_rows(mlp).T  # (2, neurons)
+    found = {}
+    for role, k in zip(("nearest neuron", "best neuron"), both.argmax(1).tolist()):
+        found[role] = Detector(f"neuron {k}", float(both[0, k]), mlp[k])
+    return found
+
+
+def find_twin(run, other, i, acts):
+    """
+    The feature of another Run on the same text whose activations correlate most with acts (N T,)
+    of feature i (Bricken et al., "Universality") -> Detector, and what is saved of it, a dict
+    """
+    ours, = unit_rows(acts[None])
+    values = []
+    for block in tracked("correlating", blocks(other.n_features), "features"):
+        values.append(unit_rows(other.activations(block)) @ ours)
+    values = np.concatenate(values)
+    j = int(values.argmax())
+    logits, = logit_correlations(run, other, np.array([i]), np.array([j]))
+    found = Detector(f"twin {j}", float(values[j]), other.activations([j])[0])
+    numbers = {
+        "run": other.folder,
+        "feature": j,
+        "activations": float(values[j]),
+        "logit_weights": float(logits),
+    }
+    return found, numbers
+
+
+def show_study(run, args):
+    """
+    Is a feature what it seems to be? Beside a property of tokens: its specificity, sensitivity
+    and effect, whether a neuron would do as well, and whether another run has it, too (Bricken
+    et al., "Detailed Investigations of Individual Features").
+    """
+    i = run.feature_number(" ".join(args.arguments))
+    acts = run.activations([i])[0]
+    if not acts.any():
+        raise UserError(f"{title(run, i, acts)}: choose another")
+    other = load_other(run, args) if args.other else None
+    print(title(run, i, acts))
+    if args.proxy:
+        name, has = args.proxy, read_proxy(run, args.proxy)
+    else:
+        name, has = choose_proxy(run, acts, args.show)
+    here = has[:, :-1].ravel()  # (N T,): the last token of each context is a target only
+
+    # the feature, and what may do as well
+    detectors = {"feature": Detector(f"feature {i}", 1.0, acts)} | rival_neurons(run, acts, here)
+    twin = None
+    if other:
+        detectors["twin"], twin = find_twin(run, other, i, acts)
+    ratios = likelihood_ratios(run.tokens, here)[run.tokens]
+    judged = {}
+    for role, one in detectors.items():
+        judged[role] = {"name": one.name, "correlation": one.correlation}
+        judged[role] |= assess(one.acts, here, ratios)
+
+    # what it does
+    entries, known = entries_with(run, has)
+    logits = logit_effects(run, run.sae.W_dec[[i]])[0].cpu().numpy() * acts.max()
+    effect = raised_entries(logits, entries, known) | ablate(run, i, acts, has, entries & known)
+
+    print_levels(name, here, judged["feature"])
+    print_effect(effect)
+    print_detectors(judged, twin)
+    parts = (logits[known & entries], logits[known & ~entries])
+    draw_study(run, name, here, detectors, judged, parts)
+    save(
+        run,
+        "study",
+        feature=i,
+        proxy=name,
+        share=float(here.mean()),
+        detectors=judged,
+        effect=effect,
+        twin=twin,
+    )
+
+
+def load_other(run, args):
+    """--other as a Run on the same text; UserError when it is of another."""
+    other = load_run(args, run.device, args.other)
+    if not same_positions(run, other):
+        raise UserError(
+            f"--other={args.other} is not of a model with the same tokenizer, held-out text and "
+            "length of context: a twin is found by what both do on the same tokens"
+        )
+    if other.source["gpt"] == run.source["gpt"]:
+        other.kept = run.kept  # activations of the same model on the same contexts
+    return other
+
+
+def raised_entries(logits, entries, known, n=20):
+    """
+    Of the entries of a vocabulary that are known, bool (vocab_size,): how many of the n with the
+    highest logits have the property, entries (vocab_size,), how many of all, and the median logits
+    of those with it and without.
+    """
+    logits, entries = logits[known], entries[known]
+    top = np.argsort(-logits, kind="stable")[:n]
+    medians = []
+    for chosen in (logits[entries], logits[~entries]):
+        medians.append(float(np.median(chosen)) if len(chosen) else None)
+    return {
+        "top": len(top),
+        "top_with": int(entries[top].sum()),
+        "entries_with": float(entries.mean()) if len(entries) else None,
+        "median_logits": medians,
+    }
+
+
+def print_levels(name, has, judged):
+    """Specificity and sensitivity: of each level of activation what `assess` found."""
+    print(
+        f"\n{has.mean():.2%} of {len(has):,} held-out tokens are with the property: "
+        f"{printable(name)}\n\n"
+        "specificity: how many are with it at each level of the activation; log ratio: the mean\n"
+        "of log P(token | property) / P(token). Sensitivity: how many of all with it are above\n"
+        f"{'activation':>16}{'tokens':>10}{'with it':>9}{'log ratio':>11}"
+        f"{'above: with it':>17}{'of all with it':>17}"
+    )
+    # from the highest level down to where it is off
+    edges = judged["edges"]
+    levels = zip(judged["tokens"], judged["share"], judged["log_likelihood_ratio"])
+    for k, (n, share, log_ratio) in reversed(list(enumerate(levels))):
+        label = f"{edges[k - 1]:.2f} to {edges[k]:.2f}" if k else "off"
+        line = f"{label:>16}{n:10,}{or_undefined(share, '9.1%')}{or_undefined(log_ratio, '+11.2f')}"
+        if k:
+            line += f"{judged['precision'][k - 1]:17.1%}{judged['recall'][k - 1]:17.1%}"
+        print(line)
+    print(
+        f"weighted by activation {judged['share_by_activation']:.1%} are with it; Pearson's "
+        f"correlation of activation and property {or_undefined(judged['pearson'], '.2f')}"
+    )
+
+
+def print_effect(effect):
+    """What the feature does to the tokens with the property and without."""
+    with_it, without = [or_undefined(median, "+.2f") for median in effect["median_logits"]]
+    before, after = effect["mass"]
+    print(
+        f"\neffect: {effect['top_with']} of the {effect['top']} tokens whose logits it raises most "
+        f"are with it, and {or_undefined(effect['entries_with'], '.1%')} of the vocabulary;\n"
+        f"the median logit, at the feature's maximum, is {with_it} with it, {without} without\n"
+        f"ablated where it is active ({effect['places']:,} tokens), the probability of\n"
+        f"  all tokens with it, together       {before:.3g} -> {after:.3g}"
+    )
+    for name, row in effect["next"].items():
+        if row["places"]:
+            before, after = row["probability"]
+            change = row["log_probability"][1] - row["log_probability"][0]
+            label = f"the next token where {name} it"
+            print(
+                f"  {label:<33}  {before:.3g} -> {after:.3g} (its log {change:+.3f}, "
+                f"{row['places']:,} tokens)"
+            )
+
+
+def print_detectors(judged, twin):
+    """The feature beside neurons, and its twin in another run."""
+    print(
+        "\nnot a neuron, universal:       Pearson with the   with it, of its levels and   "
+        "over half its maximum\n"
+        f"{'':30}feature    proxy   lowest  highest      all   with it   of all with it"
+    )
+    for role, row in judged.items():
+        half = len(row["precision"]) // 2
+        columns = [
+            f"{row['correlation']:10.2f}",
+            or_undefined(row["pearson"], "9.2f"),
+            or_undefined(row["lowest"], "9.1%"),
+            or_undefined(row["highest"], "9.1%"),
+            f"{row['share_by_activation']:9.1%}",
+            or_undefined(row["precision"][half], "10.1%"),
+            f"{row['recall'][half]:17.1%}",
+        ]
+        print(f"  {role:<14} {row['name']:<12}{''.join(columns)}")
+    if twin:
+        print(
+            f"its twin in {twin['run']} is feature {twin['feature']}: correlation of activations "
+            f"{twin['activations']:.2f}, of logit weights {twin['logit_weights']:.2f}"
+        )
+    else:
+        print("--other=FOLDER, such as out2/sae/NAME, looks for its twin in another run")
+
+
+def draw_study(run, name, has, detectors, judged, logits):
+    """
+    study.png: the paper's figures of a feature, of the best neuron and of the twin, where there
+    are such. logits: of the entries of the vocabulary with the property, and without.
+    """
+    path = os.path.join(run.folder, "study.png")
+    with figure(path, panels=3, width=9, height=5.2, rows=2) as axes:
+        counts, weighted, neuron, shares, effect, twin = axes.flat
+        draw_levels(counts, detectors["feature"], has)
+        counts.set(title=f"specificity: {printable(name)}", ylabel="tokens")
+        draw_levels(weighted, detectors["feature"], has, weighted=True)
+        weighted.set(title="weighted by activation", ylabel="sum of activations")
+        draw_shares(shares, judged, has.mean())
+        effect.hist(logits, 50, stacked=True, color=(BLUE, LIGHT), label=("with it", "without"))
+        effect.set(title="effect: logits at its maximum", yscale="log")
+        effect.set(xlabel="logit about the median", ylabel="tokens of the vocabulary")
+        if "best neuron" in detectors:
+            draw_levels(neuron, detectors["best neuron"], has, weighted=True)
+            neuron.set(title="not a neuron: the best one", ylabel="sum of activations")
+        else:
+            neuron.set_axis_off()
+        if "twin" in detectors:
+            draw_twin(twin, detectors["feature"], detectors["twin"], has)
+        else:
+            twin.set_axis_off()
+
+
+def draw_levels(ax, detector, has, weighted=False):
+    """How active a Detector is, on tokens with the property and without, stacked."""
+    parts = []
+    for chosen in (has, ~has):
+        acts = detector.acts[chosen]
+        parts.append(acts[acts > 0])
+    weights = parts if weighted else None
+    colours = {"color": (BLUE, LIGHT), "label": ("with it", "without")}
+    ax.hist(parts, 40, weights=weights, stacked=True, **colours)
+    ax.set_xlabel(f"activation of {detector.name}")
+
+
+def draw_shares(ax, judged, share):
+    """The share with the property at each level, and the recall, of feature and best neuron."""
+    rows = [judged[role] for role in ("feature", "best neuron") if role in judged]
+    for row, colour in zip(rows, (BLUE, RED)):
+        edges = np.array(row["edges"]) / row["edges"][-1]
+        shares = np.array(row["share"][1:], float)  # NaN where there is no token: a gap
+        middles = (edges[1:] + edges[:-1]) / 2
+        ax.plot(middles, shares, "o-", ms=3, color=colour, label=row["name"])
+        ax.plot(edges[:-1], row["recall"], ":", color=colour)
+    ax.axhline(share, color="black", lw=0.8, ls="--")
+    ax.set(title="shares; dotted: sensitivity", ylim=(-0.02, 1.02))
+    ax.set(xlabel="activation / maximum", ylabel="with it; of all with it")
+
+
+def draw_twin(ax, feature, twin, has):
+    """The activations of a feature and of its twin, a dot a token."""
+    on = (feature.acts > 0) | (twin.acts > 0)
+    for chosen, colour in ((on & ~has, GREY), (on & has, BLUE)):
+        ax.scatter(feature.acts[chosen], twin.acts[chosen], s=2, color=colour)
+    ax.set(title=f"universal: correlation {twin.correlation:.2f}")
+    ax.set(xlabel=f"activation of {feature.name}", ylabel=f"of {twin.name} in the other run")
+
+
+# -----------------------------------------------------------------------------
 # frontier: how much is explained at which L0
 
 
@@ -2742,7 +3378,7 @@ def load_comparable(run, args):
     return runs
 
 
-def measured(run, name, first):
+def measured_point(run, name, first):
     """A Run as a Point, and its metrics."""
     metrics, _ = measure(run)
     log = run.sae.extra.get("log")
@@ -2798,16 +3434,16 @@ def baseline_points(run, losses, mean, directions, ks):
     center = 0.0  # of x about the mean of the training text: the sum, and of squares
     square = 0.0
     for batch in run.batches("measuring PCA and entries", run.held_out):
-        x = run.gpt.activations(batch[:, :-1], run.site)  # (b, T, n)
+        stream, x = run.gpt.before(batch[:, :-1], run.site)  # (b, T, n_embd), (b, T, n)
         away = where_float64_is(x - mean).double()
         center += away.sum((0, 1))
         square += away.square().sum().item()
         for way, k, numbers, x_hat in without_dictionary(x, mean, directions, ks):
-            _, loss = run.gpt(batch[:, :-1], batch[:, 1:], run.put(x_hat))
+            loss = loss_with(run, stream, x_hat, batch[:, 1:])
             found = sums[way, k]
             found["active"] += torch.count_nonzero(numbers).item()
             found["error"] += (x_hat - x).square().sum().item()
-            found["loss"] += loss.item() * len(batch)
+            found["loss"] += loss * len(batch)
     variance = square - center.square().sum().item() / n_tokens
     points = []
     for (way, k), found in sums.items():
@@ -2930,7 +3566,7 @@ def show_frontier(run, args, n_tokens=2**15):
     runs = load_comparable(run, args)
     points = []
     for name, other in zip(args.names, runs):
-        point, metrics = measured(other, name, run)
+        point, metrics = measured_point(other, name, run)
         points.append(point)
 
     # what is simpler
@@ -3803,6 +4439,7 @@ COMMANDS = {
     "complete": Command(show_complete),
     "scaling": Command(show_scaling, kinds=("model", "own", "toy"), logs_only=True),
     "compare": Command(show_compare, kinds=("model", "own"), takes="names"),
+    "study": Command(show_study, takes="number"),
     "frontier": Command(show_frontier),
     "automata": Command(show_automata),
 }
