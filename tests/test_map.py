@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import analyze
-from test_analyses import TOKENIZER, fires, lookup_run, random_run
+from test_analyses import fires, lookup_run, random_run
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
 

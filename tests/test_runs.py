@@ -27,7 +27,7 @@ from model import GPT, GPTConfig, UserError
 from sae import ActivationStream
 from test_scripts import hashes
 
-KILLS = int(os.environ.get("KILLS", 20))  # of each script; by hand: KILLS=100 python -m pytest tests/test_runs.py
+KILLS = int(os.environ.get("KILLS", 10))  # of each script; by hand: KILLS=100 python -m pytest tests/test_runs.py
 OFTEN = ["--save_interval=1", "--resume"]
 
 # A process that has torch and the scripts in memory and forks one that runs them, for every line it is given.

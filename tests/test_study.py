@@ -15,8 +15,7 @@ import torch
 
 import analyze
 from conftest import ROOT, script
-from sae import SAEConfig, SparseAutoencoder, save_sae
-from test_analyses import TOKENIZER, V, WORDS, by_hand, fires, lookup_run, made_run, random_run
+from test_analyses import TOKENIZER, V, WORDS, by_hand, fires, lookup_run, random_run
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # a user would see numpy's warnings, too
 
