@@ -653,9 +653,11 @@ def unit_rows(a):
 
 
 def unit_columns(x):
-    """x (tokens, k), columns about their means, of unit norm; what is constant stays 0."""
-    x = x - x.mean(0, dtype=torch.float64).float()
-    x /= x.norm(dim=0, dtype=torch.float64).float().clip(1e-15)
+    """x (tokens, k), changed in place: columns about their means, of unit norm."""
+    # in pieces, of which float64 makes copies
+    sums = [piece.sum(0, dtype=torch.float64) for piece in x.split(8192)]
+    x -= (torch.stack(sums).sum(0) / len(x)).float()
+    x /= x.norm(dim=0, dtype=torch.float64).float().clip(1e-15)  # what is constant stays 0
     return x
 
 
