@@ -686,9 +686,11 @@ def unit_rows(a):
 
 
 def unit_columns(x):
-    """x (tokens, k), columns about their means, of unit norm; what is constant stays 0."""
-    x = x - x.mean(0, dtype=torch.float64).float()
-    x /= x.norm(dim=0, dtype=torch.float64).float().clip(1e-15)
+    """x (tokens, k), changed in place: columns about their means, of unit norm."""
+    # in pieces, of which float64 makes copies
+    sums = [piece.sum(0, dtype=torch.float64) for piece in x.split(8192)]
+    x -= (torch.stack(sums).sum(0) / len(x)).float()
+    x /= x.norm(dim=0, dtype=torch.float64).float().clip(1e-15)  # what is constant stays 0
     return x
 
 
@@ -772,11 +774,12 @@ def explained_by_tokens(run, acts):
     pair_of, token_of = run.token_pairs
     judge = pair_of[1::2].ravel()
     counts = np.bincount(judge, minlength=len(token_of))  # of each pair
-    rows = acts.reshape(len(acts), -1, run.T)[:, 1::2]
     scores = []
-    for row, *guesses in zip(rows, *means_given_tokens(run, acts)):
-        on = np.flatnonzero(row.ravel() != 0)
-        truth = row.ravel()[on].astype(np.float64)
+    for row in acts:  # one by one: what there is of each stays in the cache
+        guesses = np.concatenate(means_given_tokens(run, row[None]))  # (2, pairs)
+        judged = row.reshape(-1, run.T)[1::2].ravel()
+        on = np.flatnonzero(judged != 0)
+        truth = judged[on].astype(np.float64)
         squares = truth @ truth
         total = squares - truth.sum()**2 / max(1, len(judge))
         # sum (truth - guess)^2, multiplied out: most of the truth is 0
