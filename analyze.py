@@ -91,7 +91,7 @@ def parse_args():
         help="report, frontier (at most 32,768): held-out tokens, or rows, of the metrics")
     add("--density_tokens", type=at_least(1),
         help="report: tokens of the training text, or rows trained on, on which dead features "
-        "are never active; None: as many as take some 20 s on two CPU cores")
+        "are never active; by default as many as take some 20 s on two CPU cores")
     add("--read_tokens", type=at_least(1), default=2**17,
         help="held-out tokens, or rows, whose activations are kept in memory, for examples and "
         "all other analyses")
@@ -118,7 +118,7 @@ def parse_args():
     add("--l0", type=at_least(1e-3, float),
         help="frontier: how much is explained at so many active features a token, by each size")
     add("--words", default="",
-        help="complete: file of words (ASCII letters); default: words of the held-out text")
+        help="complete: file of words (ASCII letters), by default words of the held-out text")
     add("--proxy", default="",
         help="study: the property that the feature is to stand for, by default the best of many: "
         "a regular expression on the text, such as [\\u0590-\\u05ff], or the name of one: "
