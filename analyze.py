@@ -97,7 +97,8 @@ def parse_args():
         "all other analyses")
     add("--show", type=at_least(1), default=10,
         help="how many features to print (report: of each kind); complete: how many words; "
-        "automata: how many edges, loops, chains")
+        "study: how many "
+        "properties; automata: how many edges, loops, chains")
     add("--prompt", default="", help="cause, steer: text to start from")
     add("--target", default="",
         help="cause: token to explain, by default the most likely one; steer: token whose "
@@ -1138,7 +1139,7 @@ def print_features(run, heading, numbers):
 
 def show_feature(run, args):
     """One feature in full."""
-    i = run.feature_number(" ".join(args.arguments))
+    i = run.feature_number(args.arguments[0])
     acts = run.activations([i])[0]
     print_feature(run, i, acts, n_top=20, n_intervals=10, each=3, n_tokens=12)
 
@@ -1585,6 +1586,8 @@ def show_steer(run, args, n_directions=20):
     The feature's own logit weights must not choose the token, or any direction would be seen to
     work: it is the one that follows in the text where the feature is active, or the user's.
     """
+    if not args.feature:
+        raise UserError("steer takes a feature, as in: python analyze.py steer --feature=120")
     features = [run.feature_number(text) for text in args.feature.split(",")]
     multiples = parse_multiples(args.value)
     all_acts = run.activations(features)
@@ -2860,7 +2863,8 @@ def with_string(run, string):
     tokens = [token for token, text in enumerate(texts) if text == wanted]
     if not tokens:
         alike = [repr(text) for text in texts if wanted and text.strip() == wanted.strip()]
-        hint = f"there is {', '.join(alike)}" if alike else "give one of the tokenizer's"
+        parts = [repr(token_text(run, token)) for token in run.tokenizer.encode_ordinary(string)]
+        hint = f"there is {', '.join(alike or parts)}" if string else "give one"
         raise UserError(f"--proxy: no token is {string!r}: {hint}")
     return np.isin(run.contexts.numpy(), tokens)
 
@@ -2879,6 +2883,8 @@ def read_proxy(run, text):
     else:
         try:
             has, = with_patterns(run, [PATTERNS.get(text, text)])
+            if text not in PATTERNS:
+                print("--proxy is read as a regular expression (--help lists names that it knows)")
         except (re.error, OverflowError, RecursionError) as error:
             raise UserError(f"--proxy={text} is no regular expression: {error}")
     share = has[:, :-1].mean()
@@ -3111,7 +3117,7 @@ def show_study(run, args):
     and effect, whether a neuron would do as well, and whether another run has it, too (Bricken
     et al., "Detailed Investigations of Individual Features").
     """
-    i = run.feature_number(" ".join(args.arguments))
+    i = run.feature_number(args.arguments[0])
     acts = run.activations([i])[0]
     if not acts.any():
         raise UserError(f"{title(run, i, acts)}: choose another")
@@ -3525,6 +3531,16 @@ def print_points(points, first=()):
         print(row.rstrip())
 
 
+def print_missing(curves, at, l0):
+    """Of which curves a wanted L0 is no point, and the L0 that their runs have."""
+    missing = curves.keys() - {point.curve for point in at}
+    if missing:
+        print(f"\nnot between two runs at L0 {l0:g} (lower --l1_coeff raises L0):")
+    for name, curve in curves.items():
+        if name in missing:
+            print(f"  {name}, L0 {', '.join(f'{point.l0:.1f}' for point in curve)}")
+
+
 def or_blank(number, form):
     """A number in a format such as ".3f"; None as nothing."""
     return "" if number is None else f"{number:{form}}"
@@ -3579,13 +3595,14 @@ def show_frontier(run, args, n_tokens=2**15):
     curves = curves_of(points + simple)
     in_order = sum(curves.values(), [])
     print()
-    print_points(in_order, curves[curve_name(run, run)])
+    first = curves[curve_name(run, run)]
+    print_points(in_order, first if len(first) > 1 else ())
     at = best_at(curves, args.l0) if args.l0 else []
     if at:
         print(f"\nat L0 {args.l0:g}, linear in log L0 between the runs on either side, best first")
         print_points(at)
-    elif args.l0:
-        print(f"\nno two runs of one size have L0 {args.l0:g} between them")
+    if args.l0:
+        print_missing(curves, at, args.l0)
     draw_frontier(run, curves)
     save(
         run,
@@ -4449,7 +4466,13 @@ def main():
     args = parse_args()
     command = COMMANDS[args.command]
     if args.arguments and not command.takes:
-        raise UserError(f"{args.command} takes flags only, not {args.arguments[0]!r}")
+        raise UserError(
+            f"{args.command} takes flags only, not {args.arguments[0]!r} (--help lists them)")
+    if command.takes == "number" and len(args.arguments) != 1:
+        raise UserError(
+            f"{args.command} takes one number of a feature, as in: "
+            f"python analyze.py {args.command} 120"
+        )
     # the first name is the run that is analyzed; its folder takes what is written
     names = args.arguments if command.takes == "names" else args.names.split(",")
     args.names = [name for name in names if name] or [args.name]
