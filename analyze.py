@@ -1027,9 +1027,9 @@ def summary(run, metrics):
         row("variance explained", "variance_explained", "about the mean", "no two rows differ"),
         ("dead", f"{metrics['dead']:.2%}", never),
     ]
-    note = f"on fewer than 1 in {1 / ULTRA_LOW:,.0f} of them"
+    note = f"on fewer than 1 in {1 / ULTRA_LOW:,.0f}"
     if metrics["ultra_low"] is None:
-        too_few = f"{note}: it takes {ENOUGH:,.0f} to tell (--density_tokens)"
+        too_few = f"{note}: to tell takes --density_tokens={ENOUGH:.0f}"
         rows.append(("ultra-low density", "undefined", too_few))
     else:
         rows.append(("ultra-low density", f"{metrics['ultra_low']:.2%}", note))
