@@ -91,13 +91,14 @@ def parse_args():
         help="report, frontier (at most 32,768): held-out tokens, or rows, of the metrics")
     add("--density_tokens", type=at_least(1),
         help="report: tokens of the training text, or rows trained on, on which dead features "
-        "are never active; None: as many as take some 20 s on two CPU cores")
+        "are never active; by default as many as take some 20 s on two CPU cores")
     add("--read_tokens", type=at_least(1), default=2**17,
         help="held-out tokens, or rows, whose activations are kept in memory, for examples and "
         "all other analyses")
     add("--show", type=at_least(1), default=10,
         help="how many features to print (report: of each kind); complete: how many words; "
-        "automata: how many edges, loops, chains")
+        "study: how many "
+        "properties; automata: how many edges, loops, chains")
     add("--prompt", default="", help="cause, steer: text to start from")
     add("--target", default="",
         help="cause: token to explain, by default the most likely one; steer: token whose "
@@ -118,7 +119,7 @@ def parse_args():
     add("--l0", type=at_least(1e-3, float),
         help="frontier: how much is explained at so many active features a token, by each size")
     add("--words", default="",
-        help="complete: file of words (ASCII letters); default: words of the held-out text")
+        help="complete: file of words (ASCII letters), by default words of the held-out text")
     add("--proxy", default="",
         help="study: the property that the feature is to stand for, by default the best of many: "
         "a regular expression on the text, such as [\\u0590-\\u05ff], or the name of one: "
@@ -1029,9 +1030,9 @@ def summary(run, metrics):
         row("variance explained", "variance_explained", "about the mean", "no two rows differ"),
         ("dead", f"{metrics['dead']:.2%}", never),
     ]
-    note = f"on fewer than 1 in {1 / ULTRA_LOW:,.0f} of them"
+    note = f"on fewer than 1 in {1 / ULTRA_LOW:,.0f}"
     if metrics["ultra_low"] is None:
-        too_few = f"{note}: it takes {ENOUGH:,.0f} to tell (--density_tokens)"
+        too_few = f"{note}: to tell takes --density_tokens={ENOUGH:.0f}"
         rows.append(("ultra-low density", "undefined", too_few))
     else:
         rows.append(("ultra-low density", f"{metrics['ultra_low']:.2%}", note))
@@ -1141,7 +1142,7 @@ def print_features(run, heading, numbers):
 
 def show_feature(run, args):
     """One feature in full."""
-    i = run.feature_number(" ".join(args.arguments))
+    i = run.feature_number(args.arguments[0])
     acts = run.activations([i])[0]
     print_feature(run, i, acts, n_top=20, n_intervals=10, each=3, n_tokens=12)
 
@@ -1588,6 +1589,8 @@ def show_steer(run, args, n_directions=20):
     The feature's own logit weights must not choose the token, or any direction would be seen to
     work: it is the one that follows in the text where the feature is active, or the user's.
     """
+    if not args.feature:
+        raise UserError("steer takes a feature, as in: python analyze.py steer --feature=120")
     features = [run.feature_number(text) for text in args.feature.split(",")]
     multiples = parse_multiples(args.value)
     all_acts = run.activations(features)
@@ -2863,7 +2866,8 @@ def with_string(run, string):
     tokens = [token for token, text in enumerate(texts) if text == wanted]
     if not tokens:
         alike = [repr(text) for text in texts if wanted and text.strip() == wanted.strip()]
-        hint = f"there is {', '.join(alike)}" if alike else "give one of the tokenizer's"
+        parts = [repr(token_text(run, token)) for token in run.tokenizer.encode_ordinary(string)]
+        hint = f"there is {', '.join(alike or parts)}" if string else "give one"
         raise UserError(f"--proxy: no token is {string!r}: {hint}")
     return np.isin(run.contexts.numpy(), tokens)
 
@@ -2882,6 +2886,8 @@ def read_proxy(run, text):
     else:
         try:
             has, = with_patterns(run, [PATTERNS.get(text, text)])
+            if text not in PATTERNS:
+                print("--proxy is read as a regular expression (--help lists names that it knows)")
         except (re.error, OverflowError, RecursionError) as error:
             raise UserError(f"--proxy={text} is no regular expression: {error}")
     share = has[:, :-1].mean()
@@ -3114,7 +3120,7 @@ def show_study(run, args):
     and effect, whether a neuron would do as well, and whether another run has it, too (Bricken
     et al., "Detailed Investigations of Individual Features").
     """
-    i = run.feature_number(" ".join(args.arguments))
+    i = run.feature_number(args.arguments[0])
     acts = run.activations([i])[0]
     if not acts.any():
         raise UserError(f"{title(run, i, acts)}: choose another")
@@ -3528,6 +3534,16 @@ def print_points(points, first=()):
         print(row.rstrip())
 
 
+def print_missing(curves, at, l0):
+    """Of which curves a wanted L0 is no point, and the L0 that their runs have."""
+    missing = curves.keys() - {point.curve for point in at}
+    if missing:
+        print(f"\nnot between two runs at L0 {l0:g} (lower --l1_coeff raises L0):")
+    for name, curve in curves.items():
+        if name in missing:
+            print(f"  {name}, L0 {', '.join(f'{point.l0:.1f}' for point in curve)}")
+
+
 def or_blank(number, form):
     """A number in a format such as ".3f"; None as nothing."""
     return "" if number is None else f"{number:{form}}"
@@ -3582,13 +3598,14 @@ def show_frontier(run, args, n_tokens=2**15):
     curves = curves_of(points + simple)
     in_order = sum(curves.values(), [])
     print()
-    print_points(in_order, curves[curve_name(run, run)])
+    first = curves[curve_name(run, run)]
+    print_points(in_order, first if len(first) > 1 else ())
     at = best_at(curves, args.l0) if args.l0 else []
     if at:
         print(f"\nat L0 {args.l0:g}, linear in log L0 between the runs on either side, best first")
         print_points(at)
-    elif args.l0:
-        print(f"\nno two runs of one size have L0 {args.l0:g} between them")
+    if args.l0:
+        print_missing(curves, at, args.l0)
     draw_frontier(run, curves)
     save(
         run,
@@ -4452,7 +4469,13 @@ def main():
     args = parse_args()
     command = COMMANDS[args.command]
     if args.arguments and not command.takes:
-        raise UserError(f"{args.command} takes flags only, not {args.arguments[0]!r}")
+        raise UserError(
+            f"{args.command} takes flags only, not {args.arguments[0]!r} (--help lists them)")
+    if command.takes == "number" and len(args.arguments) != 1:
+        raise UserError(
+            f"{args.command} takes one number of a feature, as in: "
+            f"python analyze.py {args.command} 120"
+        )
     # the first name is the run that is analyzed; its folder takes what is written
     names = args.arguments if command.takes == "names" else args.names.split(",")
     args.names = [name for name in names if name] or [args.name]

@@ -475,7 +475,12 @@ def escaped(character):
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter,
                     argparse.RawDescriptionHelpFormatter):
-    """Shows a script's docstring as it is and every flag with its default."""
+    """Shows a script's docstring as it is and every flag with its default, if it has one."""
+
+    def _get_help_string(self, action):
+        if action.default is False or action.default in ("", None, []):
+            return action.help
+        return super()._get_help_string(action)
 
 
 def make_parser(doc):

@@ -700,7 +700,11 @@ def restore_sae(sae, checkpoint):
 def load_sae(path, device="cpu"):
     """Loads what save_sae wrote; the attribute `extra` of the SparseAutoencoder holds the extra."""
     if not os.path.exists(path):
-        raise UserError(f"{path} not found: run python train_sae.py first")
+        folder = os.path.dirname(os.path.dirname(path))
+        found = glob.glob(os.path.join(glob.escape(folder), "*", "sae.pt"))
+        others = sorted(os.path.basename(os.path.dirname(other)) for other in found)
+        there = f" (there are {', '.join(others)})" if others else ""
+        raise UserError(f"{path} not found: run python train_sae.py first{there}")
     with reading(path, "put a good one there, or move it away before you run train_sae.py"):
         checkpoint = load_checkpoint(path, device)
         sae = SparseAutoencoder(SAEConfig(**checkpoint.pop("config"))).to(device)

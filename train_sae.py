@@ -123,8 +123,8 @@ def parse_args():
         help="steps after which dead features are resampled, with commas; none; auto: as the "
         "recipe has it, in runs of fewer than 200,000 steps after 4 to 9 tenths")
     add("--dead_steps", type=at_least(1),
-        help="a feature is dead when it was silent for so many steps; None: 12,500, or a tenth "
-        "of a run of fewer than 200,000 steps")
+        help="a feature is dead when it was silent for so many steps, by default 12,500, or a "
+        "tenth of a run of fewer than 200,000 steps")
     add("--log_interval", type=step_count, default="auto",
         help="steps between lines of log.jsonl; auto: 50, or a 500th of a long run")
     add("--save_interval", type=step_count, default="auto",

@@ -268,8 +268,20 @@ def test_frontier_says_what_is_best_at_one_l0(swept):
     assert "96 features" in at and rows == list(at)
     explained = [point["variance_explained"] for point in at.values()]
     assert explained == sorted(explained, reverse=True)
+    missing = table.split("\nnot between two runs")[1] if len(at) < 4 else ""
+    for curve in ("96 features", "48 features", "PCA", "neurons"):
+        l0s = sorted(point["l0"] for point in before if point["curve"] == curve)
+        line = f"\n  {curve}, L0 {', '.join(f'{l0:.1f}' for l0 in l0s)}\n"
+        assert (line in missing) == (curve not in at)
     done = script(*command, "--l0=1000")
-    assert done.returncode == 0 and "no two runs of one size have L0 1000 between them" in done.stdout
+    assert done.returncode == 0 and "\nat L0 1000" not in done.stdout
+    for curve in ("96 features", "48 features", "PCA", "neurons"):
+        assert f"\n  {curve}, L0 " in done.stdout.split("\nnot between two runs at L0 1000 (")[1]
+
+
+def test_a_curve_of_one_run_has_no_column_beside_the_others(swept):
+    done = script("analyze.py", "frontier", "--names=m96-9,m48-4", f"--out_dir={swept}", "--device=cpu")
+    assert done.returncode == 0 and "dead\n" in done.stdout and "at this L0" not in done.stdout
 
 
 @pytest.mark.parametrize("names, words", [

@@ -1,7 +1,9 @@
 """How the scripts read: what a learner would stumble over, as far as a machine can see it."""
 
 import ast
+import importlib
 import os
+import sys
 
 import pytest
 
@@ -60,6 +62,18 @@ def test_every_function_of_a_module_says_what_it_does(script):
     for node in tree.body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name not in ("main", "parse_args"):
             assert ast.get_docstring(node), node.name
+
+
+@pytest.mark.parametrize("script", SCRIPTS[2:])
+def test_help_shows_the_defaults_that_there_are(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    with pytest.raises(SystemExit):
+        importlib.import_module(script).parse_args()
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "same files (default: 1337)" in shown
+    assert ("(default: 0.0)" in shown) == (script == "train_sae")  # --toy_offset: 0 is a value
+    for nothing in ("", "None", "False", "[]"):
+        assert f"(default: {nothing})" not in shown
 
 
 def test_recipes_are_named_in_their_table_and_as_a_default_alone():

@@ -1311,6 +1311,12 @@ def spoil(case, out, folder):
         return ("analyze.py", "feature", "96", flag), ["96", "0 to 95"]
     if case == "feature, no number":
         return ("analyze.py", "feature", "x", flag), ["feature", "number"]
+    if case == "no feature":
+        return ("analyze.py", "feature", flag), ["feature takes one number", "analyze.py feature 120"]
+    if case == "steer, no feature":
+        return ("analyze.py", "steer", flag), ["steer --feature=120"]
+    if case == "steer, no flag":
+        return ("analyze.py", "steer", "3", flag), ["flags only", "'3'", "--help"]
     if case == "unknown flag":
         return ("train_sae.py", flag, "--lambda=5"), ["--lambda", "--help"]
     if case == "device":
@@ -1457,6 +1463,9 @@ def spoil(case, out, folder):
         "layer",
         "feature",
         "feature, no number",
+        "no feature",
+        "steer, no feature",
+        "steer, no flag",
         "unknown flag",
         "device",
         "out_dir",

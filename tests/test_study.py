@@ -78,7 +78,8 @@ def test_a_planted_feature_has_the_specificity_and_sensitivity_that_counting_giv
 
 def test_log_likelihood_ratios_are_those_of_counts(planted):
     this, tokens = planted
-    _, found = study(this.out_dir, "0", "--proxy=o+")  # "foo" and " foo" have it
+    printed, found = study(this.out_dir, "0", "--proxy=o+")  # "foo" and " foo" have it
+    assert "--proxy is read as a regular expression" in printed
     P = {word: tokens.count(word) / len(tokens) for word in WORD}
     n_with = tokens.count("foo") + tokens.count(" foo")
     expected = {word: np.log((tokens.count(word) * ("o" in word) + P[word]) / (n_with + 1) / P[word]) for word in WORD}
@@ -101,6 +102,7 @@ def test_the_correlation_with_the_proxy_is_pearsons_and_none_of_what_is_constant
 def test_what_is_printed(planted):
     this, tokens = planted
     printed, _ = study(this.out_dir, "0", "--proxy=token: foo")
+    assert "regular expression" not in printed
     n, n_foo = len(tokens), tokens.count(" foo")
     assert f"\n{n_foo / n:.2%} of {n:,} held-out tokens are with the property: token: foo\n" in printed
     top = re.search(r"^ *3\.60 to 4\.00 +(\d+) +100\.0% +\+\d\.\d\d +100\.0% +100\.0%$", printed, re.M)
@@ -211,6 +213,10 @@ def test_a_token_is_exactly_its_string(planted, tmp_path):
         assert has.tolist() == [token == string for token in tokens]
     error = refused(this.out_dir, "0", "--proxy=token:bar")
     assert "no token is 'bar': there is ' bar'" in error
+    letters = [TOKENIZER.decode([token]) for token in TOKENIZER.encode_ordinary("quux")]
+    error = refused(this.out_dir, "0", "--proxy=token:quux")
+    assert len(letters) > 1 and f"no token is 'quux': there is {', '.join(map(repr, letters))}\n" in error
+    assert "no token is '': give one" in refused(this.out_dir, "0", "--proxy=token:")
     this = lookup_run(tmp_path / "out", "a\nb" * 40, fires({0: {"\n": 1.0}}))
     assert analyze.read_proxy(this, "token:⏎").sum() == analyze.read_proxy(this, "token:\n").sum() > 10
 
@@ -238,6 +244,9 @@ def test_a_property_that_tells_nothing_and_what_is_none_is_refused_in_one_line(p
     assert "no held-out token has it" in refused(this.out_dir, "0", "--proxy=comment")
     assert "not active on any" in refused(this.out_dir, "7", "--proxy=foo")
     assert "give the number of a feature" in refused(this.out_dir, "x", "--proxy=foo")
+    for numbers in ([], ["1", "2"]):
+        assert "study takes one number of a feature" in refused(this.out_dir, *numbers, "--proxy=foo")
+    assert "(there are scaling)" in refused(this.out_dir, "0", "--name=nobody")
     lookup_run(tmp_path / "out", words(1000, seed=1), fires(ACTS))
     error = refused(this.out_dir, "0", "--proxy=foo", f"--other={tmp_path / 'out/sae/scaling'}")
     assert "held-out text" in error
