@@ -4185,7 +4185,8 @@ def active_together(active, n=5):
     """
     m, n_tokens = active.shape
     tokens = active.t().coalesce()
-    counts = torch.sparse.sum(active, 1).to_dense()  # (m,)
+    # float64: of what is active on every token, rounding would be divided by almost nothing
+    counts = torch.sparse.sum(active, 1).to_dense().double()  # (m,)
     spread = (counts * (1 - counts / n_tokens)).sqrt()
     lists = []
     for block in tracked("pairing", blocks(m, 1024), "features"):

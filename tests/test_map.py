@@ -143,6 +143,15 @@ def test_features_are_active_together_as_their_correlation_says():
     assert found[7] == found[8] == []
 
 
+def test_what_is_always_active_is_with_nothing_on_any_number_of_tokens():
+    """float32 cannot hold the products of such counts, and nothing may be left of the difference."""
+    active = np.random.default_rng(0).random((3, 99_990)) < 0.9
+    active[1] = True
+    found = analyze.active_together(torch.from_numpy(active).float().to_sparse())
+    phi = pytest.approx(np.corrcoef(active[0], active[2])[0, 1], abs=1e-7)  # by chance a bit over 0
+    assert found == [[(2, phi)], [], [(0, phi)]]
+
+
 # -----------------------------------------------------------------------------
 # motifs
 
