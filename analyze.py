@@ -3071,12 +3071,14 @@ class Detector:
 def rival_neurons(run, acts, has):
     """
     The neurons that correlate most with acts (N T,), and with a property, bool (N T,) -> {role:
-    Detector}; none at attn.0.
+    Detector}; none at attn.0, or where all are dead.
     """
     mlp = run.neurons()
-    if len(mlp) == 0:
+    active = mlp.any(1)  # a dead one detects nothing
+    if not active.any():
         return {}
     both = unit_rows(np.stack([acts, has])) @ unit_rows(mlp).T  # (2, neurons)
+    both[:, ~active] = -np.inf
     found = {}
     for role, k in zip(("nearest neuron", "best neuron"), both.argmax(1).tolist()):
         found[role] = Detector(f"neuron {k}", float(both[0, k]), mlp[k])
@@ -3086,20 +3088,18 @@ def rival_neurons(run, acts, has):
 def find_twin(run, other, i, acts):
     """
     The feature of another Run on the same text whose activations correlate most with acts (N T,)
-    of feature i (Bricken et al., "Universality") -> Detector, and what is saved of it, a dict
+    of feature i (Bricken et al., "Universality") -> Detector, and what is saved of it, a dict.
+    UserError when no feature of the other is alive.
     """
-    ours, = unit_rows(acts[None])
-    values = []
-    for block in tracked("correlating", blocks(other.n_features), "features"):
-        values.append(unit_rows(other.activations(block)) @ ours)
-    values = np.concatenate(values)
-    j = int(values.argmax())
+    alive, values, _ = highest_correlations(other, unit_rows(acts[None]))
+    best = values.argmax()
+    j = int(alive[best])
     logits, = logit_correlations(run, other, np.array([i]), np.array([j]))
-    found = Detector(f"twin {j}", float(values[j]), other.activations([j])[0])
+    found = Detector(f"twin {j}", float(values[best]), other.activations([j])[0])
     numbers = {
         "run": other.folder,
         "feature": j,
-        "activations": float(values[j]),
+        "activations": float(values[best]),
         "logit_weights": float(logits),
     }
     return found, numbers
