@@ -94,10 +94,10 @@ def parse_args():
         "are never active; None: as many as take some 20 s on two CPU cores")
     add("--read_tokens", type=at_least(1), default=2**17,
         help="held-out tokens, or rows, whose activations are kept in memory, for examples and "
-        "all other analyses")
+        "all other analyses; frontier: tokens of the training text that PCA is fitted to")
     add("--show", type=at_least(1), default=10,
         help="how many features to print (report: of each kind); complete: how many words; "
-        "automata: how many edges, loops, chains")
+        "study: how many properties; automata: how many edges, loops, chains")
     add("--prompt", default="", help="cause, steer: text to start from")
     add("--target", default="",
         help="cause: token to explain, by default the most likely one; steer: token whose "
@@ -627,7 +627,7 @@ def sparse_where_it_pays(sae, x):
 def activity(f):
     """
     On how many vectors of f (b, m), of sparse_where_it_pays, each feature is active, and the sum
-    of its squared activations: (m,) each, on the CPU, in float64.
+    of its squared activations: (m,) each, float64 on the CPU. (Sums of a dense f are float32's.)
     """
     if f.layout != torch.sparse_csr:
         return [part.sum(0).cpu().double() for part in (f > 0, f.square())]
@@ -4184,14 +4184,17 @@ def active_together(active, n=5):
     and 1, sparse.
     """
     m, n_tokens = active.shape
-    tokens = active.t().coalesce()
+    # a product of sparse matrices takes as long as the square of the L0
+    sparse = active._nnz() < 0.05 * m * n_tokens
+    whole = active if sparse else active.to_dense()
+    tokens = whole.t().coalesce() if sparse else whole.t()
     # float64: of what is active on every token, rounding would be divided by almost nothing
     counts = torch.sparse.sum(active, 1).to_dense().double()  # (m,)
     spread = (counts * (1 - counts / n_tokens)).sqrt()
     lists = []
     for block in tracked("pairing", blocks(m, 1024), "features"):
-        rows = active.index_select(0, torch.from_numpy(block))
-        both = torch.sparse.mm(rows, tokens).to_dense()  # on how many tokens (b, m)
+        rows = whole.index_select(0, torch.from_numpy(block))
+        both = (rows @ tokens).to_dense()  # on how many tokens (b, m)
         chance = counts[block, None] * counts / n_tokens
         phi = (both - chance) / (spread[block, None] * spread).clip(1e-30)
         phi[range(len(block)), block] = 0  # not itself

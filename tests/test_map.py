@@ -123,10 +123,11 @@ def test_the_nearest_features_are_those_of_the_highest_cosines():
         assert [value for _, value in found] == pytest.approx(row[best])
 
 
-def test_features_are_active_together_as_their_correlation_says():
+@pytest.mark.parametrize("densest", [0.05, 0.4])  # as sparse matrices, and as dense ones
+def test_features_are_active_together_as_their_correlation_says(densest):
     """Against numpy's correlation of being active; one that is never active and one that always is have none."""
     rng = np.random.default_rng(0)
-    active = rng.random((1100, 900)) < rng.uniform(0.01, 0.4, 1100)[:, None]
+    active = rng.random((1100, 900)) < rng.uniform(0.01, densest, 1100)[:, None]
     active[1] = active[0] & (rng.random(900) < 0.8)  # together far more often than by chance
     active[1050] = active[0]
     active[7] = False
