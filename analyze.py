@@ -685,17 +685,10 @@ def unit_rows(a):
     return a
 
 
-def unit_columns(x):
-    """x (tokens, k), columns about their means, of unit norm; what is constant stays 0."""
-    x = x - x.mean(0, dtype=torch.float64).float()
-    x /= x.norm(dim=0, dtype=torch.float64).float().clip(1e-15)
-    return x
-
-
 def closest(acts, others):
     """
-    The highest of the Pearson correlations of activations (k, tokens) with others, the columns
-    of unit_rows (tokens, l) -> (k,); -inf where there are none. Of activations few are not 0: a
+    The highest of the Pearson correlations of activations (k, tokens) with others, unit_rows
+    transposed (tokens, l) -> (k,); -inf where there are none. Of activations few are not 0: a
     product with those is soon done.
     """
     active = np.flatnonzero(acts > 0)  # in rows one after the other
@@ -4281,9 +4274,7 @@ def describe_features(run, numbers, density):
     and the Windows of their examples. density: (m,), that of count_active, as the contexts are
     too few to tell what is dead or of ultra-low density.
     """
-    none = torch.empty(len(run.x()), 0, device=run.device)
-    neurons = torch.cat([none] + [run.x(site) for site in run.neuron_sites], dim=1)
-    neurons = unit_columns(neurons.cpu())  # (N T, n_neurons)
+    neurons = torch.from_numpy(unit_rows(run.neurons())).t().contiguous()  # (N T, n_neurons)
     width = min(24, run.T)
     features = [None] * run.n_features
     windows = []
