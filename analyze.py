@@ -2974,6 +2974,7 @@ def assess(acts, has, ratios, n_levels=10):
     Levels are n_levels equal intervals of the activation; what is listed by level has one entry
     more, the first, for tokens where it is off. Precision and recall are of saying that the
     property is where the activation is over the threshold, the lower end of each interval.
+    "lowest" and "highest" are the shares at the lowest level that has tokens and at the highest.
     """
     edges = np.linspace(0, acts.max(), n_levels + 1)
     level = np.digitize(acts, edges, right=True)  # 0: off, or below
@@ -3610,7 +3611,7 @@ class Firing:
     On the rest: where it fires, over all pairs of a token and the next one of its context.
     """
     highest: np.ndarray      # (m,) largest activation
-    often: np.ndarray        # (m,) bool: active on OFTEN tokens or more of either part
+    often: np.ndarray        # (m,) bool: active on OFTEN tokens or more of each part
     means: torch.Tensor      # (m, vocab_size), sparse: mean activation on a token
     first: list              # for each of blocks(m): (block, pairs), sparse: 1 where it fires
     second: torch.Tensor     # (m, pairs), sparse: 1 where it fires on the next token
@@ -3700,8 +3701,8 @@ class Edges:
     @property
     def held(self):
         """
-        Whether the text bears the edge out: five times or more, twice as often as by chance,
-        and 4 standard deviations (of a Poisson distribution) more than that.
+        Whether the text bears the edge out: five times or more, twice as often as by chance or
+        more, and 4 standard deviations (of a Poisson distribution) more often than by chance.
         """
         more = self.times - self.expected >= 4 * np.sqrt(self.expected)
         return (self.times >= 5) & (self.lift >= 2) & more
