@@ -2747,14 +2747,20 @@ def python_spans(text):
     class as an index into CLASSES, of which len(CLASSES) is beyond: what no Python has.
 
     The piece may begin inside a comment or string. It is read as code, and as if one of these had
-    been opened, and the reading with the least that no Python has counts.
+    been opened, and the reading with the least that no Python has counts; of equal ones the one
+    with the least in comments and strings, as a long string that is wrongly opened hides all.
     """
+    def unlikely(spans):
+        errors = sum(kind == len(CLASSES) for kind, _, _ in spans)
+        texts = (CLASSES.index("comment"), CLASSES.index("string"))
+        hidden = sum(end - start for kind, start, end in spans if kind in texts)
+        return errors, hidden
+
     readings = []
-    for opening in ("", "'", '"', '"""', "'''", "#"):  # of equal ones the first
+    for opening in ("", "'", '"', '"""', "'''", "#"):
         if opening in text:
             readings.append(python_reading(opening, text))
-    error = len(CLASSES)
-    return min(readings, key=lambda spans: sum(kind == error for kind, _, _ in spans))
+    return min(readings, key=unlikely)
 
 
 def python_reading(opening, text):

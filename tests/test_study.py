@@ -173,6 +173,15 @@ def test_a_piece_may_begin_inside_a_comment_or_a_short_string(before, rest):
     assert classes_of(rest) == whole[len(before):] and "error" not in whole
 
 
+def test_of_readings_without_an_error_the_one_that_hides_least_counts():
+    """The piece begins inside a comment; as if inside a long string, all up to the quotes would be string, without error."""
+    before, rest = "# (that is", " what he said)\nx = y + 1  # more\nz = '''text'''\n"
+    assert classes_of(rest) == classes_of(before + rest)[len(before):]
+    assert classes_of(rest).count("string") == len("'''text'''")
+    end = 'text that ends\n"""\nx = y + 1\n'  # and here it does begin inside a long string
+    assert classes_of(end) == classes_of('"""' + end)[3:]
+
+
 def test_of_pieces_cut_anywhere_next_to_nothing_is_misread():
     text = read(os.path.join(ROOT, "analyze.py"))
     whole = classes_of(text)
@@ -181,7 +190,7 @@ def test_of_pieces_cut_anywhere_next_to_nothing_is_misread():
         piece = classes_of(text[start:start + 9000])
         wrong += sum(a != b for a, b in zip(piece, whole[start:]))
         total += len(piece)
-    assert total > 200_000 and wrong < 0.005 * total
+    assert total > 200_000 and wrong < 0.002 * total
 
 
 def test_prose_is_no_python():
