@@ -94,11 +94,10 @@ def parse_args():
         "are never active; by default as many as take some 20 s on two CPU cores")
     add("--read_tokens", type=at_least(1), default=2**17,
         help="held-out tokens, or rows, whose activations are kept in memory, for examples and "
-        "all other analyses")
+        "all other analyses; frontier: tokens of the training text that PCA is fitted to")
     add("--show", type=at_least(1), default=10,
         help="how many features to print (report: of each kind); complete: how many words; "
-        "study: how many "
-        "properties; automata: how many edges, loops, chains")
+        "study: how many properties; automata: how many edges, loops, chains")
     add("--prompt", default="", help="cause, steer: text to start from")
     add("--target", default="",
         help="cause: token to explain, by default the most likely one; steer: token whose "
@@ -628,7 +627,7 @@ def sparse_where_it_pays(sae, x):
 def activity(f):
     """
     On how many vectors of f (b, m), of sparse_where_it_pays, each feature is active, and the sum
-    of its squared activations: (m,) each, on the CPU, in float64.
+    of its squared activations: (m,) each, float64 on the CPU. (Sums of a dense f are float32's.)
     """
     if f.layout != torch.sparse_csr:
         return [part.sum(0).cpu().double() for part in (f > 0, f.square())]
@@ -686,19 +685,10 @@ def unit_rows(a):
     return a
 
 
-def unit_columns(x):
-    """x (tokens, k), changed in place: columns about their means, of unit norm."""
-    # in pieces, of which float64 makes copies
-    sums = [piece.sum(0, dtype=torch.float64) for piece in x.split(8192)]
-    x -= (torch.stack(sums).sum(0) / len(x)).float()
-    x /= x.norm(dim=0, dtype=torch.float64).float().clip(1e-15)  # what is constant stays 0
-    return x
-
-
 def closest(acts, others):
     """
-    The highest of the Pearson correlations of activations (k, tokens) with others, the columns
-    of unit_rows (tokens, l) -> (k,); -inf where there are none. Of activations few are not 0: a
+    The highest of the Pearson correlations of activations (k, tokens) with others, unit_rows
+    transposed (tokens, l) -> (k,); -inf where there are none. Of activations few are not 0: a
     product with those is soon done.
     """
     active = np.flatnonzero(acts > 0)  # in rows one after the other
@@ -2760,14 +2750,20 @@ def python_spans(text):
     class as an index into CLASSES, of which len(CLASSES) is beyond: what no Python has.
 
     The piece may begin inside a comment or string. It is read as code, and as if one of these had
-    been opened, and the reading with the least that no Python has counts.
+    been opened, and the reading with the least that no Python has counts; of equal ones the one
+    with the least in comments and strings, as a long string that is wrongly opened hides all.
     """
+    def unlikely(spans):
+        errors = sum(kind == len(CLASSES) for kind, _, _ in spans)
+        texts = (CLASSES.index("comment"), CLASSES.index("string"))
+        hidden = sum(end - start for kind, start, end in spans if kind in texts)
+        return errors, hidden
+
     readings = []
-    for opening in ("", "'", '"', '"""', "'''", "#"):  # of equal ones the first
+    for opening in ("", "'", '"', '"""', "'''", "#"):
         if opening in text:
             readings.append(python_reading(opening, text))
-    error = len(CLASSES)
-    return min(readings, key=lambda spans: sum(kind == error for kind, _, _ in spans))
+    return min(readings, key=unlikely)
 
 
 def python_reading(opening, text):
@@ -2990,6 +2986,7 @@ def assess(acts, has, ratios, n_levels=10):
     Levels are n_levels equal intervals of the activation; what is listed by level has one entry
     more, the first, for tokens where it is off. Precision and recall are of saying that the
     property is where the activation is over the threshold, the lower end of each interval.
+    "lowest" and "highest" are the shares at the lowest level that has tokens and at the highest.
     """
     edges = np.linspace(0, acts.max(), n_levels + 1)
     level = np.digitize(acts, edges, right=True)  # 0: off, or below
@@ -3080,12 +3077,14 @@ class Detector:
 def rival_neurons(run, acts, has):
     """
     The neurons that correlate most with acts (N T,), and with a property, bool (N T,) -> {role:
-    Detector}; none at attn.0.
+    Detector}; none at attn.0, or where all are dead.
     """
     mlp = run.neurons()
-    if len(mlp) == 0:
+    active = mlp.any(1)  # a dead one detects nothing
+    if not active.any():
         return {}
     both = unit_rows(np.stack([acts, has])) @ unit_rows(mlp).T  # (2, neurons)
+    both[:, ~active] = -np.inf
     found = {}
     for role, k in zip(("nearest neuron", "best neuron"), both.argmax(1).tolist()):
         found[role] = Detector(f"neuron {k}", float(both[0, k]), mlp[k])
@@ -3095,20 +3094,18 @@ def rival_neurons(run, acts, has):
 def find_twin(run, other, i, acts):
     """
     The feature of another Run on the same text whose activations correlate most with acts (N T,)
-    of feature i (Bricken et al., "Universality") -> Detector, and what is saved of it, a dict
+    of feature i (Bricken et al., "Universality") -> Detector, and what is saved of it, a dict.
+    UserError when no feature of the other is alive.
     """
-    ours, = unit_rows(acts[None])
-    values = []
-    for block in tracked("correlating", blocks(other.n_features), "features"):
-        values.append(unit_rows(other.activations(block)) @ ours)
-    values = np.concatenate(values)
-    j = int(values.argmax())
+    alive, values, _ = highest_correlations(other, unit_rows(acts[None]))
+    best = values.argmax()
+    j = int(alive[best])
     logits, = logit_correlations(run, other, np.array([i]), np.array([j]))
-    found = Detector(f"twin {j}", float(values[j]), other.activations([j])[0])
+    found = Detector(f"twin {j}", float(values[best]), other.activations([j])[0])
     numbers = {
         "run": other.folder,
         "feature": j,
-        "activations": float(values[j]),
+        "activations": float(values[best]),
         "logit_weights": float(logits),
     }
     return found, numbers
@@ -3637,7 +3634,7 @@ class Firing:
     On the rest: where it fires, over all pairs of a token and the next one of its context.
     """
     highest: np.ndarray      # (m,) largest activation
-    often: np.ndarray        # (m,) bool: active on OFTEN tokens or more of either part
+    often: np.ndarray        # (m,) bool: active on OFTEN tokens or more of each part
     means: torch.Tensor      # (m, vocab_size), sparse: mean activation on a token
     first: list              # for each of blocks(m): (block, pairs), sparse: 1 where it fires
     second: torch.Tensor     # (m, pairs), sparse: 1 where it fires on the next token
@@ -3727,8 +3724,8 @@ class Edges:
     @property
     def held(self):
         """
-        Whether the text bears the edge out: five times or more, twice as often as by chance,
-        and 4 standard deviations (of a Poisson distribution) more than that.
+        Whether the text bears the edge out: five times or more, twice as often as by chance or
+        more, and 4 standard deviations (of a Poisson distribution) more often than by chance.
         """
         more = self.times - self.expected >= 4 * np.sqrt(self.expected)
         return (self.times >= 5) & (self.lift >= 2) & more
@@ -4204,13 +4201,17 @@ def active_together(active, n=5):
     and 1, sparse.
     """
     m, n_tokens = active.shape
-    tokens = active.t().coalesce()
-    counts = torch.sparse.sum(active, 1).to_dense()  # (m,)
+    # a product of sparse matrices takes as long as the square of the L0
+    sparse = active._nnz() < 0.05 * m * n_tokens
+    whole = active if sparse else active.to_dense()
+    tokens = whole.t().coalesce() if sparse else whole.t()
+    # float64: of what is active on every token, rounding would be divided by almost nothing
+    counts = torch.sparse.sum(active, 1).to_dense().double()  # (m,)
     spread = (counts * (1 - counts / n_tokens)).sqrt()
     lists = []
     for block in tracked("pairing", blocks(m, 1024), "features"):
-        rows = active.index_select(0, torch.from_numpy(block))
-        both = torch.sparse.mm(rows, tokens).to_dense()  # on how many tokens (b, m)
+        rows = whole.index_select(0, torch.from_numpy(block))
+        both = (rows @ tokens).to_dense()  # on how many tokens (b, m)
         chance = counts[block, None] * counts / n_tokens
         phi = (both - chance) / (spread[block, None] * spread).clip(1e-30)
         phi[range(len(block)), block] = 0  # not itself
@@ -4297,9 +4298,7 @@ def describe_features(run, numbers, density):
     and the Windows of their examples. density: (m,), that of count_active, as the contexts are
     too few to tell what is dead or of ultra-low density.
     """
-    none = torch.empty(len(run.x()), 0, device=run.device)
-    neurons = torch.cat([none] + [run.x(site) for site in run.neuron_sites], dim=1)
-    neurons = unit_columns(neurons.cpu())  # (N T, n_neurons)
+    neurons = torch.from_numpy(unit_rows(run.neurons())).t().contiguous()  # (N T, n_neurons)
     width = min(24, run.T)
     features = [None] * run.n_features
     windows = []

@@ -541,7 +541,7 @@ def test_features_are_compared_with_the_neurons_that_come_before_the_site(tmp_pa
 
 
 @pytest.mark.parametrize("factor", [1, 1e18])
-def test_the_closest_of_columns_is_that_of_the_highest_pearson_correlation(factor):
+def test_the_closest_is_that_of_the_highest_pearson_correlation(factor):
     """Of what is active seldom, often, never, and always as much, which correlates with nothing."""
     rng = np.random.default_rng(0)
     acts = np.maximum(rng.standard_normal((6, 400)) - [[1.5], [2], [0], [-1], [9], [9]], 0)
@@ -550,7 +550,7 @@ def test_the_closest_of_columns_is_that_of_the_highest_pearson_correlation(facto
     columns[:, 4] += 3 * acts[2]
     columns = columns * factor
     exact = np.corrcoef(acts[:4], columns.T)[:4, 4:]
-    others = analyze.unit_columns(torch.from_numpy(columns.astype(np.float32)))
+    others = torch.from_numpy(analyze.unit_rows(columns.T.astype(np.float32, order="C"))).t()
     found = analyze.closest((acts * factor).astype(np.float32), others)
     np.testing.assert_allclose(found, [*exact.max(1), 0, 0], atol=1e-5)
     assert found[2] > 0.7

@@ -123,10 +123,11 @@ def test_the_nearest_features_are_those_of_the_highest_cosines():
         assert [value for _, value in found] == pytest.approx(row[best])
 
 
-def test_features_are_active_together_as_their_correlation_says():
+@pytest.mark.parametrize("densest", [0.05, 0.4])  # as sparse matrices, and as dense ones
+def test_features_are_active_together_as_their_correlation_says(densest):
     """Against numpy's correlation of being active; one that is never active and one that always is have none."""
     rng = np.random.default_rng(0)
-    active = rng.random((1100, 900)) < rng.uniform(0.01, 0.4, 1100)[:, None]
+    active = rng.random((1100, 900)) < rng.uniform(0.01, densest, 1100)[:, None]
     active[1] = active[0] & (rng.random(900) < 0.8)  # together far more often than by chance
     active[1050] = active[0]
     active[7] = False
@@ -141,6 +142,15 @@ def test_features_are_active_together_as_their_correlation_says():
         assert [row[k] for k, _ in pairs] == pytest.approx(best, abs=1e-5)
     assert [k for k, _ in found[0]][:2] == [1050, 1] and found[0][0][1] == pytest.approx(1)
     assert found[7] == found[8] == []
+
+
+def test_what_is_always_active_is_with_nothing_on_any_number_of_tokens():
+    """float32 cannot hold the products of such counts, and nothing may be left of the difference."""
+    active = np.random.default_rng(0).random((3, 99_990)) < 0.9
+    active[1] = True
+    found = analyze.active_together(torch.from_numpy(active).float().to_sparse())
+    phi = pytest.approx(np.corrcoef(active[0], active[2])[0, 1], abs=1e-7)  # by chance a bit over 0
+    assert found == [[(2, phi)], [], [(0, phi)]]
 
 
 # -----------------------------------------------------------------------------

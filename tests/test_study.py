@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import tokenize
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import torch
 
 import analyze
 from conftest import ROOT, script
+from sae import load_sae, save_sae
 from test_analyses import TOKENIZER, V, WORDS, by_hand, fires, lookup_run, random_run
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # a user would see numpy's warnings, too
@@ -173,6 +175,15 @@ def test_a_piece_may_begin_inside_a_comment_or_a_short_string(before, rest):
     assert classes_of(rest) == whole[len(before):] and "error" not in whole
 
 
+def test_of_readings_without_an_error_the_one_that_hides_least_counts():
+    """The piece begins inside a comment; as if inside a long string, all up to the quotes would be string, without error."""
+    before, rest = "# (that is", " what he said)\nx = y + 1  # more\nz = '''text'''\n"
+    assert classes_of(rest) == classes_of(before + rest)[len(before):]
+    assert classes_of(rest).count("string") == len("'''text'''")
+    end = 'text that ends\n"""\nx = y + 1\n'  # and here it does begin inside a long string
+    assert classes_of(end) == classes_of('"""' + end)[3:]
+
+
 def test_of_pieces_cut_anywhere_next_to_nothing_is_misread():
     text = read(os.path.join(ROOT, "analyze.py"))
     whole = classes_of(text)
@@ -181,7 +192,7 @@ def test_of_pieces_cut_anywhere_next_to_nothing_is_misread():
         piece = classes_of(text[start:start + 9000])
         wrong += sum(a != b for a, b in zip(piece, whole[start:]))
         total += len(piece)
-    assert total > 200_000 and wrong < 0.005 * total
+    assert total > 200_000 and wrong < 0.002 * total
 
 
 def test_prose_is_no_python():
@@ -385,7 +396,7 @@ def test_the_twin_is_found_and_its_logit_weights_compared(planted, tmp_path):
     twin = found["twin"]
     assert (twin["run"], twin["feature"]) == (other.folder, 41)
     ours, theirs = this.activations([0])[0], other.activations([41])[0]
-    assert twin["activations"] == pytest.approx(np.corrcoef(ours, theirs)[0, 1], abs=1e-6) and twin["activations"] < 0.9999
+    assert twin["activations"] == pytest.approx(np.corrcoef(ours, theirs)[0, 1], abs=1e-5) and twin["activations"] < 0.9999
     assert found["detectors"]["twin"]["correlation"] == twin["activations"]
     # resid.0 is the last: centred, the gain (1 at the start), the unembedding
     U = this.gpt.lm_head.weight.double().numpy()
@@ -393,6 +404,23 @@ def test_the_twin_is_found_and_its_logit_weights_compared(planted, tmp_path):
     assert twin["logit_weights"] == pytest.approx(np.corrcoef(*weights)[0, 1], abs=1e-5)
     has = ["foo" in token for token in tokens]
     assert found["detectors"]["twin"]["pearson"] == pytest.approx(np.corrcoef(theirs, has)[0, 1], abs=1e-6)
+
+
+def test_what_is_never_active_is_no_rival(planted, tmp_path):
+    """Even where all that is active correlates negatively, which a dead one, at 0, would be above."""
+    acts, has = np.array([0, 0, 1, 3], np.float32), np.array([False, False, True, True])
+    neurons = np.array([[0, 0, 0, 0], [1, 2, 0, 0], [1, 0, 0, 0]], np.float32)
+    found = analyze.rival_neurons(SimpleNamespace(neurons=lambda: neurons), acts, has)
+    assert [one.name for one in found.values()] == ["neuron 2", "neuron 2"]
+    assert found["best neuron"].correlation == pytest.approx(np.corrcoef(acts, neurons[2])[0, 1])
+    assert analyze.rival_neurons(SimpleNamespace(neurons=lambda: 0 * neurons), acts, has) == {}
+    this, _ = planted
+    other = twins(tmp_path / "out", [41, 17], noise=0.5)
+    path = os.path.join(other.folder, "sae.pt")
+    sae = load_sae(path)
+    sae.b_enc.data.fill_(-100)
+    save_sae(path, sae, **sae.extra)
+    assert "every feature is dead" in refused(this.out_dir, "0", "--proxy=foo", f"--other={other.folder}")
 
 
 def test_the_command_on_a_trained_run_with_a_twin_and_at_a_site_without_neurons(trained, tmp_path):
