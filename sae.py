@@ -341,7 +341,7 @@ class SparseAutoencoder(nn.Module):
         x_hat, f, f_sum, n_active = self.reconstruct(x, sparse)
 
         # sums over the width and over the features, means over the batch
-        mse = (x_hat - x).square().sum() / len(x)
+        mse = F.mse_loss(x_hat, x, reduction="sum") / len(x)
         if self.recipe.penalty is None:
             l1 = (f_sum * w).sum() / len(x)
         else:
