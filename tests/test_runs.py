@@ -27,14 +27,19 @@ from model import GPT, GPTConfig, UserError
 from sae import ActivationStream
 from test_scripts import hashes
 
-KILLS = int(os.environ.get("KILLS", 10))  # of each script; by hand: KILLS=100 python -m pytest tests/test_runs.py
+KILLS = int(os.environ.get("KILLS", 6))  # of each script; by hand: KILLS=100 python -m pytest tests/test_runs.py
 OFTEN = ["--save_interval=1", "--resume"]
 
 # A process that has torch and the scripts in memory and forks one that runs them, for every line it is given.
 FORKS = """
-import json, os, signal, sys
+import io, json, os, signal, sys
 import analyze, model, torch, train_gpt, train_sae
 torch.set_num_threads(1)
+# what is otherwise imported with the first picture and the first step
+analyze.Figure().savefig(io.BytesIO())
+weight = torch.nn.Parameter(torch.ones(1))
+weight.grad = torch.ones(1)
+torch.optim.AdamW([weight], fused=True).step()
 signal.signal(signal.SIGINT, signal.default_int_handler)  # started in the background, a process ignores it
 for line in sys.stdin:
     name, log, *flags = json.loads(line)
@@ -107,7 +112,7 @@ def text_file(folder):
 
 
 def test_a_killed_training_of_the_model_ends_with_the_same_weights(forks, tmp_path):
-    flags = [f"--dataset={text_file(tmp_path)}", *SMALL_GPT, "--max_iters=60", *OFTEN]
+    flags = [f"--dataset={text_file(tmp_path)}", *SMALL_GPT, "--max_iters=30", *OFTEN]
     whole, code, _ = forks.run("train_gpt", f"--out_dir={tmp_path / 'whole'}", *flags)
     assert code == 0
     moments, stages = random.Random(1), set()
@@ -116,7 +121,7 @@ def test_a_killed_training_of_the_model_ends_with_the_same_weights(forks, tmp_pa
         forks.run("train_gpt", f"--out_dir={out}", *flags, after=moments.uniform(0, whole))
         stages.add("gpt.pt" if (out / "gpt.pt").exists() else "data" if (out / "data.json").exists() else "start")
         if (out / "gpt.pt").exists():
-            assert 0 < torch.load(out / "gpt.pt", weights_only=True)["step"] <= 60
+            assert 0 < torch.load(out / "gpt.pt", weights_only=True)["step"] <= 30
         _, code, log = forks.run("train_gpt", f"--out_dir={out}", *flags)
         assert code == 0, log
         assert same(weights(out / "gpt.pt", "model"), weights(tmp_path / "whole/gpt.pt", "model")), k
@@ -179,20 +184,18 @@ def test_a_killed_analysis_leaves_nothing_half_written(forks, trained, tmp_path)
 # interrupted
 
 
-@pytest.mark.parametrize("send", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_saves_and_says_how_to_go_on(forks, trained, tmp_path, send):
-    flags = [f"--dataset={text_file(tmp_path)}", *SMALL_GPT, "--max_iters=3000", "--save_interval=3000"]
-    out = tmp_path / "out"
-    for name in ("gpt.pt", "sae/scaling/sae.pt"):
-        command = ("train_gpt", *flags)
-        if name != "gpt.pt":
-            shutil.copytree(trained, out, dirs_exist_ok=True)
-            os.remove(out / name)
-            command = ("train_sae", *SMALL_SAE, "--max_iters=5000", "--save_interval=5000")
-        _, code, log = forks.run(*command, f"--out_dir={out}", printed=", on cpu", after=0.5, send=send)
-        assert code == 130 and "Traceback" not in log, log
-        step = torch.load(out / name, weights_only=True)["step"]
-        assert 0 < step < 3000 and f"step {step:,}, which is saved" in log and "--resume" in log
+@pytest.mark.parametrize("name, send", [("gpt.pt", signal.SIGINT), ("sae/scaling/sae.pt", signal.SIGTERM)])
+def test_an_interrupted_run_saves_and_says_how_to_go_on(forks, trained, tmp_path, name, send):
+    out = shutil.copytree(trained, tmp_path / "out")
+    os.remove(out / name)
+    command = ["train_sae", *SMALL_SAE, "--max_iters=5000", "--save_interval=5000"]
+    if name == "gpt.pt":
+        flags = ["--max_iters=3000", "--save_interval=3000"]
+        command = ["train_gpt", f"--dataset={trained.parent / 'text.txt'}", *SMALL_GPT, *flags]
+    _, code, log = forks.run(*command, f"--out_dir={out}", printed=", on cpu", after=0.5, send=send)
+    assert code == 130 and "Traceback" not in log, log
+    step = torch.load(out / name, weights_only=True)["step"]
+    assert 0 < step < 3000 and f"step {step:,}, which is saved" in log and "--resume" in log
 
 
 def test_an_interrupt_before_the_first_step_is_one_line(forks, tmp_path):
