@@ -551,6 +551,12 @@ def where_float64_is(x):
     return x.cpu() if x.device.type == "mps" else x
 
 
+def all_finite(x):
+    """Whether no entry of a tensor x is NaN or infinite."""
+    low, high = x.aminmax()  # NaN is both; isfinite takes forty times as long for float16 on a CPU
+    return low.isfinite() & high.isfinite()
+
+
 def squared_norms(x):
     """||x||^2 of each row of x (N, n) -> (N,), in float64."""
     # in pieces, of which float64 makes copies
@@ -775,7 +781,7 @@ class ActivationStore:
     def read(self, i, indices):
         """The rows `indices` of slice i, in memory."""
         rows = self.unchecked(i, indices)
-        self.check(i, np.isfinite(rows).all())
+        self.check(i, all_finite(torch.from_numpy(rows)))
         return rows
 
     def unchecked(self, i, indices=slice(None)):
@@ -837,7 +843,7 @@ class ActivationStore:
             return torch.from_numpy(self.read(i, shuffled))
         rows = to_device(self.unchecked(i), self.device)
         rows = rows[to_device(shuffled, self.device)]
-        self.check(i, rows.isfinite().all())
+        self.check(i, all_finite(rows))
         return rows
 
     def sample(self, n, seed):

@@ -34,9 +34,10 @@ from model import (ANEW, Progress, UserError, at_least, average_gradients, check
                    save_jsonl, setup, shuffled_weights, step_count, steps, to_device,
                    torchrun_ranks, tracked, write_atomic)
 from sae import (HELD_OUT, MASSIVE, RECIPES, SHARD_ROWS, STARTS, TRAINED_ON, ActivationStore,
-                 ActivationStream, SAEConfig, SparseAutoencoder, explained_share, l1_at, lr_at,
-                 massive_share, matching_files, mean_share, own_source, paper_lambda,
-                 resample_schedule, restore_sae, save_sae, show_explained, variance_of)
+                 ActivationStream, SAEConfig, SparseAutoencoder, all_finite, explained_share,
+                 l1_at, lr_at, massive_share, matching_files, mean_share, own_source,
+                 paper_lambda, resample_schedule, restore_sae, save_sae, show_explained,
+                 variance_of)
 
 TOY_DIRECTIONS = 4  # the seed of the known directions, the same in every run
 
@@ -210,7 +211,7 @@ def gpt_rows(gpt, tokens, site, start, n, rank=0, ranks=1):
 
 def check_rows(rows, site):
     """UserError unless the rows (n, width) of a site are finite."""
-    if not rows.isfinite().all():
+    if not all_finite(rows):
         raise UserError(
             f"activations of {site} are NaN or beyond float16 (65,504): train another model"
         )

@@ -6,6 +6,7 @@ hand. The reference itself is held against central differences and a case worked
 """
 import copy
 import dataclasses
+import math
 import os
 import re
 from types import SimpleNamespace
@@ -15,9 +16,9 @@ import pytest
 import torch
 
 from model import UserError
-from sae import (RECIPES, ActivationStore, Recipe, SAEConfig, SparseAutoencoder, SparseStep, explained_share,
-                 geometric_median, l1_at, load_sae, lr_at, massive_share, mean_share, paper_lambda, resample_schedule,
-                 save_sae, show_explained, variance_of, transposed)
+from sae import (RECIPES, ActivationStore, Recipe, SAEConfig, SparseAutoencoder, SparseStep, all_finite,
+                 explained_share, geometric_median, l1_at, load_sae, lr_at, massive_share, mean_share, paper_lambda,
+                 resample_schedule, save_sae, show_explained, transposed, variance_of)
 
 needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="the sparse step needs MKL")
 both_steps = pytest.mark.parametrize("sparse", [False, pytest.param(True, marks=needs_mkl)], ids=["dense", "sparse"])
@@ -990,6 +991,17 @@ def test_lambda_in_the_papers_units_weighs_the_same_two_terms():
     f = sae.encode(x).detach().numpy() / 0.7                                # raw: what is added up to x_hat
     raw = ((sae(x).detach().numpy() - x.numpy()) ** 2).mean(1) + theirs * f.sum(1)
     assert sae.loss(x, 3.0)[0].item() == pytest.approx(5 * 0.7 ** 2 * raw.mean(), rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_found_anywhere(dtype, value):
+    rows = torch.full((5, 7), torch.finfo(dtype).max, dtype=dtype)
+    assert all_finite(rows) and all_finite(-rows)
+    for place in (0, 17, 34):
+        spoiled = rows.clone()
+        spoiled.view(-1)[place] = value
+        assert not all_finite(spoiled)
 
 
 def test_the_share_of_the_largest_rows():
