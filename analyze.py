@@ -465,6 +465,15 @@ def spread_contexts(tokens, T, n_tokens):
     return contexts[evenly]
 
 
+def need_two_contexts(run, does):
+    """UserError unless a Run has a context to judge on beside one that an analysis learns from."""
+    if len(run.contexts) < 2:
+        raise UserError(
+            f"{does} one context of {run.T} tokens and judges on another: "
+            "raise --read_tokens, or hold out more text"
+        )
+
+
 # -----------------------------------------------------------------------------
 # measuring
 
@@ -685,6 +694,15 @@ def unit_rows(a):
     return a
 
 
+def centred_norms(sums, squares, n):
+    """
+    The norms of rows about their means, from their sums and sums of squares (k,) over n entries;
+    infinite for what is constant, which then correlates with nothing.
+    """
+    variances = squares - sums**2 / n
+    return np.sqrt(np.where(variances > 1e-9 * squares, variances, np.inf))
+
+
 def closest(acts, others):
     """
     The highest of the Pearson correlations of activations (k, tokens) with others, unit_rows
@@ -702,9 +720,7 @@ def closest(acts, others):
     # others are about their means and of norm 1, these are not yet
     squares = np.bincount(rows, values.astype(np.float64)**2, len(acts))
     sums = np.bincount(rows, values, len(acts))
-    variances = squares - sums**2 / acts.shape[1]
-    # what is constant correlates with nothing
-    norms = np.sqrt(np.where(variances > 1e-9 * squares, variances, np.inf))
+    norms = centred_norms(sums, squares, acts.shape[1])
     return (products / norms[:, None]).max(1, initial=-np.inf)
 
 
@@ -1302,9 +1318,9 @@ def top_overlaps(found, n=10):
     return {"tokens": n_tokens, **means}
 
 
-def or_undefined(number, form):
+def or_undefined(number, form, word="undefined"):
     """A number in a format such as "+.3f"; what has no meaning, None, as a word."""
-    return "undefined" if number is None else f"{number:{form}}"
+    return word if number is None else f"{number:{form}}"
 
 
 def show_cause(run, args, n_tokens=400):
@@ -1774,11 +1790,8 @@ def show_neurons(run, args, n_sample=256):
     """
     if not run.neuron_sites:
         raise UserError(f"{run.folder} is of {run.site}, which no neuron comes before")
-    if run.gpt and len(run.contexts) < 2:
-        raise UserError(
-            f"neurons learns from one context of {run.T} tokens and judges on another: "
-            "raise --read_tokens, or hold out more text"
-        )
+    if run.gpt:
+        need_two_contexts(run, "neurons learns from")
     if len(run.x()) < 2:
         raise UserError("a correlation needs two rows: raise --read_tokens, or give more rows")
 
@@ -1925,11 +1938,7 @@ def show_explain(run, args):
     autoencoder's reconstruction (Bricken et al., "How much of the model does our interpretation
     explain?", leave open how to measure this).
     """
-    if len(run.contexts) < 2:
-        raise UserError(
-            f"explain learns from one context of {run.T} tokens and judges on another: "
-            "raise --read_tokens, or hold out more text"
-        )
+    need_two_contexts(run, "explain learns from")
     losses, seen = explanation_losses(run)
     recovered = {name: loss_recovered(losses, name) for name in IN_PLACE}
     n_judged = len(run.contexts) // 2 * run.T
@@ -2107,11 +2116,7 @@ def show_complete(run, args, threshold=0.5):
     al., "Feature Completeness"). In the paper it is 1/2 at a frequency slightly below the
     inverse of the number of alive features.
     """
-    if len(run.contexts) < 2:
-        raise UserError(
-            f"complete chooses on one context of {run.T} tokens and judges on another: "
-            "raise --read_tokens, or hold out more text"
-        )
+    need_two_contexts(run, "complete chooses on")
     places = word_places(run, args.words)
     if not places:
         if args.words:
@@ -2601,9 +2606,7 @@ def best_partners(a, b, order):
     alive = np.flatnonzero(squares)  # the shuffled are so, too, m rows below
     if len(alive) == 0:
         raise a.all_dead()
-    # of activations about their means; what is constant correlates with nothing
-    variances = squares - sums**2 / len(ones)
-    norms = np.sqrt(np.where(variances > 1e-9 * squares, variances, np.inf))[alive]
+    norms = centred_norms(sums, squares, len(ones))[alive]
     highest = np.full(len(alive), -np.inf)
     partner = np.zeros(len(alive), dtype=int)
     for block in tracked("correlating", blocks(b.n_features), "features"):
@@ -3515,13 +3518,14 @@ def print_points(points, first=()):
     columns = "features  lambda      L0  variance explained  loss recovered    dead"
     print(f"{'':{width}}  {columns}{there}")
     for point in points:
-        features = or_blank(point.n_features, ",")
-        l1_coeff = or_blank(point.l1_coeff, ".3g")
+        features = or_undefined(point.n_features, ",", "")
+        l1_coeff = or_undefined(point.l1_coeff, ".3g", "")
         explained = or_undefined(point.variance_explained, ".3f")
         recovered = or_undefined(point.loss_recovered, ".3f")
+        dead = or_undefined(point.dead, ".2%", "")
         row = (
             f"{point.name:<{width}}  {features:>8}  {l1_coeff:>6}  {point.l0:6.1f}  "
-            f"{explained:>18}  {recovered:>14}  {or_blank(point.dead, '.2%'):>6}"
+            f"{explained:>18}  {recovered:>14}  {dead:>6}"
         )
         beside = at_l0(first, point.l0) if first and point.curve != first[0].curve else None
         if beside:
@@ -3539,11 +3543,6 @@ def print_missing(curves, at, l0):
     for name, curve in curves.items():
         if name in missing:
             print(f"  {name}, L0 {', '.join(f'{point.l0:.1f}' for point in curve)}")
-
-
-def or_blank(number, form):
-    """A number in a format such as ".3f"; None as nothing."""
-    return "" if number is None else f"{number:{form}}"
 
 
 def draw_frontier(run, curves):
@@ -3666,11 +3665,7 @@ def read_firing(run):
     Run -> Firing. UserError where there are too few contexts, where no token is frequent in
     training, or where no feature is active.
     """
-    if len(run.contexts) < 2:
-        raise UserError(
-            f"automata learns from one context of {run.T} tokens and judges on another: "
-            "raise --read_tokens, or hold out more text"
-        )
+    need_two_contexts(run, "automata learns from")
     frequency = token_frequency(run)
     learn, judge = halves(run, np.arange(len(run.tokens)))
     judge = judge[judge % run.T < run.T - 1]  # a pair does not leave its context

@@ -14,7 +14,7 @@ from conftest import SMALL_SAE, script
 from model import GPT, GPTConfig, load_gpt, save_checkpoint, shuffled_weights
 from sae import load_sae
 from test_analyses import activations_at, by_hand, random_run
-from test_scripts import hashes
+from test_scripts import goes_on_without_it_alone, hashes
 
 SHUFFLED = (*SMALL_SAE, "--shuffle_weights", "--name=shuffled")
 
@@ -156,11 +156,7 @@ def test_a_checkpoint_from_before_the_flag_goes_on_without_it_alone(out):
     checkpoint = torch.load(path, weights_only=True)
     del checkpoint["args"]["shuffle_weights"]
     torch.save(checkpoint, path)
-    flags = (f"--out_dir={out}", *SMALL_SAE, "--max_iters=70", "--resume")
-    done = script("train_sae.py", *flags, "--shuffle_weights")
-    assert done.returncode == 2 and "--shuffle_weights=True" in done.stderr
-    done = script("train_sae.py", *flags)
-    assert done.returncode == 0 and "going on from" in done.stdout and load_sae(path).extra["step"] == 70
+    goes_on_without_it_alone(out, "shuffle_weights")
 
 
 @pytest.mark.parametrize("acts", ["toy", "my/*.npy"])

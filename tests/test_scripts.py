@@ -872,6 +872,16 @@ def test_a_run_with_center_goes_on_as_if_it_had_not_stopped(tmp_path, norm):
         assert torch.equal(parts.state_dict()[name], value), name
 
 
+def goes_on_without_it_alone(out, flag):
+    """An autoencoder of SMALL_SAE, whose checkpoint does not know a flag, is refused with it and resumed without."""
+    flags = (f"--out_dir={out}", *SMALL_SAE, "--max_iters=70", "--resume")
+    done = script("train_sae.py", *flags, f"--{flag}")
+    assert done.returncode == 2 and f"--{flag}=True" in done.stderr
+    done = script("train_sae.py", *flags)
+    step = load_sae(out / "sae/scaling/sae.pt").extra["step"]
+    assert done.returncode == 0 and "going on from" in done.stdout and step == 70
+
+
 def test_a_checkpoint_from_before_center_goes_on_without_it_alone(trained, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(trained, out)
@@ -879,11 +889,7 @@ def test_a_checkpoint_from_before_center_goes_on_without_it_alone(trained, tmp_p
     checkpoint = torch.load(path, weights_only=True)
     del checkpoint["mean"], checkpoint["config"]["center"], checkpoint["args"]["center"]
     torch.save(checkpoint, path)
-    flags = (f"--out_dir={out}", *SMALL_SAE, "--max_iters=70", "--resume")
-    done = script("train_sae.py", *flags, "--center")
-    assert done.returncode == 2 and "--center=True" in done.stderr
-    done = script("train_sae.py", *flags)
-    assert done.returncode == 0 and "going on from" in done.stdout and load_sae(path).extra["step"] == 70
+    goes_on_without_it_alone(out, "center")
 
 
 def judged_by_numpy(out, rows):
