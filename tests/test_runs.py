@@ -184,7 +184,8 @@ def test_a_killed_analysis_leaves_nothing_half_written(forks, trained, tmp_path)
 # interrupted
 
 
-@pytest.mark.parametrize("name, send", [("gpt.pt", signal.SIGINT), ("sae/scaling/sae.pt", signal.SIGTERM)])
+@pytest.mark.parametrize("send", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("name", ["gpt.pt", "sae/scaling/sae.pt"])
 def test_an_interrupted_run_saves_and_says_how_to_go_on(forks, trained, tmp_path, name, send):
     out = shutil.copytree(trained, tmp_path / "out")
     os.remove(out / name)
