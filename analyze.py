@@ -1103,6 +1103,8 @@ def draw_training(run):
             ax.set(xlabel="step", title=name.replace("_", " "))
             logarithmic = name == "l0" and log[name].any()  # of zeros alone there is no log
             ax.set_yscale("log" if logarithmic else "linear")
+            if name == "dead":
+                ax.set_ylim(bottom=0)
 
 
 def show_report(run, args):
