@@ -4476,8 +4476,7 @@ def main():
     names = args.arguments if command.takes == "names" else args.names.split(",")
     args.names = [name for name in names if name] or [args.name]
 
-    machine = setup(args)
-    torch.set_float32_matmul_precision("highest")  # TF32 is for training: effects can be small
+    machine = setup(args, precision="highest")  # TF32 is for training: effects can be small
     loaded = load_run(args, machine.device, args.names[0])
     if loaded.kind not in command.kinds:
         able = [name for name, other in COMMANDS.items() if loaded.kind in other.kinds]

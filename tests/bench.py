@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from model import GPT, GPTConfig, keep_freed_memory  # noqa: E402
+from model import GPT, GPTConfig, keep_freed_memory, use_faster_products  # noqa: E402
 from sae import RECIPES, SHARD_ROWS, SAEConfig, SparseAutoencoder  # noqa: E402
 from train_gpt import make_optimizer  # noqa: E402
 from train_sae import gpt_rows  # noqa: E402
@@ -170,6 +170,7 @@ def main():
     keep_freed_memory()  # as the scripts do
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
+    use_faster_products()
     on_gpu = args.device != "cpu"
     device_type = torch.device(args.device).type
     autocast = torch.autocast(device_type, dtype=torch.bfloat16, enabled=on_gpu)
