@@ -11,8 +11,9 @@ One process, all in turn, medians. The absolute times are this machine's, the ra
 
 - The autoencoder: a whole step of train_sae.py with its statistics, clip or projection and Adam,
   dense and (on a CPU) sparse; making the rows of one step, as --stream does; and the encoder's
-  product alone, which no exact step can do without. What a line of the log, a checkpoint, the
-  resampling and the judgement at the end take is left out.
+  product alone, which no exact step can do without: as the scripts compute it and, where that is
+  oneDNN's, by MKL, as torch would. What a line of the log, a checkpoint, the resampling and the
+  judgement at the end take is left out.
 - The language model: a whole step of train_gpt.py, and its matrix products alone. Measuring the
   loss, checkpoints and cutting contexts out of the text are left out.
 
@@ -102,6 +103,12 @@ def sae_functions(args, autocast, on_gpu):
         "encoder product": lambda: torch.mm(rows, W_enc, out=product),
         "dense step": lambda: step(False),
     }
+    if torch.get_float32_matmul_precision() == "medium":  # see use_faster_products
+        def by_mkl():
+            torch.set_float32_matmul_precision("highest")
+            torch.mm(rows, W_enc, out=product)
+            torch.set_float32_matmul_precision("medium")
+        functions["the same by MKL"] = by_mkl
     worst = 0.0
     if not on_gpu:
         functions["sparse step"] = lambda: step(True)
@@ -151,7 +158,9 @@ def report_sae(args, times, seconds_of_rows):
     for name, seconds in steps.items():
         print(f"  {name:<18}{seconds * 1e3:9.2f} ms   "
               f"{seconds / of_product:5.2f} x the encoder product's time")
-    print(f"  {'encoder product':<18}{of_product * 1e3:9.2f} ms")
+    for name in ("encoder product", "the same by MKL"):
+        if name in times:
+            print(f"  {name:<18}{times[name] * 1e3:9.2f} ms")
     print(f"  {'making its rows':<18}{seconds_of_rows * 1e3:9.2f} ms")
     fastest = min(steps.values())
     operations = 2 * args.batch_size * args.d_in * args.n_features

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import model
 from model import (
     END_OF_TEXT,
     GPT,
@@ -302,3 +303,63 @@ def test_the_saved_model_comes_back_and_its_fingerprint_tells_it_from_any_other(
     assert before == load_gpt(trained)[0].fingerprint()
     gpt.ln_f.bias[0] += 1e-6
     assert gpt.fingerprint() != before
+
+
+# -----------------------------------------------------------------------------
+# products of float32 matrices
+
+
+@pytest.fixture
+def as_found():
+    """Leaves torch's settings as they were."""
+    precision, flash = torch.get_float32_matmul_precision(), torch.backends.cuda.flash_sdp_enabled()
+    yield
+    torch.set_float32_matmul_precision(precision)
+    torch.backends.cuda.enable_flash_sdp(flash)
+
+
+def on_processor(monkeypatch, **capabilities):
+    """Pretends that torch found such a processor."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.enable_flash_sdp(True)
+    model.use_faster_products()
+    return torch.get_float32_matmul_precision(), torch.backends.cuda.flash_sdp_enabled()
+
+
+@pytest.mark.parametrize(
+    "capabilities",
+    [{}, {"cpu_name": "Intel Xeon", "avx512_f": True}, {"cpu_name": "AMD Ryzen", "avx512_f": False}],
+)
+def test_other_processors_multiply_as_torch_would(monkeypatch, as_found, capabilities):
+    assert on_processor(monkeypatch, **capabilities) == ("highest", True)
+
+
+def test_products_that_are_rounded_to_bfloat16_are_not_used(monkeypatch, as_found):
+    exact = torch.Tensor.__matmul__
+
+    def rounded(a, b):
+        if a.dtype == torch.float32 and torch.get_float32_matmul_precision() == "medium":
+            a, b = a.bfloat16().float(), b.bfloat16().float()
+        return exact(a, b)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", rounded)
+    assert on_processor(monkeypatch, cpu_name="AMD EPYC", avx512_f=True) == ("highest", True)
+
+
+@pytest.mark.parametrize("n", [1, 7, 33, 512, 1000])
+def test_faster_products_are_as_exact_as_float32_is(monkeypatch, as_found, n):
+    """Of any shape and layout, and with the gradients that go through them."""
+    if on_processor(monkeypatch, cpu_name="AMD EPYC", avx512_f=True) != ("medium", False):
+        pytest.skip("this processor rounds to bfloat16 where it may")
+    rng = torch.Generator().manual_seed(n)
+    x = torch.randn(n, 96, generator=rng, requires_grad=True)
+    W = torch.randn(40, 96, generator=rng, requires_grad=True)
+    bias = torch.randn(40, generator=rng)
+    y = torch.nn.functional.linear(x, W, bias)
+    (y + (x @ W.t()).relu()).square().sum().backward()
+    x64, W64 = x.detach().double().requires_grad_(), W.detach().double().requires_grad_()
+    z = x64 @ W64.t()
+    (z + bias + z.relu()).square().sum().backward()
+    for found, expected in ((y, z + bias), (x.grad, x64.grad), (W.grad, W64.grad)):
+        assert (found - expected).norm() < 1e-6 * expected.norm()
