@@ -121,8 +121,8 @@ class GPT(nn.Module):
     (Radford et al. 2019). The unembedding starts at a tenth, so that the first loss is
     close to log(vocab_size), that of a model which has no opinion.
 
-    Embeddings are N(0, 0.02). Adam's steps, all of one size, soon outgrow that random
-    start; they do not outgrow one of N(0, 1), which ended at a loss of 4.06 instead of
+    Embeddings have a standard deviation of 0.02. Adam's steps, all of one size, soon outgrow
+    that random start; they do not outgrow one of 1, which ended at a loss of 4.06 instead of
     3.76. Biases are 0.
     """
 
@@ -214,8 +214,8 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, hook=None):
         """
         Without targets: the logits (B, T, vocab_size) for token ids idx (B, T), and None. With
-        targets (B, T): None, and the mean cross-entropy in nats. Logits that are returned would
-        have a gradient, as large as they are and all 0.
+        targets (B, T): None, and the mean cross-entropy in nats. Nobody needs both, and a compiled
+        model would make a gradient of zeros, as large as the logits, where they are not used.
 
         hook(site, x) is called at three sites of every layer L: "attn.L" (attention output,
         width n_embd), "mlp.L" (MLP activations after the ReLU, width 4 n_embd) and

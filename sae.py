@@ -17,7 +17,8 @@ An activation vector x of width n becomes m feature activations f, most of them 
 
 Column i of W_enc is what feature i looks for, row i of W_dec is its direction. Both terms of the
 loss are sums over their axis (the width, the features) and means over the batch, so that lambda
-means the same at every size.
+depends neither on the size of the batch nor on the number of features. On the width it does: the
+same data in four times the width takes twice the lambda, as ||x||^2 is the width.
 
 Notable:
 - the table RECIPES is the comparison of the papers; a new recipe is a new row
@@ -63,7 +64,8 @@ class Recipe:
 
     # "transposed": rows of W_dec in random directions, W_enc = W_dec^T (Circuits Updates, April
     # 2024). "kaiming": encoder and decoder apart, each as PyTorch starts a linear layer, entries
-    # uniform in +-1 / sqrt(fan_in) (Bricken et al., appendix on the autoencoder's training).
+    # uniform in +-1 / sqrt(fan_in) (Bricken et al., appendix on the autoencoder's training); the
+    # rows of W_dec are then brought to the norm that they start at.
     start: str = "transposed"
 
     # b_dec starts at the geometric median of the data, not at 0 (Bricken et al., appendix on the
@@ -91,7 +93,7 @@ class Recipe:
 
     # The steps after which dead features get a new start, and for how many steps before that
     # a feature must have been silent to count as dead (Bricken et al., appendix on neuron
-    # resampling).
+    # resampling). A run of less than twice the last of them takes others: see resample_schedule.
     resample_steps: tuple[int, ...] = ()
     dead_steps: int = 12_500
 
@@ -184,9 +186,9 @@ class SparseAutoencoder(nn.Module):
     what was saved beside the autoencoder, see load_sae.
 
     Initialisation: see Recipe.start, with rows of W_dec of unit norm or of decoder_norm; biases 0.
-    Of the 0.05 to 1 that Circuits Updates, April 2024, suggests, 0.15 is what fewest features die
-    of in short runs: of `scaling` 0.4, 0.1 and 0 % after 250, 400 and 1,500 steps on the default
-    activations; with 0.05 3.9 % after 250, with 0.3 3.7, 1.4 and 0 %, with 1 37 % after 250.
+    Circuits Updates, April 2024, suggests norms of 0.05 to 1. With 0.15 the fewest features die in
+    short runs: of `scaling` on the default activations 0.4, 0.1 and 0 % after 250, 400 and 1,500
+    steps; with 0.05 3.9 % after 250, with 0.3 3.7, 1.4 and 0 %, with 1 37 % after 250.
     """
 
     def __init__(self, config):
@@ -234,8 +236,8 @@ class SparseAutoencoder(nn.Module):
         What raw x (..., d_in), or with center x less the mean, is multiplied by -> (..., 1).
 
         "dataset": one scalar for all vectors, so that E||x||^2 = d_in (Templeton et al.,
-        "Sparse Autoencoders"). "token": each vector its own, so that ||x||^2 = d_in (another
-        reading of the same). "none": 1.
+        "Sparse Autoencoders"). "token": each vector its own, so that ||x||^2 = d_in (the wording
+        of Circuits Updates, February 2024). "none": 1.
         """
         if self.config.input_norm == "token":
             norms = self.centred(x).float().norm(dim=-1, keepdim=True)
@@ -261,15 +263,20 @@ class SparseAutoencoder(nn.Module):
         return self.b_enc - zero @ self.W_enc.detach()
 
     def pre_activations(self, x, features=None):
-        """Scaled x (..., d_in) -> z (..., n_features), or of some features only: see encode."""
+        """
+        Scaled x (..., d_in) -> z (..., n_features), or of some features only: see encode.
+
+        z = (x - b_dec) W_enc + b_enc, without pre_bias x W_enc + b_enc: the two helpers above are
+        this, arranged so that the gradient of b_dec costs little.
+        """
         x = self.encoder_input(x)
         if features is None:
             # in bfloat16 a product alone is rounded, which moves what is near 0 by much
             if torch.is_autocast_enabled(x.device.type):
                 return F.linear(x, self.W_enc.t(), self.encoder_bias())
             return x @ self.W_enc + self.encoder_bias()
-        rows = self.W_enc.t()[features]  # (k, d_in) or (B, k, d_in)
-        b_enc = self.b_enc[features]     # (k,) or (B, k)
+        rows = self.W_enc.t()[features]        # (k, d_in) or (B, k, d_in)
+        b_enc = self.encoder_bias()[features]  # (k,) or (B, k)
         if features.dim() == 1:
             return F.linear(x, rows, b_enc)
         return x @ rows.transpose(1, 2) + b_enc[:, None]  # (B, T, k)
@@ -281,8 +288,9 @@ class SparseAutoencoder(nn.Module):
     @property
     def is_relu(self):
         """
-        Whether the activation function is ReLU, which allows two short cuts. It is tried out
-        rather than declared, so that nobody who changes it has to think of them.
+        Whether the activation function is ReLU, which allows two short cuts: SparseStep, and to
+        encode some features alone. It is tried out rather than declared, so that nobody who
+        changes it has to think of them.
         """
         z = torch.linspace(-1, 1, self.config.n_features).to(self.W_dec)
         z = torch.stack([z, z.abs()])  # also where all are positive: topk would drop some
@@ -431,7 +439,10 @@ class SparseAutoencoder(nn.Module):
 
     @torch.no_grad()
     def losses(self, x, l1_coeff):
-        """The loss of each of x (N, d_in), raw activations -> (N,). No gradients."""
+        """
+        The loss of each of x (N, d_in), raw activations -> (N,). No gradients. It says the loss
+        once more, for `resample`: a term that is added to `loss` belongs here, too.
+        """
         losses = []
         for chunk in x.split(4096):
             f = self.encode(chunk)
@@ -605,8 +616,8 @@ def geometric_median(x, n_iters=100, tolerance=1e-6):
 
 def variance_of(x):
     """
-    The sum of ||x - mean||^2 over the rows of x (N, n). In float64, and about a row: where the
-    mean is large, squares about 0 would leave nothing.
+    The sum of ||x - mean||^2 over the rows of x (N, n). In float64, and with a row taken off
+    first: where the mean is large, little else would be left of the digits.
     """
     x = where_float64_is(x).double()
     x = x - x[0]  # so that what is constant is 0 to the last bit
@@ -624,7 +635,7 @@ def show_explained(share):
 
 
 # -----------------------------------------------------------------------------
-# schedules: what changes from step to step, as functions of the step alone
+# schedules: what changes from step to step, as functions of the step alone; units of lambda
 
 
 def l1_at(step, max_iters, l1_coeff, recipe):
@@ -632,15 +643,6 @@ def l1_at(step, max_iters, l1_coeff, recipe):
     if not recipe.l1_warmup:
         return l1_coeff
     return l1_coeff * min(1.0, step / (recipe.l1_warmup * max_iters))
-
-
-def paper_lambda(l1_coeff, width, scale):
-    """
-    lambda in the units of Bricken et al., whose loss (appendix on the autoencoder's training) is
-    the mean, not the sum, over the vector's elements of the squared error, and whose activations
-    are raw. What is here s^2 |x - x_hat|^2 + lambda s |f|, divided by n s^2, is theirs.
-    """
-    return l1_coeff / (width * scale)
 
 
 def lr_at(step, max_iters, learning_rate, recipe):
@@ -654,7 +656,8 @@ def resample_schedule(max_iters, recipe):
     """
     Returns the steps after which the recipe resamples (a list), and for how many steps before a
     feature must have been silent to count as dead, there and in the log of recipes that do not
-    resample. Both are the paper's in runs of 200,000 steps or more.
+    resample. Both are the recipe's own in runs twice as long as the last of its steps, or longer:
+    of the paper's steps, 200,000.
 
     A shorter run cannot copy them: features die in its first half and newcomers need time to
     settle. It resamples after 4, 5, ... 9 tenths of its steps, looking back a tenth. Of the
@@ -667,11 +670,21 @@ def resample_schedule(max_iters, recipe):
         the same, a fiftieth                                  1 %                       0.828
         5, 6.5 and 8 tenths, looking back 0.15               27 %
     """
-    if max_iters >= 200_000:
-        return list(recipe.resample_steps), recipe.dead_steps
+    tenth = max(1, max_iters // 10)
+    last = max(recipe.resample_steps, default=100_000)
+    if max_iters >= 2 * last:
+        return list(recipe.resample_steps), min(recipe.dead_steps, tenth)
     tenths = range(4, 10) if recipe.resample_steps else ()
-    steps = [max(1, tenth * max_iters // 10) for tenth in tenths]
-    return steps, max(1, max_iters // 10)
+    return [max(1, k * max_iters // 10) for k in tenths], tenth
+
+
+def paper_lambda(l1_coeff, width, scale):
+    """
+    lambda in the units of Bricken et al., whose loss (appendix on the autoencoder's training) is
+    the mean, not the sum, over the vector's elements of the squared error, and whose activations
+    are raw. What is here s^2 |x - x_hat|^2 + lambda s |f|, divided by n s^2, is theirs.
+    """
+    return l1_coeff / (width * scale)
 
 
 # -----------------------------------------------------------------------------

@@ -11,6 +11,8 @@ Text -> tokens -> a small trained transformer.
 The first needs no network and takes minutes on a CPU. Writes to out_dir: tokenizer.json,
 train.bin and val.bin (uint16 token ids), data.json, gpt.pt, gpt.jsonl, gpt_loss.png.
 """
+# A first reader: `train`, near the end, is the loop, and `get_batch` its data. How tokens are
+# learned stands above WordChain. All else brings text of many kinds into two files of tokens.
 import codecs
 import csv
 import gzip
@@ -613,7 +615,8 @@ def evenly_spread(pieces, share):
     """
     Whether to hold out each of the pieces, so that about a share of their tokens is. Every
     piece owes its share, and one is held out when that brings what is held out closer to
-    what is owed: the two never differ by more than half the longest piece.
+    what is owed: the two never differ by more than half the longest piece. Short pieces are
+    held out more often than long ones.
     """
     held_out = []
     owed = 0
@@ -639,7 +642,8 @@ def hold_out(lengths, block_size):
     def is_about_as_wanted(pieces, held_out):
         return abs(sum(compress(pieces, held_out)) - wanted) <= wanted / 4
 
-    # a long document is cut, or it would be held out as a whole, or not at all
+    # a long document is cut, or it would be held out as a whole, or not at all; every 20th,
+    # whatever its length, since evenly_spread prefers short ones
     pieces = pieces_of(lengths, 4096)
     held_out = [number % 20 == 19 for number in range(len(pieces))]
     if is_about_as_wanted(pieces, held_out):
@@ -757,8 +761,8 @@ def prepare(args, checkpoint=None):
     """
     paths = source_files(args.dataset, args.out_dir)
     made_from = describe(paths, args)
-    made_then = checkpoint.get("data") or {} if checkpoint else made_from
-    if made_then != made_from:
+    made_then = (checkpoint or {}).get("data") or {}
+    if checkpoint and made_then != made_from:
         other = "other files than"
         if made_then.get("reading") != READING:
             other = "tokens that another version of train_gpt.py made of"

@@ -15,6 +15,8 @@ Reads what train_gpt.py left in out_dir. Writes out_dir/acts/<site>.<layer>/*.np
 shuffled; runs of one model share them; those of the model with shuffled weights lie in a folder
 <site>.<layer>-shuffled) and out_dir/sae/<name>/: sae.pt, log.jsonl.
 """
+# A first reader: `train`, near the end, is the loop; `row_places` and `gpt_rows` are where its rows
+# come from. "activations on disk" may be skipped.
 import glob
 import math
 import os
@@ -41,7 +43,8 @@ from sae import (HELD_OUT, MASSIVE, RECIPES, SHARD_ROWS, STARTS, TRAINED_ON, Act
 
 TOY_DIRECTIONS = 4  # the seed of the known directions, the same in every run
 
-# What draws with one seed are for: the second number of their keys, so that no two draw alike.
+# What draws with one seed are for: the second number of their keys. (ActivationStore's keys begin
+# with seed and epoch: those of epochs 5 and 6 may be the same, for draws of something else.)
 FIRST_SAMPLE = 5
 RESAMPLING = 6
 
@@ -186,24 +189,23 @@ def gpt_rows(gpt, tokens, site, start, n, rank=0, ranks=1):
     places = np.random.default_rng(start).permutation(places)
 
     # each context once, even where a short text gives several of the rows
-    contexts, of_row = np.unique(places // T, return_inverse=True)
-    by_context = np.argsort(of_row, kind="stable")
-    # where each row's token is among those of these contexts
-    found = of_row * T + places % T
+    contexts, context_of_row = np.unique(places // T, return_inverse=True)
     idx = tokens[contexts[:, None] * T + np.arange(T)].astype(np.int64)  # (contexts, T)
+    token_of_row = context_of_row * T + places % T     # (n,) in idx.flatten()
+    order = np.argsort(context_of_row, kind="stable")  # (n,) the rows, context by context
 
     # all at once, or a GPU would have to wait in between
     idx = to_device(idx, device)
-    found = to_device(found[by_context], device)
-    chosen = to_device(by_context, device)
+    token_in_order = to_device(token_of_row[order], device)
+    row_in_order = to_device(order, device)
     tokens_at_once = 8192 if device.type == "cpu" else 34_000  # a GPU wants more at once
     B = max(1, tokens_at_once // T)  # contexts at once
     rows = torch.zeros(n, gpt.site_width(site), dtype=torch.float16, device=device)
     for i in range(rank * B, len(contexts), ranks * B):
         x = gpt.activations(idx[i:i + B], site).flatten(0, 1)  # (B * T, width)
-        # which rows come from these contexts
-        first, last = np.searchsorted(of_row, (i, i + B), sorter=by_context)
-        rows[chosen[first:last]] = x[found[first:last] - i * T].half()
+        # which of the rows, in order, come from these contexts
+        first, last = np.searchsorted(context_of_row, (i, i + B), sorter=order)
+        rows[row_in_order[first:last]] = x[token_in_order[first:last] - i * T].half()
     if ranks == 1:
         check_rows(rows, site)
     return rows
@@ -399,19 +401,19 @@ def clear_folder(folder, meta, shards):
         lock_shared(folder)
     meta_path = os.path.join(folder, "meta.json")
     # what is there already: all of it is good, or all of it was made from something else
-    found = load_json(meta_path, f"delete {folder}") if os.path.exists(meta_path) else {}
+    meta_then = load_json(meta_path, f"delete {folder}") if os.path.exists(meta_path) else {}
     present = glob.glob(os.path.join(glob.escape(folder), "*.npy"))
-    outdated = present if found != meta else []
+    good, outdated = (present, []) if meta_then == meta else ([], present)
     if outdated and not alone:
         raise UserError(
             f"{folder} holds activations of something else, which another run is reading: "
             "wait for it, or give another --out_dir"
         )
-    missing = [shard for shard in shards if shard.path not in present or outdated]
+    missing = [shard for shard in shards if shard.path not in good]
     check_room(folder, meta, shards, missing, outdated)
 
     # in this order, so that after a kill, too, a shard goes with the meta.json beside it
-    if found != meta:
+    if meta_then != meta:
         for path in outdated:
             os.remove(path)
         save_json(meta_path, meta)
@@ -422,8 +424,8 @@ def clear_folder(folder, meta, shards):
 
 def check_room(folder, meta, shards, missing, outdated):
     """
-    Says which of the shards are missing. UserError, before anything is touched, when they
-    do not fit on the disk, even when the outdated files are gone.
+    Prints how many of the shards are missing and what room they take. UserError, before anything
+    is touched, when they do not fit on the disk, even when the outdated files are gone.
     """
     needed = sum(shard.rows for shard in missing) * meta["width"] * 2  # bytes of float16
     free = shutil.disk_usage(folder).free + sum(map(os.path.getsize, outdated))
@@ -617,9 +619,9 @@ def log_note(line):
 
 def train(training, store, val_store, args, machine):
     """
-    Trains until args.max_iters steps are done, then judges on val_store, or until somebody
-    interrupts, and saves. What only some recipes do stands in the loop for all: it asks the
-    recipe first.
+    Trains until args.max_iters steps are done or somebody interrupts, and saves. A run that is
+    done is judged on val_store before. What only some recipes do stands in the loop for all: it
+    asks the recipe first.
     """
     sae, optimizer, recipe = training.sae, training.optimizer, training.sae.recipe
     loss_of = torch.compile(sae.loss) if machine.compiled else sae.loss
@@ -692,9 +694,9 @@ def judge(training, val_store, args, device):
 
 
 def held_out_loss(sae, val_store, l1_coeff, device):
-    """The recipe's loss with this lambda, its mean over held-out rows, 65,536 of them at most."""
+    """The recipe's loss with this lambda, its mean over held-out rows, at most VAL_ROWS of them."""
     # the same rows for every run on the same data
-    n_rows = min(2**16, val_store.rows)
+    n_rows = min(VAL_ROWS, val_store.rows)
     total = 0.0
     for start in range(0, n_rows, 4096):
         x = val_store.batch(start, min(4096, n_rows - start)).to(device)
