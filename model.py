@@ -418,7 +418,9 @@ def reading(path, hint):
     except UserError as error:  # a better reason than the one below
         raise UserError(f"{path}: {error}")
     except Exception as error:  # readers refuse wrong bytes in a dozen ways
-        what = "is damaged or of another kind"
+        # in their own words, too: whoever has added a parameter finds its name there
+        words = " ".join(str(error).split())[:100]
+        what = f"is damaged or of another kind ({type(error).__name__}: {words})"
         if getattr(error, "strerror", None):  # the system's reason, such as "Permission denied"
             what = f"cannot be read ({error.strerror})"
         raise UserError(f"{path} {what}: {hint}")
@@ -827,7 +829,12 @@ def lock_shared(folder):
 
 
 def without_nan(obj):
-    """obj with None, JSON's null, in the place of NaN and infinity, for which JSON has no word."""
+    """
+    obj with None, JSON's null, in the place of NaN and infinity, for which JSON has no word, and
+    lists and numbers of Python in that of numpy's.
+    """
+    if isinstance(obj, (np.ndarray, np.generic)):
+        obj = obj.tolist()
     if isinstance(obj, dict):
         return {key: without_nan(value) for key, value in obj.items()}
     if isinstance(obj, (list, tuple)):

@@ -78,8 +78,8 @@ class Recipe:
     norms_in_penalty: bool = False
 
     # The penalty is the sum of penalty(f_i w_i); None: of f_i w_i itself, the L1 norm of all
-    # three papers. Where f is 0 its slope must be finite: torch.sqrt will not do, and
-    # train_sae.py finds that out before the first step.
+    # three papers. Where f is 0 its slope must be finite: torch.sqrt will not do. Nor will a
+    # count, whose slope is 0 everywhere. train_sae.py finds both out before the first step.
     penalty: Callable | None = None
 
     # Each row of W_dec is brought back to unit norm after every step (Cunningham et al.,
@@ -286,11 +286,13 @@ class SparseAutoencoder(nn.Module):
         return self.recipe.activation(z)
 
     @property
+    @torch.no_grad()
     def is_relu(self):
         """
         Whether the activation function is ReLU, which allows two short cuts: SparseStep, and to
         encode some features alone. It is tried out rather than declared, so that nobody who
-        changes it has to think of them.
+        changes it has to think of them. (A function that learns from the batches it sees should
+        do so where torch.is_grad_enabled() alone: not here, nor in an analysis.)
         """
         z = torch.linspace(-1, 1, self.config.n_features).to(self.W_dec)
         z = torch.stack([z, z.abs()])  # also where all are positive: topk would drop some
@@ -302,9 +304,9 @@ class SparseAutoencoder(nn.Module):
         """
         x (..., d_in) raw activations -> f (..., n_features).
 
-        features: only these, (k,) -> f (..., k); or others for each context, (B, k) and x (B,
-        T, d_in) -> f (B, T, k). All that looks at a feature's activations comes here, so that
-        what is measured is what was trained.
+        features: only these, a list of k or (k,) -> f (..., k); or others for each context, (B,
+        k) and x (B, T, d_in) -> f (B, T, k). All that looks at a feature's activations comes
+        here, so that what is measured is what was trained.
         """
         x = self.scaled(x)
         if features is None:
@@ -389,16 +391,20 @@ class SparseAutoencoder(nn.Module):
         """Whether SparseStep computes what this recipe says."""
         return self.recipe.penalty is None and self.is_relu
 
+    def sparse_runs(self, x):
+        """Whether the sparse step runs here, on x, and is exact."""
+        # in this order: torch.compile cannot look into the last two
+        if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+            return False
+        return torch.backends.mkl.is_available() and self.sparse_is_exact
+
     @torch.no_grad()
     def sparse_pays(self, x):
         """
         Whether the sparse step runs here, is exact, and pays: fewer than one entry in ten is
         active in the first 64 vectors of scaled x (N, d_in).
         """
-        # in this order: torch.compile cannot look into the last two
-        if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
-            return False
-        if not (torch.backends.mkl.is_available() and self.sparse_is_exact):
+        if not self.sparse_runs(x):
             return False
         f = self.activation(self.pre_activations(x[:64]))
         return (f > 0).float().mean().item() < 0.1
@@ -717,7 +723,10 @@ def restore_sae(sae, checkpoint):
 
 
 def load_sae(path, device="cpu"):
-    """Loads what save_sae wrote; the attribute `extra` of the SparseAutoencoder holds the extra."""
+    """
+    Loads what save_sae wrote, in eval mode; the attribute `extra` of the SparseAutoencoder holds
+    the extra.
+    """
     if not os.path.exists(path):
         folder = os.path.dirname(os.path.dirname(path))
         found = glob.glob(os.path.join(glob.escape(folder), "*", "sae.pt"))
@@ -729,7 +738,7 @@ def load_sae(path, device="cpu"):
         sae = SparseAutoencoder(SAEConfig(**checkpoint.pop("config"))).to(device)
         restore_sae(sae, checkpoint)
     sae.extra = checkpoint
-    return sae
+    return sae.eval()
 
 
 # -----------------------------------------------------------------------------

@@ -495,17 +495,44 @@ def begin_training(path, source, store, args, device):
 
 
 def try_out(sae, x, l1_coeff):
-    """UserError where the loss of x (N, d_in) or its slope is not finite before the first step."""
+    """
+    UserError where a recipe, or a change to the autoencoder, cannot train on x (N, d_in) or would
+    not be what all that follows takes it for.
+    """
     # with the full lambda, which may be 0 in the first step and hide what is wrong
-    loss, _ = sae.loss(x, l1_coeff)
-    slopes = torch.autograd.grad(loss, list(sae.parameters()), allow_unused=True)
-    values = [loss, *(slope for slope in slopes if slope is not None)]
-    if not all(value.isfinite().all() for value in values):
+    loss, slopes = loss_and_slopes(sae, x, l1_coeff)
+    if not all(value.isfinite().all() for value in [loss, *slopes]):
         raise UserError(
             "the loss or its slope is not finite before the first step, so no learning rate will "
             "do: look at the recipe's activation and penalty, whose slopes must be finite, at 0, "
             "too, or at the size of the activations"
         )
+    if sae.recipe.penalty is not None and l1_coeff > 0:
+        _, without = loss_and_slopes(sae, x, 0.0)
+        if all(map(torch.equal, slopes, without)):
+            raise UserError(
+                "lambda changes nothing: the slope of the recipe's penalty is 0 everywhere, as "
+                "that of a count is"
+            )
+    if sae.sparse_runs(sae.scaled(x)):
+        sparse_loss, _ = sae.loss(x, l1_coeff, sparse=True)
+        if not torch.isclose(loss, sparse_loss, rtol=1e-3):
+            raise UserError(
+                "SparseStep computes another loss than the equations in `loss`, `pre_activations` "
+                "and `reconstruct`: let `sparse_is_exact` return False"
+            )
+    with torch.no_grad():
+        x_hat = sae(x)
+        if (x_hat - sae.fold()(x)).abs().max() > 0.01 * x_hat.abs().max():
+            reason = "fold() gives other reconstructions than `encode` and `decode`"
+            raise UserError(f"{reason}: a change to these belongs there, too")
+
+
+def loss_and_slopes(sae, x, l1_coeff):
+    """The loss of x (N, d_in) by the dense equations, and its gradients, a list of tensors."""
+    loss, _ = sae.loss(x, l1_coeff, sparse=False)
+    slopes = torch.autograd.grad(loss, list(sae.parameters()), allow_unused=True)
+    return loss, [slope for slope in slopes if slope is not None]
 
 
 def mean_note(share, center):

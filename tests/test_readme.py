@@ -70,7 +70,8 @@ def patched(text, hunks):
     return text
 
 
-not_yet = pytest.mark.skipif("topk" in sae.RECIPES, reason="the diff has been applied")
+own_recipes = set(sae.RECIPES) != {"scaling", "towards", "tied"}
+not_yet = pytest.mark.skipif(own_recipes, reason="a recipe has been added, with this diff or another")
 
 
 @pytest.fixture(scope="module")

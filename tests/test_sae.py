@@ -675,6 +675,21 @@ def test_resampling_steps_are_the_papers_or_those_of_a_short_run(max_iters, step
     assert resample_schedule(max_iters, RECIPES["tied"]) == ([], window)
 
 
+def test_a_recipes_own_resampling_steps_are_taken_in_a_run_twice_as_long():
+    own = Recipe("nobody", resample_steps=(300, 600), dead_steps=50)
+    assert resample_schedule(1200, own) == ([300, 600], 50)
+    assert resample_schedule(1199, own) == ([479, 599, 719, 839, 959, 1079], 119)
+    assert resample_schedule(1200, dataclasses.replace(own, dead_steps=12_500)) == ([300, 600], 120)
+
+
+def test_encoding_some_features_has_the_gradients_of_encoding_all():
+    sae, x = make("towards"), inputs(20)
+    some = torch.autograd.grad(sae.encode(x, [1, 4, 7]).sum(), list(sae.parameters()), allow_unused=True)
+    every = torch.autograd.grad(sae.encode(x)[:, [1, 4, 7]].sum(), list(sae.parameters()), allow_unused=True)
+    for (name, _), got, expected in zip(sae.named_parameters(), some, every):
+        assert (got is None and expected is None) or torch.allclose(got, expected), name
+
+
 # -----------------------------------------------------------------------------
 # fold
 

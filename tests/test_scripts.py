@@ -1034,6 +1034,38 @@ def test_a_slope_that_is_not_finite_is_found_before_the_first_step(tmp_path, mon
     assert os.listdir(tmp_path / "sae/other") == [".lock"]
 
 
+def other_equations(self, x, features=None):
+    """An encoder whose columns are of unit norm: neither the fast step nor fold() knows of it."""
+    W_enc = torch.nn.functional.normalize(self.W_enc, dim=0)
+    z = self.encoder_input(x) @ W_enc + self.encoder_bias()
+    return z if features is None else z[..., features]
+
+
+def with_a_threshold(z):
+    """ReLU from 1 on, which is ReLU to nobody, and so without a fast step."""
+    return torch.relu(z) * (z > 1)
+
+
+@pytest.mark.parametrize(
+    "fields, encoder, words",
+    [
+        (dict(penalty=lambda f: (f > 0).float()), None, "lambda changes nothing"),
+        (dict(), other_equations, "SparseStep computes another loss"),
+        (dict(activation=with_a_threshold), other_equations, "fold\\(\\) gives other reconstructions"),
+    ],
+)
+def test_a_change_that_would_silently_do_nothing_is_found_before_the_first_step(monkeypatch, fields, encoder, words):
+    monkeypatch.setitem(sae_module.RECIPES, "other", sae_module.Recipe("nobody", **fields))
+    sae = sae_module.SparseAutoencoder(sae_module.SAEConfig(24, 96, "other"))
+    sae.fit_to(torch.from_numpy(DRAWN).float())
+    x = torch.from_numpy(DRAWN[:256]).float()
+    if encoder:
+        train_sae.try_out(sae, x, 0.5)  # without it nothing is wrong
+        monkeypatch.setattr(sae_module.SparseAutoencoder, "pre_activations", encoder)
+    with pytest.raises(train_sae.UserError, match=words):
+        train_sae.try_out(sae, x, 0.5)
+
+
 def test_the_report_of_an_autoencoder_that_is_all_dead_warns_of_nothing(tmp_path):
     np.save(tmp_path / "a.npy", DRAWN.astype(np.float32))
     flags = (f"--acts={tmp_path}/a.npy", f"--out_dir={tmp_path}", *SMALL_SAE)
@@ -1137,6 +1169,8 @@ def test_where_zero_ablation_costs_nothing_no_loss_is_recovered(plain, zero, exp
 def test_json_never_holds_what_json_has_no_word_for(tmp_path):
     held = {"a": [1.5, math.nan, (np.float64(math.inf), {"b": -math.inf})], "c": 2, "d": None, "e": "NaN"}
     expected = {"a": [1.5, None, [None, {"b": None}]], "c": 2, "d": None, "e": "NaN"}
+    held |= {"f": np.array([[1, 2]]), "g": np.array([0.5, np.nan], dtype=np.float32), "h": np.int64(3)}
+    expected |= {"f": [[1, 2]], "g": [0.5, None], "h": 3}
     save_json(tmp_path / "a.json", held)
     save_jsonl(tmp_path / "a.jsonl", [held, held])
     lines = (tmp_path / "a.jsonl").read_text().splitlines()
