@@ -72,15 +72,16 @@ RARE = 100
 
 def parse_args():
     parser = make_parser(__doc__)
-    parser.add_argument("command", nargs="?", default="report", choices=list(COMMANDS),
-                        help="what to do")
+    parser.add_argument("command", nargs="?", choices=list(COMMANDS),
+                        help="what to do, by default report")
     parser.add_argument("arguments", nargs="*",
                         help="feature, study: number; search: texts; compare: two names or "
                         "folders")
     add = parser.add_argument_group("analysis").add_argument
     add("--name", default=SAEConfig.recipe, help="folder under out_dir/sae, or a path to one")
     add("--names", default="",
-        help="complete, scaling, frontier: several of them, with commas between")
+        help="complete, scaling, frontier: several of them, with commas between; the first one's "
+        "folder takes what is written")
     add("--acts", type=os.path.expanduser, default="",
         help="judge it on your own activations, a quoted pattern of .npy files: on all their "
         "rows, or the last twentieth where they are what it was trained on")
@@ -127,7 +128,9 @@ def parse_args():
     add("--other", type=os.path.expanduser, default="",
         help="study: the run in which to look for the feature's twin, a name or a folder such as "
         "out2/sae/NAME")
-    return parser.parse_args()
+    args = parser.parse_intermixed_args()  # a number or a text may follow a flag, too
+    args.command = args.command or "report"
+    return args
 
 
 # -----------------------------------------------------------------------------
@@ -1599,21 +1602,21 @@ def show_steer(run, args, n_directions=20):
     """
     if not args.feature:
         raise UserError("steer takes a feature, as in: python analyze.py steer --feature=120")
+    if bool(args.vector) != bool(args.without):
+        raise UserError("steer takes texts with a concept and without: --vector and --without")
     features = [run.feature_number(text) for text in args.feature.split(",")]
     multiples = parse_multiples(args.value)
+    target = first_token(run, args.target).item() if args.target else None
+    stride = max(1, len(run.contexts) // 16)  # some 16 contexts from all of the text
+    contexts = run.contexts[::stride].to(run.device)
+    start = encode_text(run, args.prompt) if args.prompt else contexts[:1, :16]
+    vector = difference_of_means(run, args.vector, args.without) if args.vector else None
     all_acts = run.activations(features)
     # beyond that LayerNorm, which squares, leaves float32: it would make NaN, or 0 of everything
     if max(map(abs, multiples)) * all_acts.max().item() > 1e15:
         raise UserError(f"--value={args.value} is more than the model can hold: give less")
-    target = first_token(run, args.target).item() if args.target else None
-    if bool(args.vector) != bool(args.without):
-        raise UserError("steer takes texts with a concept and without: --vector and --without")
-    vector = difference_of_means(run, args.vector, args.without) if args.vector else None
     for i, acts in zip(features, all_acts):
         print(title(run, i, acts))
-    stride = max(1, len(run.contexts) // 16)  # some 16 contexts from all of the text
-    contexts = run.contexts[::stride].to(run.device)
-    start = encode_text(run, args.prompt) if args.prompt else contexts[:1, :16]
     directions = random_directions(run, n_directions, args.seed)
     results = []
     for i, acts in zip(features, all_acts):
@@ -1700,9 +1703,6 @@ def show_search(run, args):
     The features of a concept: those active on the most texts that have it come first, the
     highest scores among them, and none that is active on a text without it.
     """
-    if not args.arguments:
-        example = 'python analyze.py search "import numpy" --without "import os"'
-        raise UserError(f"search takes texts, as in: {example}")
     scores, n_active = search_scores(run, args.arguments, args.without)
     ranked = np.lexsort((-scores, -n_active)).tolist()  # by n_active, the equal ones by score
     hits = [i for i in ranked if n_active[i] > 0][:args.show]
@@ -2403,8 +2403,6 @@ SIMILAR = 0.7  # a cosine over which two features count as alike
 
 def show_compare(run, args):
     """Two autoencoders of one site or of the same rows, of two sites, or of two models."""
-    if len(args.names) != 2:
-        raise UserError("compare takes two names, or folders such as other_out/sae/small")
     small = run
     large = load_run(args, run.device, args.names[1])
     # the smaller is looked up in the larger, in whichever order they were named
@@ -4439,7 +4437,8 @@ class Command:
     show: Callable             # (run, args): computes, prints, draws and saves
     kinds: tuple = ("model",)  # which activations it can do with: see Run.kind
     logs_only: bool = False    # whether it needs no activations
-    takes: str = ""            # what may stand after it: "number", "texts", "names" or nothing
+    takes: str = ""            # what stands after it: "number", "texts", "names" or nothing
+    several: bool = False      # whether it takes --names
 
 
 # To add a command, append a line: no other line depends on how many there are, or on their order.
@@ -4452,30 +4451,48 @@ COMMANDS = {
     "search": Command(show_search, takes="texts"),
     "neurons": Command(show_neurons, kinds=("model", "own")),
     "explain": Command(show_explain),
-    "complete": Command(show_complete),
-    "scaling": Command(show_scaling, kinds=("model", "own", "toy"), logs_only=True),
+    "complete": Command(show_complete, several=True),
+    "scaling": Command(show_scaling, ("model", "own", "toy"), logs_only=True, several=True),
     "compare": Command(show_compare, kinds=("model", "own"), takes="names"),
     "study": Command(show_study, takes="number"),
-    "frontier": Command(show_frontier),
+    "frontier": Command(show_frontier, several=True),
     "automata": Command(show_automata),
 }
+
+
+def check_arguments(args, command):
+    """UserError where what stands after the command, or --names, is not what it takes."""
+    example = f"as in: python analyze.py {args.command}"
+    n_arguments = len(args.arguments)
+    if n_arguments and not command.takes:
+        raise UserError(
+            f"{args.command} takes flags only, not {args.arguments[0]!r} (--help lists them)")
+    if command.takes == "number" and n_arguments != 1:
+        raise UserError(f"{args.command} takes one number of a feature, {example} 120")
+    if command.takes == "texts" and not n_arguments:
+        raise UserError(f'{args.command} takes texts, {example} "import numpy"')
+    if command.takes == "names" and (n_arguments != 2 or "" in args.arguments):
+        raise UserError(
+            f"{args.command} takes two names, or folders such as other_out/sae/small, "
+            f"{example} small large"
+        )
+    if args.names and not command.several:
+        able = [name for name, other in COMMANDS.items() if other.several]
+        raise UserError(
+            f"--names is for {', '.join(able)}: leave it out of {args.command}, "
+            "or choose one run with --name"
+        )
 
 
 def main():
     args = parse_args()
     command = COMMANDS[args.command]
-    if args.arguments and not command.takes:
-        raise UserError(
-            f"{args.command} takes flags only, not {args.arguments[0]!r} (--help lists them)")
-    if command.takes == "number" and len(args.arguments) != 1:
-        raise UserError(
-            f"{args.command} takes one number of a feature, as in: "
-            f"python analyze.py {args.command} 120"
-        )
+    check_arguments(args, command)
     # the first name is the run that is analyzed; its folder takes what is written
     names = args.arguments if command.takes == "names" else args.names.split(",")
     args.names = [name for name in names if name] or [args.name]
 
+    args.compile = "no"  # nothing is trained here: there is nothing to compile
     machine = setup(args, precision="highest")  # TF32 is for training: effects can be small
     loaded = load_run(args, machine.device, args.names[0])
     if loaded.kind not in command.kinds:

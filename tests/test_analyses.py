@@ -1490,8 +1490,11 @@ def test_what_cannot_be_said_of_ones_own_rows_is_one_line(own, arguments, words)
     (("scaling", "--names=scaling,halted"), ["halted", "not finished", "--resume"]),
     (("scaling", "--names=scaling,old"), ["old", "held-out loss", "train it again"]),
     (("complete", "small", "scaling"), ["complete", "flags", "small"]),
+    (("neurons", "--names=small,scaling"), ["--names", "complete, scaling, frontier", "neurons"]),
+    (("compare", "small", "scaling", "--names=small"), ["--names", "complete, scaling, frontier", "compare"]),
     (("compare",), ["compare", "two"]),
     (("compare", "small"), ["compare", "two"]),
+    (("compare", "small", ""), ["compare", "two"]),
     (("compare", "small", "scaling", "shuffled"), ["compare", "two"]),
     (("compare", "small", "nobody"), ["nobody", "train_sae.py"]),
     (("compare", "scaling", "own"), ["compare", "model"]),
@@ -1509,6 +1512,24 @@ def test_a_mistake_is_one_line_and_harms_nothing(out, tmp_path, monkeypatch, arg
     for word in words:
         assert word in done.stderr
     assert hashes(out) == before
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (("search",), "search takes texts"),
+    (("compare", "--show=3", "small"), "compare takes two names"),
+    (("report", "--names=a,b"), "--names is for"),
+])
+def test_what_a_command_takes_is_told_before_anything_is_loaded(tmp_path, arguments, words):
+    done = script("analyze.py", *arguments, f"--out_dir={tmp_path / 'new'}")
+    assert done.returncode == 2 and words in done.stderr and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("flags", [["--value=much"], ["--vector", "foo"], ["--target=" + "word " * 50], ["--prompt=" + "word " * 50]])
+def test_flags_of_steer_are_judged_before_activations_are_read_and_nothing_is_compiled(out, flags):
+    with mock.patch.object(analyze.Run, "activations") as read, mock.patch("model.can_compile") as can_compile:
+        done = script("analyze.py", "steer", "--compile=yes", "--feature=1", *flags, f"--out_dir={out}", "--device=cpu")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert not read.called and not can_compile.called
 
 
 @pytest.mark.parametrize("change, words", [
@@ -1549,7 +1570,7 @@ def test_a_command_that_is_added_changes_no_other(out):
     count = analyze.Command(lambda run, args: given.append((run.n_features, args.arguments)), takes="texts")
     with mock.patch.dict(analyze.COMMANDS, count=count):
         assert script("analyze.py", "cause", *own).stderr == before
-        assert "choose from" in script("analyze.py", "count", *own).stderr
+        assert "choose from" in script("analyze.py", "count", "these", *own).stderr
         assert script("analyze.py", "count", "these", "words", f"--out_dir={out}", "--device=cpu").returncode == 0
     assert given == [(96, ["these", "words"])]
 

@@ -767,8 +767,8 @@ def test_report_and_feature_print_and_save_what_they_measured(trained):
     assert f"{metrics['variance_explained']:.3f}" in done.stdout and f"{metrics['loss_recovered']:.3f}" in done.stdout
     assert done.stdout.count("raises") >= 3 and "\033[" not in done.stdout
     assert {"density.png", "training.png"} <= set(os.listdir(trained / "sae/scaling"))
-    done = script("analyze.py", "feature", "5", f"--out_dir={trained}")
-    assert done.returncode == 0 and "feature 5" in done.stdout
+    done = script("analyze.py", "feature", f"--out_dir={trained}", "5")  # after a flag as well as before it
+    assert done.returncode == 0 and "feature 5" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("recipe", ["scaling", "towards", "tied"])
