@@ -414,14 +414,21 @@ def load_model(loaded, args):
 def load_rows(loaded, args):
     """
     Adds somebody's own rows to a Run, those that it was not trained on: the last twentieth of its
-    own files, or all of other ones, which --acts names. UserError when they are of another width.
+    own files, or all of other ones, which --acts names. UserError when they are of another width,
+    or when some of them were trained on.
     """
     part = HELD_OUT
     if args.acts:  # which may be the rows it was trained on, or others
         paths = matching_files(args.acts)
         contents = [content_hash(path) for path in paths]
-        if contents != loaded.source.get("contents"):
+        trained_on = loaded.source.get("contents") or []  # another program notes none
+        if contents != trained_on:
             part = (0, 1)
+            if any(content in trained_on for content in contents):
+                raise UserError(
+                    f"--acts={args.acts} names files that {loaded.folder}/sae.pt was trained on: "
+                    "give all of these, in the order of training, or none of them"
+                )
     else:
         paths = find_files(loaded.source, loaded.folder)
     loaded.store = ActivationStore(paths, part=part)
