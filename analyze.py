@@ -2213,9 +2213,9 @@ def read_finished(args, name):
         if log[-1].get("held_out_loss") is None:
             raise UserError("an older train_sae.py kept no held-out loss: train it again")
         contents = tuple(source.get("contents", ()))  # of somebody's own rows
-        data = (source.get("gpt"), source["site"], source.get("offset"), contents, config.d_in)
+        data = (source.get("gpt"), source["site"], source.get("offset"), contents)
         # all of the autoencoder's settings but its size and the norm it starts with
-        recipe = (config.recipe, config.input_norm, config.center, config.pre_bias, config.tied)
+        recipe = replace(config, n_features=0, decoder_norm=0)
         return Finished(
             name=name,
             d_in=config.d_in,
@@ -2223,7 +2223,7 @@ def read_finished(args, name):
             rows=log[-1]["rows"],
             learning_rate=flags["learning_rate"],
             loss=log[-1]["held_out_loss"],
-            settings=(*data, *recipe, flags["l1_coeff"]),
+            settings=(*data, recipe, flags["l1_coeff"]),
         )
 
 
@@ -2355,7 +2355,7 @@ def show_scaling(run, args):
         )
     if any(other.settings != runs[0].settings for other in runs):
         raise UserError(
-            "these runs differ in data, site, recipe, normalisation or lambda: "
+            "these runs differ in data, site, recipe, normalisation, start or lambda: "
             "give --names that agree"
         )
 
@@ -3359,19 +3359,24 @@ class Point:
     dead: float | None = None      # share of its features, at the last line of log.jsonl
 
 
-# What else than size and lambda a run may have been told: where it differs, curves do.
-CURVE_FLAGS = ("recipe", "input_norm", "center", "pre_bias", "start", "resample", "batch_size",
-               "max_iters", "learning_rate")
+# What else than size and lambda a run may have been told: where it differs, curves do. Whoever
+# adds a flag that changes what is trained adds it here.
+CURVE_FLAGS = ("recipe", "input_norm", "center", "decoder_norm", "pre_bias", "start", "resample",
+               "dead_steps", "batch_size", "max_iters", "learning_rate")
+
+
+def was_told(run, flag):
+    """A flag of train_sae.py; where a checkpoint is older than the flag, the setting's default."""
+    return run.sae.extra["args"].get(flag, getattr(SAEConfig, flag, None))
 
 
 def curve_name(run, first):
     """The curve of a Run: its size, and what it was told that the first Run was not."""
-    flags = run.sae.extra["args"]
-    usual = first.sae.extra["args"]
     name = f"{run.n_features:,} features"
     for flag in CURVE_FLAGS:
-        if flags.get(flag) != usual.get(flag):
-            name += f", {flag} {flags.get(flag)}"
+        value = was_told(run, flag)
+        if value != was_told(first, flag):
+            name += f", {flag} {value}"
     return name
 
 

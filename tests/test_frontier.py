@@ -149,6 +149,11 @@ def test_a_curve_is_named_by_its_size_and_by_what_the_first_run_was_not_told():
     assert analyze.curve_name(run(512, l1_coeff=3.0, seed=1), first) == "512 features"
     assert analyze.curve_name(run(2048, recipe="b"), first) == "2,048 features, recipe b"
     assert analyze.curve_name(run(2048, pre_bias="yes", max_iters=5), first) == "2,048 features, pre_bias yes, max_iters 5"
+    other = run(2048, dead_steps=9, decoder_norm=0.5)
+    assert analyze.curve_name(other, first) == "2,048 features, decoder_norm 0.5, dead_steps 9"
+    # what a checkpoint is too old to say is the default
+    assert analyze.curve_name(run(2048, dead_steps=None, decoder_norm=0.15), first) == "2,048 features"
+    assert analyze.curve_name(first, run(2048, decoder_norm=0.5)) == "2,048 features, decoder_norm 0.15"
 
 
 # -----------------------------------------------------------------------------
