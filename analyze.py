@@ -377,6 +377,35 @@ def load_run(args, device, name):
     return loaded
 
 
+def same_model(a, b):
+    """Whether two Runs read activations of one model; of rows without a model there is none."""
+    return a.source.get("gpt") == b.source.get("gpt")
+
+
+def same_positions(a, b):
+    """Whether what two Runs are judged on is the same text, or are the same rows."""
+    if a.gpt and b.gpt:  # contexts, not tokens: they may be of another length
+        return torch.equal(a.contexts, b.contexts)
+    return a.kind == b.kind and torch.equal(a.x(), b.x())
+
+
+def load_beside(run, args, name):
+    """
+    A name or folder -> a Run on the same text or rows as a first one; if it is of the same model,
+    they share that and what was read. UserError when its text or rows are others.
+    """
+    other = load_run(args, run.device, name)
+    if not same_positions(run, other):
+        raise UserError(
+            f"{name} does not go with {run.folder}: {args.command} needs autoencoders on models "
+            "with the same tokenizer, held-out text and length of context, or all on the same "
+            "rows of your own"
+        )
+    if same_model(run, other):
+        other.gpt, other.kept = run.gpt, run.kept
+    return other
+
+
 def noted(source):
     """The keys that train_sae.py writes into a source of its kind and that are needed here."""
     if source.get("site") == "own":
@@ -2126,6 +2155,11 @@ def show_complete(run, args, threshold=0.5):
     inverse of the number of alive features.
     """
     need_two_contexts(run, "complete chooses on")
+    runs = [run]
+    for name in args.names[1:]:
+        runs.append(load_beside(run, args, name))
+        if not same_model(run, runs[-1]):
+            raise UserError(f"{name} is of another model than {args.names[0]}: leave it out")
     places = word_places(run, args.words)
     if not places:
         if args.words:
@@ -2135,11 +2169,7 @@ def show_complete(run, args, threshold=0.5):
     frequency = np.array(counts) / len(run.tokens)  # (words,), of all tokens
     results = {}
     found = {}
-    for name in args.names:
-        other = load_run(args, run.device, name)
-        if other.source.get("gpt") != run.source["gpt"] or not same_positions(run, other):
-            raise UserError(f"{name} is of another model or text than {args.names[0]}")
-        other.kept = run.kept  # activations of the same model on the same contexts
+    for name, other in zip(args.names, runs):
         results[name], found[name] = completeness(other, places, frequency, threshold)
         share = results[name]["found"]
         print(
@@ -2411,28 +2441,15 @@ SIMILAR = 0.7  # a cosine over which two features count as alike
 def show_compare(run, args):
     """Two autoencoders of one site or of the same rows, of two sites, or of two models."""
     small = run
-    large = load_run(args, run.device, args.names[1])
+    large = load_beside(run, args, args.names[1])
     # the smaller is looked up in the larger, in whichever order they were named
     if small.n_features > large.n_features:
         small, large = large, small
-    if not same_positions(small, large):
-        raise UserError(
-            "compare needs two autoencoders on models with the same tokenizer, held-out text and "
-            "length of context, or both on the same rows of your own"
-        )
     rng = np.random.default_rng(args.seed)
-    if small.site == large.site and small.source.get("gpt") == large.source.get("gpt"):
-        large.kept = small.kept  # activations of the same model on the same contexts
+    if small.site == large.site and same_model(small, large):
         show_splitting(run, small, large, args.show, rng)
     else:
         show_universality(run, small, large, rng)
-
-
-def same_positions(a, b):
-    """Whether what two Runs are judged on is the same text, or are the same rows."""
-    if a.gpt and b.gpt:  # contexts, not tokens: they may be of another length
-        return torch.equal(a.contexts, b.contexts)
-    return a.kind == b.kind and torch.equal(a.x(), b.x())
 
 
 def sparse_and_shuffled(run, order):
@@ -2654,7 +2671,7 @@ def best_matches(a, b, order):
     for name, correlation, partners in pairs:
         best["features"][name] = correlation
         best["logit weights"][name] = logit_correlations(a, b, features, partners)
-    if a.source["gpt"] != b.source["gpt"] and a.neuron_sites and b.neuron_sites:
+    if not same_model(a, b) and a.neuron_sites and b.neuron_sites:
         # the same question of the neurons
         mlp = a.neurons()
         mlp = unit_rows(mlp[mlp.any(1)])  # dead ones correlate with nothing
@@ -2684,7 +2701,7 @@ def show_universality(run, a, b, rng):
     a = replace(a, contexts=a.contexts[:n_contexts], kept={})
     b = replace(b, contexts=b.contexts[:n_contexts], kept={})
     best = best_matches(a, b, rng.permutation(len(a.x())))
-    models = "two models" if a.source["gpt"] != b.source["gpt"] else "two sites of one model"
+    models = "two sites of one model" if same_model(a, b) else "two models"
     print(
         f"{models}: {a.site_in_words} ({a.folder}) and {b.site_in_words} ({b.folder})\n"
         f"median of each one's highest correlation  {'found':>12}{'shuffled':>12}"
@@ -3131,7 +3148,7 @@ def show_study(run, args):
     acts = run.activations([i])[0]
     if not acts.any():
         raise UserError(f"{title(run, i, acts)}: choose another")
-    other = load_other(run, args) if args.other else None
+    other = load_beside(run, args, args.other) if args.other else None
     print(title(run, i, acts))
     if args.proxy:
         name, has = args.proxy, read_proxy(run, args.proxy)
@@ -3170,19 +3187,6 @@ def show_study(run, args):
         effect=effect,
         twin=twin,
     )
-
-
-def load_other(run, args):
-    """--other as a Run on the same text; UserError when it is of another."""
-    other = load_run(args, run.device, args.other)
-    if not same_positions(run, other):
-        raise UserError(
-            f"--other={args.other} is not of a model with the same tokenizer, held-out text and "
-            "length of context: a twin is found by what both do on the same tokens"
-        )
-    if other.source["gpt"] == run.source["gpt"]:
-        other.kept = run.kept  # activations of the same model on the same contexts
-    return other
 
 
 def raised_entries(logits, entries, known, n=20):
@@ -3382,13 +3386,13 @@ def curve_name(run, first):
 
 def load_comparable(run, args):
     """
-    The Runs of --names, the first of which is loaded, all with its model, text and activations.
+    The Runs of --names, the first of which is `run`, all with its model, text and activations.
     UserError when one is of another model or site, or does not say its lambda.
     """
     runs = []
     for name in args.names:
-        other = load_run(args, run.device, name)
-        if other.site != run.site or other.source["gpt"] != run.source["gpt"]:
+        other = load_run(args, run.device, name) if runs else run
+        if other.site != run.site or not same_model(run, other):
             raise UserError(
                 f"{name} is of another site or model than {args.names[0]}: "
                 "frontier takes autoencoders of the same activations"

@@ -1190,7 +1190,9 @@ def test_neurons_counts_the_features_that_no_neuron_is_like(out):
 @pytest.mark.parametrize("words", ["", "def self return add nowhere"], ids=["words of the text", "words of a file"])
 def test_complete_counts_the_words_with_a_feature_in_every_run(out, tmp_path, words):
     (tmp_path / "words.txt").write_text(words)
-    printed = analyzed(out, "complete", "--names=scaling,small", *[f"--words={tmp_path / 'words.txt'}"] * bool(words))
+    with mock.patch.object(analyze, "load_run", wraps=analyze.load_run) as load_run:
+        printed = analyzed(out, "complete", "--names=scaling,small", *[f"--words={tmp_path / 'words.txt'}"] * bool(words))
+    assert [call.args[2] for call in load_run.call_args_list] == ["scaling", "small"]  # each once
     numbers = numbers_in(out / "sae/scaling/complete.json")
     assert list(numbers["runs"]) == ["scaling", "small"]
     for name, run in numbers["runs"].items():
@@ -1398,15 +1400,16 @@ def test_autoencoders_of_two_models_are_compared_on_rows_that_are_named(out, tmp
 
 @pytest.mark.parametrize("command", [("compare", "scaling"), ("complete", "--names=scaling,")])
 def test_texts_of_other_contexts_are_not_compared(out, tmp_path, command):
-    """Of one model and tokenizer, but of a held-out text that was exchanged."""
+    """Of one model and tokenizer, but of a held-out text that was exchanged; nor is the first one searched before."""
     other = tmp_path / "other"
     shutil.copytree(out, other, ignore=shutil.ignore_patterns("acts"))
     np.fromfile(out / "val.bin", dtype=np.uint16)[::-1].tofile(other / "val.bin")
     *start, last = command
     second = str(other / "sae/small")
     arguments = [*command, second] if command[0] == "compare" else [*start, last + second]
-    done = script("analyze.py", *arguments, f"--out_dir={out}", "--device=cpu")
-    assert done.returncode == 2 and "text" in done.stderr and done.stderr.count("\n") == 1
+    with mock.patch.object(analyze.Run, "activations") as read:
+        done = script("analyze.py", *arguments, f"--out_dir={out}", "--device=cpu")
+    assert done.returncode == 2 and "text" in done.stderr and done.stderr.count("\n") == 1 and not read.called
 
 
 @pytest.fixture(scope="module")

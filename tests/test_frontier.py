@@ -195,8 +195,10 @@ NAMES = [f"m{size}-{l1_coeff}" for size in (96, 48) for l1_coeff in (9, 2, 4)]
 
 
 def test_frontier_prints_draws_and_saves_runs_beside_what_needs_no_dictionary(swept):
-    done = script("analyze.py", "frontier", f"--names={','.join(NAMES)}", f"--out_dir={swept}", "--device=cpu")
+    with mock.patch.object(analyze, "load_run", wraps=analyze.load_run) as load_run:
+        done = script("analyze.py", "frontier", f"--names={','.join(NAMES)}", f"--out_dir={swept}", "--device=cpu")
     assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert [call.args[2] for call in load_run.call_args_list] == NAMES  # each once
     numbers = numbers_in(swept / "sae/m96-9/frontier.json")
     assert (swept / "sae/m96-9/frontier.png").stat().st_size > 1000
     points = {point["name"]: point for point in numbers["points"]}
