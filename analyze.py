@@ -1117,8 +1117,13 @@ def draw_density(run, density, n_tokens):
 
 
 def read_log(folder):
-    """An autoencoder's log.jsonl -> {name: array (lines,)}; UserError where it is damaged."""
+    """
+    An autoencoder's log.jsonl -> {name: array (lines,)}, empty where there is no such file.
+    UserError where it is damaged.
+    """
     path = os.path.join(folder, "log.jsonl")
+    if not os.path.exists(path):
+        return {}
     hint = "train_sae.py writes it: copy it from where the autoencoder was trained"
     names = ("step", "l0", "dead", "variance_explained")
     with reading(path, hint), open(path, encoding="utf-8") as file:
@@ -1131,10 +1136,10 @@ def read_log(folder):
 
 def draw_training(run):
     """How variance explained, L0 and the share of dead features went, where there is a log."""
-    if not os.path.exists(os.path.join(run.folder, "log.jsonl")):
+    log = read_log(run.folder)
+    if not log:
         print(f"no log.jsonl in {run.folder}, so no training.png")
         return
-    log = read_log(run.folder)
     path = os.path.join(run.folder, "training.png")
     with figure(path, panels=3, width=9, height=2.8) as axes:
         for ax, name in zip(axes, ("variance_explained", "l0", "dead")):
@@ -1148,6 +1153,13 @@ def draw_training(run):
 
 def show_report(run, args):
     """Metrics, their plots, the most important features and some drawn at random, and the page."""
+    # files that are needed at the end: one that is damaged is refused now, not after a minute
+    read_log(run.folder)
+    if run.gpt:
+        fill_page({})
+        run.training_text  # a property that reads
+
+    # measurements
     metrics, statistics = measure(run)
     density, n_tokens = count_active(run, args.density_tokens)
     metrics |= density_metrics(density, n_tokens) | massive_metrics(run)
@@ -3595,13 +3607,14 @@ def show_frontier(run, args, n_tokens=2**15):
     stride = math.ceil(len(run.held_out) * run.T / n_tokens)
     run = replace(run, held_out=run.held_out[::stride])
     runs = load_comparable(run, args)
+    # of what is simpler; first, as the training text may be missing
+    mean, directions = principal_components(run, args.read_tokens)
     points = []
     for name, other in zip(args.names, runs):
         point, metrics = measured_point(other, name, run)
         points.append(point)
 
     # what is simpler
-    mean, directions = principal_components(run, args.read_tokens)
     width = len(mean)
     ks = sorted({max(1, width >> halved) for halved in range(8)})  # of 512: 4, 8, 16, ... 512
     simple = baseline_points(run, metrics, mean, directions, ks)
@@ -4152,7 +4165,7 @@ def fill_page(data):
     nothing in it can end the script that holds it.
     """
     opening = '<script type="application/json" id="data">'
-    with open(PAGE, encoding="utf-8") as file:
+    with reading(PAGE, "it comes with analyze.py: put it back"), open(PAGE, encoding="utf-8") as file:
         parts = file.read().split(opening)
     if len(parts) != 2:
         raise UserError(f"{PAGE} must have {opening} once: the data go there")
@@ -4292,12 +4305,9 @@ def add_map(run, features, numbers, density):
 
 def training_curves(run, n=200):
     """At most n lines of the training log, in columns; nothing where there is no log."""
-    if not os.path.exists(os.path.join(run.folder, "log.jsonl")):
-        return {}
-    columns = read_log(run.folder)
-    stride = len(columns["step"]) // n + 1
     curves = {}
-    for name, column in columns.items():
+    for name, column in read_log(run.folder).items():
+        stride = len(column) // n + 1
         thinned = column[::-stride][::-1]  # with the last line
         curves[name] = [short(value) for value in thinned]
     return curves
@@ -4421,7 +4431,6 @@ def write_page(run, headline, rows, density, numbers=None, n_texts=8):
     features.html, one file: every feature, or some (ascending numbers), with its density, of all
     (m,), and its examples, and some held-out texts with every token's features.
     """
-    fill_page({})  # a page that somebody has edited is refused now rather than after a minute
     if numbers is None:
         numbers = np.arange(run.n_features)
     if len(numbers) < run.n_features:

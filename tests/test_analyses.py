@@ -1568,6 +1568,20 @@ def test_a_file_that_says_too_little_or_holds_no_numbers_is_one_line(out, tmp_pa
         assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("command, spoiled", [
+    ("report", "sae/scaling/log.jsonl"), ("report", "page.html"), ("report", "train.bin"), ("frontier", "train.bin")])
+def test_a_file_that_is_needed_at_the_end_is_read_before_anything_is_measured(out, tmp_path, monkeypatch, command, spoiled):
+    shutil.copytree(out, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("acts"))
+    if spoiled == "page.html":  # it is missing
+        monkeypatch.setattr(analyze, "PAGE", str(tmp_path / spoiled))
+    else:
+        (tmp_path / spoiled).write_bytes(b"{}")
+    with mock.patch.object(analyze, "measure") as measure:
+        done = script("analyze.py", command, f"--out_dir={tmp_path}", "--device=cpu")
+    assert done.returncode == 2 and spoiled in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert re.search("put it back|train_sae.py writes it|delete it and run", done.stderr) and not measure.called
+
+
 def test_a_command_that_is_added_changes_no_other(out):
     own = ("--name=own", f"--out_dir={out}", "--device=cpu")
     before = script("analyze.py", "cause", *own).stderr

@@ -1119,10 +1119,10 @@ def test_a_batch_without_variance_is_null_in_the_log_and_the_log_can_be_read(tmp
     assert np.isnan(analyze.read_log(tmp_path)["variance_explained"]).tolist() == [True, False]
 
 
-@pytest.mark.parametrize("text", ['{"step": 1}\n[2]\n', '{"step": 1, "l0": 2', ""], ids=["shape", "half", "none"])
+@pytest.mark.parametrize("text", ['{"step": 1}\n[2]\n', '{"step": 1, "l0": 2'], ids=["shape", "half"])
 def test_a_damaged_log_is_said_to_be_so(tmp_path, text):
-    if text:
-        (tmp_path / "log.jsonl").write_text(text)
+    assert analyze.read_log(tmp_path) == {}
+    (tmp_path / "log.jsonl").write_text(text)
     with pytest.raises(UserError, match="log.jsonl .*: train_sae.py writes it"):
         analyze.read_log(tmp_path)
 
