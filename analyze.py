@@ -294,6 +294,14 @@ class Run:
             acts[:, start:start + 8192] = f.t().cpu().numpy()
         return acts
 
+    def by_blocks(self, label):
+        """
+        Yields all features, some at a time, as their numbers (block,) and what they do on every
+        token or row (block, N T), and prints progress.
+        """
+        for block in tracked(label, blocks(self.n_features), "features"):
+            yield block, self.activations(block)
+
     @property
     def neuron_sites(self):
         """
@@ -771,8 +779,7 @@ def highest_correlations(run, others):
     best = np.zeros(run.n_features)
     density = np.zeros(run.n_features)
     others = torch.from_numpy(others).t().contiguous()  # (N T, k)
-    for block in tracked("correlating", blocks(run.n_features), "features"):
-        acts = run.activations(block)  # (block, N T)
+    for block, acts in run.by_blocks("correlating"):
         best[block] = closest(acts, others)
         density[block] = (acts > 0).mean(1)
     alive = np.flatnonzero(density)
@@ -845,8 +852,11 @@ LIGHT = "#d5dbe0"
 
 
 @contextmanager
-def figure(path, panels=1, width=6.0, height=3.6, rows=1):
-    """with figure(path) as ax: draws on one panel (or a list of them); at the end it is written."""
+def figure(run, name, panels=1, width=6.0, height=3.6, rows=1):
+    """
+    with figure(run, "density") as ax: draws on one panel, or on an array of them; at the end it is
+    written to density.png in the autoencoder's folder.
+    """
     fig = Figure(figsize=(width, height), layout="constrained")  # no pyplot: no screen needed
     axes = fig.subplots(rows, panels)  # an array where there are several: in rows, or in one
     yield axes
@@ -856,6 +866,7 @@ def figure(path, panels=1, width=6.0, height=3.6, rows=1):
         _, labels = ax.get_legend_handles_labels()
         if labels:
             ax.legend(frameon=False, fontsize="small")
+    path = os.path.join(run.folder, f"{name}.png")
     write_atomic(path, lambda file: fig.savefig(file, format="png", dpi=120))
 
 
@@ -1104,7 +1115,7 @@ def draw_density(run, density, n_tokens):
     bins = np.linspace(lowest, 0, 60)
     ordinary = alive[alive >= ULTRA_LOW]
     ultra_low = alive[alive < ULTRA_LOW]  # of few tokens it is empty
-    with figure(os.path.join(run.folder, "density.png")) as ax:
+    with figure(run, "density") as ax:
         ax.hist(np.log10(ordinary), bins=bins, color=BLUE, label=f"alive: {len(ordinary):,}")
         if n_tokens >= ENOUGH:
             label = f"ultra-low: {len(ultra_low):,}"
@@ -1140,8 +1151,7 @@ def draw_training(run):
     if not log:
         print(f"no log.jsonl in {run.folder}, so no training.png")
         return
-    path = os.path.join(run.folder, "training.png")
-    with figure(path, panels=3, width=9, height=2.8) as axes:
+    with figure(run, "training", panels=3, width=9, height=2.8) as axes:
         for ax, name in zip(axes, ("variance_explained", "l0", "dead")):
             ax.plot(log["step"], log[name], color=BLUE)
             ax.set(xlabel="step", title=name.replace("_", " "))
@@ -1388,7 +1398,7 @@ def show_cause(run, args, n_tokens=400):
         raise run.all_dead()
     numbers = {"tokens": n_tokens, "active_features": len(found.row)}
     # a dot is one active feature at one of the tokens
-    with figure(os.path.join(run.folder, "cause.png"), panels=2, width=8) as axes:
+    with figure(run, "cause", panels=2, width=8) as axes:
         for ax, name in zip(axes, ("attribution", "activation")):
             values = getattr(found, name)
             pearson, rank = correlations(values, found.ablation)
@@ -1434,9 +1444,7 @@ def show_cause_of_prompt(run, args):
         f"with probability {probabilities[target].item():.3f}"
     )
     # earlier tokens reach the last one through the attention of later blocks alone
-    _, layer = run.site.split(".")
-    everywhere = int(layer) < run.gpt.config.n_layer - 1
-    found = effects(run, idx, last, target, baseline, everywhere)
+    found = effects(run, idx, last, target, baseline, everywhere=not run.in_last_layer)
     if len(found.row) == 0:
         print("no feature is active")
         return
@@ -1592,6 +1600,11 @@ def beyond_random(results):
     return counts
 
 
+def of_maximum(multiple):
+    """A multiple of a feature's maximum in words."""
+    return f"{multiple:+g} x max"
+
+
 def print_steered(results, counts, n_directions):
     """The table of what `steered` found of each feature and `beyond_random` of several."""
     print(
@@ -1602,7 +1615,7 @@ def print_steered(results, counts, n_directions):
         token = f"'{result['token']}'"
         print(f"{result['feature']:7}  {token:<14} unsteered  {result['unsteered']:11.5f}")
         for row in result["clamped"]:
-            value = f"{row['multiple']:+g} x max"
+            value = of_maximum(row["multiple"])
             print(
                 f"{value:>33}  {row['probability']:11.5f}  "
                 f"{row['random_mean']:.5f} ± {row['random_spread']:.5f}"
@@ -1610,7 +1623,7 @@ def print_steered(results, counts, n_directions):
     if len(results) > 1:
         print(f"\nfurther than 2 standard deviations from these, of {len(results)} features:")
         for row in counts:
-            value = f"{row['multiple']:+g} x max"
+            value = of_maximum(row["multiple"])
             print(f"{value:>12}  likelier {row['higher']}, less likely {row['lower']}")
 
 
@@ -1626,7 +1639,7 @@ def print_beside_vector(results, n_directions):
         plain = f"{result['unsteered']:10.5f}{result['loss']:39.3f}"
         print(f"{result['feature']:7}  {token:<14} unsteered{plain}")
         for row in result["clamped"]:
-            value = f"{row['multiple']:+g} x max"
+            value = of_maximum(row["multiple"])
             random = f"{row['random_mean']:.5f} ± {row['random_spread']:.5f}"
             random_loss = f"{row['random_loss']:.3f} ± {row['random_loss_spread']:.3f}"
             print(
@@ -1693,7 +1706,7 @@ def print_steered_texts(run, i, acts, multiples, start, seed, vector=None):
     hooks = [("unsteered", None)]
     for multiple in multiples:
         value = multiple * acts.max().item()
-        hooks.append((f"{multiple:+g} x max", clamp(run, [i], value)))
+        hooks.append((of_maximum(multiple), clamp(run, [i], value)))
         if vector is not None:
             hooks.append(("along means", clamp(run, [i], value, vector[None])))
     for name, hook in hooks:
@@ -1887,7 +1900,7 @@ def neurons_in_words(run, n_neurons):
 def draw_neurons(run, best, share, scores):
     """The features' highest correlations with a neuron; how much tokens explain of each kind."""
     panels = 2 if scores else 1
-    with figure(os.path.join(run.folder, "neurons.png"), panels, 4.5 * panels) as axes:
+    with figure(run, "neurons", panels, 4.5 * panels) as axes:
         left, *right = np.atleast_1d(axes)
         left.hist(best, bins=40, color=BLUE)
         left.axvline(0.3, color=RED, ls=":")
@@ -2072,8 +2085,7 @@ def best_detectors(run, places):
     judged_f1 = np.zeros(len(places))
     best = np.zeros(len(places), dtype=int)
     n_alive = 0
-    for block in tracked("looking for words", blocks(run.n_features), "features"):
-        acts = run.activations(block)
+    for block, acts in run.by_blocks("looking for words"):
         n_alive += int(acts.any(1).sum())
         highest = acts[:, everywhere[0]].max(1, keepdims=True)
         for threshold in (0, 0.25, 0.5):
@@ -2100,14 +2112,15 @@ def sigmoid(x, a, b):
     return 1 / (1 + np.exp(-log_odds))
 
 
-def fit_sigmoid(x, y, n_iters=50, ridge=1e-6):
+def fit_sigmoid(x, y):
     """
     Logistic regression by Newton's method: x (n,), y (n,) in {0, 1} -> a, b of
-    P(y = 1) = sigmoid(a + b x). The ridge keeps a, b finite where all are 0, or all are 1.
+    P(y = 1) = sigmoid(a + b x).
     """
+    ridge = 1e-6  # keeps a, b finite where all are 0, or all are 1
     X = np.stack([np.ones_like(x), x], axis=1)  # (n, 2)
     w = np.zeros(2)                             # a and b
-    for _ in range(n_iters):
+    for _ in range(50):
         p = sigmoid(x, *w)
         gradient = X.T @ (y - p) - ridge * w  # of the log-likelihood
         hessian = X.T @ (X * (p * (1 - p))[:, None]) + ridge * np.eye(2)
@@ -2149,7 +2162,7 @@ def draw_complete(run, frequency, found, alive, a, b):
     groups = np.array_split(frequency.argsort(), min(6, len(frequency)))  # indices of words
     middles = [np.exp(np.log(frequency[group]).mean()) for group in groups]
     fitted = np.sort(frequency)
-    with figure(os.path.join(run.folder, "complete.png")) as ax:
+    with figure(run, "complete") as ax:
         for name, hits in found.items():
             shares = [hits[group].mean() for group in groups]
             line, = ax.plot(middles, shares, "o-", label=f"{name}: {alive[name]:,} alive")
@@ -2362,7 +2375,7 @@ def scaling_laws(runs):
 def draw_scaling(run, runs, best):
     """Runs at one learning rate: loss against size, a line a budget, and against compute."""
     groups = by_budget(runs)
-    with figure(os.path.join(run.folder, "scaling.png"), panels=2, width=9) as (left, right):
+    with figure(run, "scaling", panels=2, width=9) as (left, right):
         for rank, (compute, group) in enumerate(groups.items(), 1):  # the larger the darker
             group = sorted(group, key=lambda other: other.n_features)
             sizes = [other.n_features for other in group]
@@ -2472,8 +2485,8 @@ def sparse_and_shuffled(run, order):
     """
     plain = []
     shuffled = []
-    for block in tracked("reading features", blocks(run.n_features), "features"):
-        acts = torch.from_numpy(run.activations(block))
+    for _, acts in run.by_blocks("reading features"):
+        acts = torch.from_numpy(acts)
         plain.append(acts.to_sparse())
         shuffled.append(acts[:, order].to_sparse())
     both = torch.cat(plain + shuffled).to_sparse_csr()
@@ -2519,8 +2532,8 @@ def splitting(small, large, order):
     acts = sparse_and_shuffled(small, order)
     highest = defaultdict(lambda: np.full(m, -np.inf))  # of each kind
     n_similar = defaultdict(lambda: np.zeros(m, dtype=int))
-    for block in tracked("comparing", blocks(large.n_features), "features"):
-        theirs = torch.from_numpy(large.activations(block))
+    for block, theirs in large.by_blocks("comparing"):
+        theirs = torch.from_numpy(theirs)
         theirs /= theirs.max().clip(1e-30)  # as those of small
         cosines = small.sae.W_dec @ large.sae.W_dec[block].t()
         by_small, by_large = masked_cosines(acts, theirs)
@@ -2607,9 +2620,8 @@ def show_nearest(small, large, i, n):
 
 def draw_splitting(run, found):
     """The distribution of the highest of each kind; how many features have how many alike."""
-    path = os.path.join(run.folder, "compare.png")
     colours = {"directions": BLUE, "masked_by_small": GREY, "masked_by_large": RED}
-    with figure(path, panels=2, width=9) as (left, right):
+    with figure(run, "compare", panels=2, width=9) as (left, right):
         for place, (kind, colour) in enumerate(colours.items()):
             highest, n_similar = found[kind]
             # sorted, they are their own cumulative distribution
@@ -2645,8 +2657,8 @@ def best_partners(a, b, order):
     norms = centred_norms(sums, squares, len(ones))[alive]
     highest = np.full(len(alive), -np.inf)
     partner = np.zeros(len(alive), dtype=int)
-    for block in tracked("correlating", blocks(b.n_features), "features"):
-        rows = unit_rows(b.activations(block))  # about their means, so those of a need not be
+    for block, theirs in b.by_blocks("correlating"):
+        rows = unit_rows(theirs)  # about their means, so those of a need not be
         rows = torch.from_numpy(rows).t().contiguous()  # (N T, block)
         values = (both @ rows).numpy()[alive] / norms[:, None]
         better = values.max(1) > highest
@@ -2730,7 +2742,7 @@ def show_universality(run, a, b, rng):
 
 def draw_universality(run, best):
     """The distributions of the correlations that best_matches found."""
-    with figure(os.path.join(run.folder, "compare.png")) as ax:
+    with figure(run, "compare") as ax:
         bins = np.linspace(-1, 1, 81)
         style = {"density": True, "histtype": "step"}
         for (kind, values), colour in zip(best.items(), (BLUE, GREY, RED)):
@@ -3300,8 +3312,7 @@ def draw_study(run, name, has, detectors, judged, logits):
     study.png: the paper's figures of a feature, of the best neuron and of the twin, where there
     are such. logits: of the entries of the vocabulary with the property, and without.
     """
-    path = os.path.join(run.folder, "study.png")
-    with figure(path, panels=3, width=9, height=5.2, rows=2) as axes:
+    with figure(run, "study", panels=3, width=9, height=5.2, rows=2) as axes:
         counts, weighted, neuron, shares, effect, twin = axes.flat
         draw_levels(counts, detectors["feature"], has)
         counts.set(title=f"specificity: {printable(name)}", ylabel="tokens")
@@ -3575,8 +3586,7 @@ def print_missing(curves, at, l0):
 
 def draw_frontier(run, curves):
     """Variance explained and loss recovered against L0, without a dictionary dashed."""
-    path = os.path.join(run.folder, "frontier.png")
-    with figure(path, panels=2, width=9, height=3.8) as axes:
+    with figure(run, "frontier", panels=2, width=9, height=3.8) as axes:
         for ax, key in zip(axes, ("variance_explained", "loss_recovered")):
             lowest = 1.0  # of autoencoders: what is far below them need not be seen
             for name, curve in curves.items():
@@ -3701,8 +3711,7 @@ def read_firing(run):
     highest = np.zeros(run.n_features, dtype=np.float32)
     often = np.zeros(run.n_features, dtype=bool)
     means, first, second = [], [], []
-    for block in tracked("reading features", blocks(run.n_features), "features"):
-        acts = run.activations(block)
+    for block, acts in run.by_blocks("reading features"):
         learned = acts[:, learn]
         highest[block] = learned.max(1)
         means.append(means_by_token(learned, run.tokens[learn], len(frequency)))
@@ -3985,8 +3994,8 @@ def draw_automata(run, loops, chains, names, most=25):
     groups = groups[:np.searchsorted(totals, most, side="right")]
     columns = 3
     n_rows = max(1, math.ceil(len(groups) / columns))
-    path = os.path.join(run.folder, "automata.png")
-    with warnings.catch_warnings(), figure(path, width=2.6 * columns, height=2.4 * n_rows) as ax:
+    size = {"width": 2.6 * columns, "height": 2.4 * n_rows}
+    with warnings.catch_warnings(), figure(run, "automata", **size) as ax:
         warnings.filterwarnings("ignore", "Glyph")  # of a script that the font lacks: boxes
         for k, rows in enumerate(groups):
             draw_circle(ax, rows, names, np.array([k % columns, -(k // columns)]))
@@ -4125,19 +4134,19 @@ def tsne_gradient(P, places, exaggeration=1.0):
     return 4 * (places * force[:, 2:] - force[:, :2])
 
 
-def tsne(directions, perplexity=30.0, n_iters=300, seed=0):
+def tsne(directions, seed=0):
     """
     Places (m, 2) in a plane of directions (m, n) of unit norm: those with a high cosine are near
-    one another. Of directions that have few others each has a third of them as neighbours.
+    one another. Each has some 30 neighbours; of directions that are few, a third of the others.
     """
     m = len(directions)
-    P = affinities(directions, max(1, min(perplexity, (m - 1) / 3)))
+    P = affinities(directions, perplexity=max(1, min(30, (m - 1) / 3)))
     generator = torch.Generator().manual_seed(seed)
     places = 1e-4 * torch.randn(m, 2, generator=generator).to(directions)
     velocity = torch.zeros_like(places)
     gains = torch.ones_like(places)
     rate = m / 12  # P is of sum 1: the more places, the smaller is the force on each
-    for step in tracked("mapping", range(n_iters), "steps", lambda step: 1):
+    for step in tracked("mapping", range(300), "steps", lambda step: 1):
         gradient = tsne_gradient(P, places, 4 if step < 50 else 1)
         # momentum, and a larger step as long as the gradient keeps its sign: section 3.4
         turned = (gradient > 0) == (velocity > 0)
@@ -4426,13 +4435,11 @@ def example_texts(run, n_texts):
     return texts
 
 
-def write_page(run, headline, rows, density, numbers=None, n_texts=8):
+def write_page(run, headline, rows, density, numbers, n_texts=8):
     """
-    features.html, one file: every feature, or some (ascending numbers), with its density, of all
-    (m,), and its examples, and some held-out texts with every token's features.
+    features.html, one file: features (ascending numbers), all or some, each with its density, of
+    all (m,), and its examples, and some held-out texts with every token's features.
     """
-    if numbers is None:
-        numbers = np.arange(run.n_features)
     if len(numbers) < run.n_features:
         rows = rows + [("on this page", f"{len(numbers):,}", most_energetic(run))]
     features, windows = describe_features(run, numbers, density)

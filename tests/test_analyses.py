@@ -561,7 +561,7 @@ def test_at_attn_0_no_neuron_comes_before_and_the_page_says_nothing_of_them(tmp_
     done = script("analyze.py", "neurons", f"--out_dir={tmp_path}")
     assert done.returncode == 2 and "attn.0, which no neuron comes before" in done.stderr
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    analyze.write_page(this, "tiny", [], np.zeros(14), n_texts=3)
+    analyze.write_page(this, "tiny", [], np.zeros(14), np.arange(14), n_texts=3)
     html = (tmp_path / "sae/scaling/features.html").read_text(encoding="utf-8")
     data = json.loads(re.search('id="data">(.*?)</script>', html, re.S).group(1))
     alive = [feature for feature in data["features"] if "examples" in feature]
@@ -954,7 +954,7 @@ def test_the_bytes_that_a_feature_raises_are_told_apart_in_the_terminal_and_on_t
     analyze.print_feature(this, 7, this.activations([7])[0], n_tokens=4)
     line, = [line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("raises")]
     assert re.findall(r"'(\S+)' \+", line) == ["\\xe6", "\\xbc", "\\xa2", "\\"]
-    analyze.write_page(this, "title", [], np.zeros(300))
+    analyze.write_page(this, "title", [], np.zeros(300), np.arange(300))
     page = (tmp_path / "sae/scaling/features.html").read_text(encoding="utf-8")
     data = json.loads(page.split('id="data">')[1].split("</script>")[0])
     shown = [data["vocabulary"][token] for token, _ in data["features"][7]["raised"][:4]]
@@ -973,7 +973,7 @@ def test_the_page_tells_activations_and_the_effect_of_ablating_the_feature_on_th
     tokens = np.random.default_rng(0).integers(0, V, 2000)
     this, _ = random_run(tmp_path, site, recipe, input_norm, tokens, block_size=30)
     density = np.arange(14) / 1e6
-    analyze.write_page(this, "tiny", [], density, n_texts=3)
+    analyze.write_page(this, "tiny", [], density, np.arange(14), n_texts=3)
     html = (tmp_path / "sae/scaling/features.html").read_text(encoding="utf-8")
     data = json.loads(re.search('id="data">(.*?)</script>', html, re.S).group(1))
     f, _ = all_by_hand(this)
