@@ -142,8 +142,8 @@ class Run:
     """
     One autoencoder, with the model and the held-out text on which it is judged.
 
-    In shapes, N is the number of contexts, T their length in tokens, n the width of the
-    activations, m the number of features.
+    In shapes, N is the number of contexts (held_out has one, contexts another), T their length in
+    tokens, n the width of the activations, m the number of features.
     """
     folder: str             # where sae.pt is and where all that is written goes
     sae: SparseAutoencoder  # folded: unit directions, activations in raw units
@@ -1013,6 +1013,9 @@ def related(run, features, largest, n):
     For each of some features (k numbers) with their largest activations (k,) the n tokens that it
     raises most there, the n that it lowers most (rare ones left out: see RARE), and its n nearest
     neurons: a list of k such triples, of lists of (number, logit or cosine).
+
+    Neurons are those of the site's own layer, numbered within it, and nearest by the cosine of
+    directions. `rival_neurons` seeks by correlation, and in all layers before the site.
     """
     kind, layer = run.site.split(".")
     directions = run.sae.W_dec[features]  # (k, n)
@@ -2063,8 +2066,9 @@ def halves(run, positions):
     """
     Positions (k,) -> those in even and those in odd contexts: no context is in both halves.
 
-    A first and a second half would share no document either, but words would be more frequent
-    in one than in the other, and F1 depends on how frequent the word is.
+    Documents can be: a piece of one that is held out has up to 4,096 tokens, so several contexts. A
+    first and a second half would share one piece at most, but words would be more frequent in one
+    half than in the other, and F1 depends on how frequent the word is.
     """
     odd = positions // run.T % 2 == 1
     return positions[~odd], positions[odd]
@@ -2728,6 +2732,8 @@ def show_universality(run, a, b, rng):
     models = "two sites of one model" if same_model(a, b) else "two models"
     print(
         f"{models}: {a.site_in_words} ({a.folder}) and {b.site_in_words} ({b.folder})\n"
+        f"the {a.n_features:,} features of the first are looked up among the {b.n_features:,} of "
+        "the second\n"
         f"median of each one's highest correlation  {'found':>12}{'shuffled':>12}"
     )
     medians = {}
@@ -3129,6 +3135,9 @@ def rival_neurons(run, acts, has):
     """
     The neurons that correlate most with acts (N T,), and with a property, bool (N T,) -> {role:
     Detector}; none at attn.0, or where all are dead.
+
+    They are sought in all layers of run.neuron_sites, where `related` stays in the site's own. A
+    name has the number within the layer, and where there are several layers the layer's site.
     """
     mlp = run.neurons()
     active = mlp.any(1)  # a dead one detects nothing
@@ -3137,8 +3146,11 @@ def rival_neurons(run, acts, has):
     both = unit_rows(np.stack([acts, has])) @ unit_rows(mlp).T  # (2, neurons)
     both[:, ~active] = -np.inf
     found = {}
+    n_layers = len(run.neuron_sites)
     for role, k in zip(("nearest neuron", "best neuron"), both.argmax(1).tolist()):
-        found[role] = Detector(f"neuron {k}", float(both[0, k]), mlp[k])
+        layer, number = divmod(k, len(mlp) // n_layers)  # all layers have as many
+        site = f"{run.neuron_sites[layer]} " if n_layers > 1 else ""
+        found[role] = Detector(f"{site}neuron {number}", float(both[0, k]), mlp[k])
     return found
 
 
@@ -3281,10 +3293,11 @@ def print_effect(effect):
 
 def print_detectors(judged, twin):
     """The feature beside neurons, and its twin in another run."""
+    width = max(12, *[len(row["name"]) for row in judged.values()])  # of the column of names
     print(
-        "\nnot a neuron, universal:       Pearson with the   with it, of its levels and   "
-        "over half its maximum\n"
-        f"{'':30}feature    proxy   lowest  highest      all   with it   of all with it"
+        f"\n{'not a neuron, universal:':<{width + 19}}"
+        "Pearson with the   with it, of its levels and   over half its maximum\n"
+        f"{'':{width + 18}}feature    proxy   lowest  highest      all   with it   of all with it"
     )
     for role, row in judged.items():
         half = len(row["precision"]) // 2
@@ -3297,7 +3310,7 @@ def print_detectors(judged, twin):
             or_undefined(row["precision"][half], "10.1%"),
             f"{row['recall'][half]:17.1%}",
         ]
-        print(f"  {role:<14} {row['name']:<12}{''.join(columns)}")
+        print(f"  {role:<14} {row['name']:<{width}}{''.join(columns)}")
     if twin:
         print(
             f"its twin in {twin['run']} is feature {twin['feature']}: correlation of activations "
@@ -4174,7 +4187,8 @@ def fill_page(data):
     nothing in it can end the script that holds it.
     """
     opening = '<script type="application/json" id="data">'
-    with reading(PAGE, "it comes with analyze.py: put it back"), open(PAGE, encoding="utf-8") as file:
+    hint = "it comes with analyze.py: put it back"
+    with reading(PAGE, hint), open(PAGE, encoding="utf-8") as file:
         parts = file.read().split(opening)
     if len(parts) != 2:
         raise UserError(f"{PAGE} must have {opening} once: the data go there")

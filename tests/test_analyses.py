@@ -1372,6 +1372,7 @@ def test_two_sites_of_one_model_are_called_so(out):
     printed = analyzed(out, "compare", "small", "resid")
     numbers = numbers_in(out / "sae/small/compare.json")
     assert re.search(r"two sites of one model: resid.0 \(.* and mlp.0 \(", printed)
+    assert "the 40 features of the first are looked up among the 48 of the second\n" in printed
     assert numbers["sites"] == ["resid.0", "mlp.0"] and set(numbers["medians"]) == {"features", "logit weights"}
 
 
