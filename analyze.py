@@ -560,9 +560,9 @@ def measure(run):
         f = sparse_where_it_pays(sae, x)           # (tokens, m)
         x_hat = sae.decode(f, sae.input_scale(x))  # (tokens, n), as x
         away = where_float64_is(x).double() - origin
-        error = where_float64_is(x_hat - x).double()
-        parts = (away, away.square(), error.square())
-        sums.append([*activity(f), *[part.sum(0).cpu() for part in parts]])
+        residual = where_float64_is(x_hat - x).double()
+        by_coordinate = (away, away.square(), residual.square())  # (tokens, n) each
+        sums.append([*activity(f), *[values.sum(0).cpu() for values in by_coordinate]])
         if run.gpt:
             replacements = {
                 "plain": at_site,
@@ -576,9 +576,9 @@ def measure(run):
 
     # means over all tokens, in float64: of features (m,) and of coordinates of x (n,)
     n_tokens = len(run.held_out) * (run.held_out.shape[1] - 1 if run.gpt else 1)
-    means = [torch.stack(parts).sum(0).numpy() / n_tokens for parts in zip(*sums)]
-    density, energy, center, square, error = means
-    variance = (square - center**2).sum()  # about the mean, not about the origin
+    means = [torch.stack(batches).sum(0).numpy() / n_tokens for batches in zip(*sums)]
+    density, energy, center, mean_square, error = means
+    variance = (mean_square - center**2).sum()  # about the mean, not about the origin
     metrics = {
         "tokens": n_tokens,
         "l0": density.sum(),
@@ -3096,21 +3096,19 @@ def ablate(run, i, acts, has, entries, most=2**15):
     n = min(len(rows), max(1, most // run.T))
     rows = rows[torch.arange(n) * len(rows) // n]  # evenly spread
     entries = torch.from_numpy(entries).to(run.device)
-    masses = []
-    logs = []
+    masses = ([], [])  # two sides: of the model as it is, and of the one without the feature
+    logs = ([], [])
     for block in tracked("ablating", blocks(n, max(1, 4096 // run.T)), "contexts"):
         contexts = run.contexts[rows[block]].to(run.device)
         here = active[rows[block]].to(run.device)  # (b, T)
         following = contexts[:, 1:][here][:, None]  # (k, 1)
-        pair = []
-        for hook in (None, clamp(run, [i], 0.0)):
+        for side, hook in enumerate((None, clamp(run, [i], 0.0))):
             stream = run.gpt.trunk(contexts[:, :-1], hook)
             log_probs = run.gpt.lm_head(stream[here]).log_softmax(1)  # (k, vocab_size)
-            masses.append(log_probs.exp()[:, entries].sum(1).cpu())
-            pair.append(log_probs.gather(1, following)[:, 0].cpu())
-        logs.append(torch.stack(pair))
-    mass = [torch.cat(masses[side::2]).mean().item() for side in (0, 1)]
-    logs = torch.cat(logs, 1)  # (2, places)
+            masses[side].append(log_probs.exp()[:, entries].sum(1).cpu())
+            logs[side].append(log_probs.gather(1, following)[:, 0].cpu())
+    mass = [torch.cat(parts).mean().item() for parts in masses]
+    logs = torch.stack([torch.cat(parts) for parts in logs])  # (2, places)
     follows = torch.from_numpy(has[:, 1:])[rows][active[rows]]
     numbers = {"places": len(follows), "mass": mass, "next": {}}
     for name, chosen in (("with", logs[:, follows]), ("without", logs[:, ~follows])):
@@ -3780,6 +3778,14 @@ class Edges:
         """Some of them, by a mask or indices."""
         return Edges(*(values[chosen] for values in vars(self).values()))
 
+    @classmethod
+    def joined(cls, parts):
+        """Those of all parts, a list of Edges, one part after the other."""
+        arrays = {}
+        for name in vars(parts[0]):
+            arrays[name] = np.concatenate([vars(part)[name] for part in parts])
+        return cls(**arrays)
+
 
 def all_pairs(run, firing):
     """
@@ -3840,8 +3846,7 @@ def find_edges(run, firing):
             table[:, k] += np.bincount(group, column, len(table))
     ranked = []
     for parts in (predictions, selves):
-        columns = zip(*[vars(part).values() for part in parts])
-        edges = Edges(*map(np.concatenate, columns))
+        edges = Edges.joined(parts)
         ranked.append(edges[np.argsort(-edges.predicted, kind="stable")])
     return *ranked, table
 
