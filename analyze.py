@@ -72,15 +72,16 @@ RARE = 100
 
 def parse_args():
     parser = make_parser(__doc__)
-    parser.add_argument("command", nargs="?", default="report", choices=list(COMMANDS),
-                        help="what to do")
+    parser.add_argument("command", nargs="?", choices=list(COMMANDS),
+                        help="what to do, by default report")
     parser.add_argument("arguments", nargs="*",
                         help="feature, study: number; search: texts; compare: two names or "
                         "folders")
     add = parser.add_argument_group("analysis").add_argument
     add("--name", default=SAEConfig.recipe, help="folder under out_dir/sae, or a path to one")
     add("--names", default="",
-        help="complete, scaling, frontier: several of them, with commas between")
+        help="complete, scaling, frontier: several of them, with commas between; the first one's "
+        "folder takes what is written")
     add("--acts", type=os.path.expanduser, default="",
         help="judge it on your own activations, a quoted pattern of .npy files: on all their "
         "rows, or the last twentieth where they are what it was trained on")
@@ -127,7 +128,9 @@ def parse_args():
     add("--other", type=os.path.expanduser, default="",
         help="study: the run in which to look for the feature's twin, a name or a folder such as "
         "out2/sae/NAME")
-    return parser.parse_args()
+    args = parser.parse_intermixed_args()  # a number or a text may follow a flag, too
+    args.command = args.command or "report"
+    return args
 
 
 # -----------------------------------------------------------------------------
@@ -139,8 +142,8 @@ class Run:
     """
     One autoencoder, with the model and the held-out text on which it is judged.
 
-    In shapes, N is the number of contexts, T their length in tokens, n the width of the
-    activations, m the number of features.
+    In shapes, N is the number of contexts (held_out has one, contexts another), T their length in
+    tokens, n the width of the activations, m the number of features.
     """
     folder: str             # where sae.pt is and where all that is written goes
     sae: SparseAutoencoder  # folded: unit directions, activations in raw units
@@ -291,6 +294,14 @@ class Run:
             acts[:, start:start + 8192] = f.t().cpu().numpy()
         return acts
 
+    def by_blocks(self, label):
+        """
+        Yields all features, some at a time, as their numbers (block,) and what they do on every
+        token or row (block, N T), and prints progress.
+        """
+        for block in tracked(label, blocks(self.n_features), "features"):
+            yield block, self.activations(block)
+
     @property
     def neuron_sites(self):
         """
@@ -374,6 +385,35 @@ def load_run(args, device, name):
     return loaded
 
 
+def same_model(a, b):
+    """Whether two Runs read activations of one model; of rows without a model there is none."""
+    return a.source.get("gpt") == b.source.get("gpt")
+
+
+def same_positions(a, b):
+    """Whether what two Runs are judged on is the same text, or are the same rows."""
+    if a.gpt and b.gpt:  # contexts, not tokens: they may be of another length
+        return torch.equal(a.contexts, b.contexts)
+    return a.kind == b.kind and torch.equal(a.x(), b.x())
+
+
+def load_beside(run, args, name):
+    """
+    A name or folder -> a Run on the same text or rows as a first one; if it is of the same model,
+    they share that and what was read. UserError when its text or rows are others.
+    """
+    other = load_run(args, run.device, name)
+    if not same_positions(run, other):
+        raise UserError(
+            f"{name} does not go with {run.folder}: {args.command} needs autoencoders on models "
+            "with the same tokenizer, held-out text and length of context, or all on the same "
+            "rows of your own"
+        )
+    if same_model(run, other):
+        other.gpt, other.kept = run.gpt, run.kept
+    return other
+
+
 def noted(source):
     """The keys that train_sae.py writes into a source of its kind and that are needed here."""
     if source.get("site") == "own":
@@ -411,14 +451,21 @@ def load_model(loaded, args):
 def load_rows(loaded, args):
     """
     Adds somebody's own rows to a Run, those that it was not trained on: the last twentieth of its
-    own files, or all of other ones, which --acts names. UserError when they are of another width.
+    own files, or all of other ones, which --acts names. UserError when they are of another width,
+    or when some of them were trained on.
     """
     part = HELD_OUT
     if args.acts:  # which may be the rows it was trained on, or others
         paths = matching_files(args.acts)
         contents = [content_hash(path) for path in paths]
-        if contents != loaded.source.get("contents"):
+        trained_on = loaded.source.get("contents") or []  # another program notes none
+        if contents != trained_on:
             part = (0, 1)
+            if any(content in trained_on for content in contents):
+                raise UserError(
+                    f"--acts={args.acts} names files that {loaded.folder}/sae.pt was trained on: "
+                    "give all of these, in the order of training, or none of them"
+                )
     else:
         paths = find_files(loaded.source, loaded.folder)
     loaded.store = ActivationStore(paths, part=part)
@@ -513,9 +560,9 @@ def measure(run):
         f = sparse_where_it_pays(sae, x)           # (tokens, m)
         x_hat = sae.decode(f, sae.input_scale(x))  # (tokens, n), as x
         away = where_float64_is(x).double() - origin
-        error = where_float64_is(x_hat - x).double()
-        parts = (away, away.square(), error.square())
-        sums.append([*activity(f), *[part.sum(0).cpu() for part in parts]])
+        residual = where_float64_is(x_hat - x).double()
+        by_coordinate = (away, away.square(), residual.square())  # (tokens, n) each
+        sums.append([*activity(f), *[values.sum(0).cpu() for values in by_coordinate]])
         if run.gpt:
             replacements = {
                 "plain": at_site,
@@ -529,9 +576,9 @@ def measure(run):
 
     # means over all tokens, in float64: of features (m,) and of coordinates of x (n,)
     n_tokens = len(run.held_out) * (run.held_out.shape[1] - 1 if run.gpt else 1)
-    means = [torch.stack(parts).sum(0).numpy() / n_tokens for parts in zip(*sums)]
-    density, energy, center, square, error = means
-    variance = (square - center**2).sum()  # about the mean, not about the origin
+    means = [torch.stack(batches).sum(0).numpy() / n_tokens for batches in zip(*sums)]
+    density, energy, center, mean_square, error = means
+    variance = (mean_square - center**2).sum()  # about the mean, not about the origin
     metrics = {
         "tokens": n_tokens,
         "l0": density.sum(),
@@ -732,8 +779,7 @@ def highest_correlations(run, others):
     best = np.zeros(run.n_features)
     density = np.zeros(run.n_features)
     others = torch.from_numpy(others).t().contiguous()  # (N T, k)
-    for block in tracked("correlating", blocks(run.n_features), "features"):
-        acts = run.activations(block)  # (block, N T)
+    for block, acts in run.by_blocks("correlating"):
         best[block] = closest(acts, others)
         density[block] = (acts > 0).mean(1)
     alive = np.flatnonzero(density)
@@ -806,8 +852,11 @@ LIGHT = "#d5dbe0"
 
 
 @contextmanager
-def figure(path, panels=1, width=6.0, height=3.6, rows=1):
-    """with figure(path) as ax: draws on one panel (or a list of them); at the end it is written."""
+def figure(run, name, panels=1, width=6.0, height=3.6, rows=1):
+    """
+    with figure(run, "density") as ax: draws on one panel, or on an array of them; at the end it is
+    written to density.png in the autoencoder's folder.
+    """
     fig = Figure(figsize=(width, height), layout="constrained")  # no pyplot: no screen needed
     axes = fig.subplots(rows, panels)  # an array where there are several: in rows, or in one
     yield axes
@@ -817,6 +866,7 @@ def figure(path, panels=1, width=6.0, height=3.6, rows=1):
         _, labels = ax.get_legend_handles_labels()
         if labels:
             ax.legend(frameon=False, fontsize="small")
+    path = os.path.join(run.folder, f"{name}.png")
     write_atomic(path, lambda file: fig.savefig(file, format="png", dpi=120))
 
 
@@ -963,6 +1013,9 @@ def related(run, features, largest, n):
     For each of some features (k numbers) with their largest activations (k,) the n tokens that it
     raises most there, the n that it lowers most (rare ones left out: see RARE), and its n nearest
     neurons: a list of k such triples, of lists of (number, logit or cosine).
+
+    Neurons are those of the site's own layer, numbered within it, and nearest by the cosine of
+    directions. `rival_neurons` seeks by correlation, and in all layers before the site.
     """
     kind, layer = run.site.split(".")
     directions = run.sae.W_dec[features]  # (k, n)
@@ -1065,7 +1118,7 @@ def draw_density(run, density, n_tokens):
     bins = np.linspace(lowest, 0, 60)
     ordinary = alive[alive >= ULTRA_LOW]
     ultra_low = alive[alive < ULTRA_LOW]  # of few tokens it is empty
-    with figure(os.path.join(run.folder, "density.png")) as ax:
+    with figure(run, "density") as ax:
         ax.hist(np.log10(ordinary), bins=bins, color=BLUE, label=f"alive: {len(ordinary):,}")
         if n_tokens >= ENOUGH:
             label = f"ultra-low: {len(ultra_low):,}"
@@ -1078,8 +1131,13 @@ def draw_density(run, density, n_tokens):
 
 
 def read_log(folder):
-    """An autoencoder's log.jsonl -> {name: array (lines,)}; UserError where it is damaged."""
+    """
+    An autoencoder's log.jsonl -> {name: array (lines,)}, empty where there is no such file.
+    UserError where it is damaged.
+    """
     path = os.path.join(folder, "log.jsonl")
+    if not os.path.exists(path):
+        return {}
     hint = "train_sae.py writes it: copy it from where the autoencoder was trained"
     names = ("step", "l0", "dead", "variance_explained")
     with reading(path, hint), open(path, encoding="utf-8") as file:
@@ -1092,12 +1150,11 @@ def read_log(folder):
 
 def draw_training(run):
     """How variance explained, L0 and the share of dead features went, where there is a log."""
-    if not os.path.exists(os.path.join(run.folder, "log.jsonl")):
+    log = read_log(run.folder)
+    if not log:
         print(f"no log.jsonl in {run.folder}, so no training.png")
         return
-    log = read_log(run.folder)
-    path = os.path.join(run.folder, "training.png")
-    with figure(path, panels=3, width=9, height=2.8) as axes:
+    with figure(run, "training", panels=3, width=9, height=2.8) as axes:
         for ax, name in zip(axes, ("variance_explained", "l0", "dead")):
             ax.plot(log["step"], log[name], color=BLUE)
             ax.set(xlabel="step", title=name.replace("_", " "))
@@ -1109,6 +1166,13 @@ def draw_training(run):
 
 def show_report(run, args):
     """Metrics, their plots, the most important features and some drawn at random, and the page."""
+    # files that are needed at the end: one that is damaged is refused now, not after a minute
+    read_log(run.folder)
+    if run.gpt:
+        fill_page({})
+        run.training_text  # a property that reads
+
+    # measurements
     metrics, statistics = measure(run)
     density, n_tokens = count_active(run, args.density_tokens)
     metrics |= density_metrics(density, n_tokens) | massive_metrics(run)
@@ -1337,7 +1401,7 @@ def show_cause(run, args, n_tokens=400):
         raise run.all_dead()
     numbers = {"tokens": n_tokens, "active_features": len(found.row)}
     # a dot is one active feature at one of the tokens
-    with figure(os.path.join(run.folder, "cause.png"), panels=2, width=8) as axes:
+    with figure(run, "cause", panels=2, width=8) as axes:
         for ax, name in zip(axes, ("attribution", "activation")):
             values = getattr(found, name)
             pearson, rank = correlations(values, found.ablation)
@@ -1383,9 +1447,7 @@ def show_cause_of_prompt(run, args):
         f"with probability {probabilities[target].item():.3f}"
     )
     # earlier tokens reach the last one through the attention of later blocks alone
-    _, layer = run.site.split(".")
-    everywhere = int(layer) < run.gpt.config.n_layer - 1
-    found = effects(run, idx, last, target, baseline, everywhere)
+    found = effects(run, idx, last, target, baseline, everywhere=not run.in_last_layer)
     if len(found.row) == 0:
         print("no feature is active")
         return
@@ -1541,6 +1603,11 @@ def beyond_random(results):
     return counts
 
 
+def of_maximum(multiple):
+    """A multiple of a feature's maximum in words."""
+    return f"{multiple:+g} x max"
+
+
 def print_steered(results, counts, n_directions):
     """The table of what `steered` found of each feature and `beyond_random` of several."""
     print(
@@ -1551,7 +1618,7 @@ def print_steered(results, counts, n_directions):
         token = f"'{result['token']}'"
         print(f"{result['feature']:7}  {token:<14} unsteered  {result['unsteered']:11.5f}")
         for row in result["clamped"]:
-            value = f"{row['multiple']:+g} x max"
+            value = of_maximum(row["multiple"])
             print(
                 f"{value:>33}  {row['probability']:11.5f}  "
                 f"{row['random_mean']:.5f} ± {row['random_spread']:.5f}"
@@ -1559,7 +1626,7 @@ def print_steered(results, counts, n_directions):
     if len(results) > 1:
         print(f"\nfurther than 2 standard deviations from these, of {len(results)} features:")
         for row in counts:
-            value = f"{row['multiple']:+g} x max"
+            value = of_maximum(row["multiple"])
             print(f"{value:>12}  likelier {row['higher']}, less likely {row['lower']}")
 
 
@@ -1575,7 +1642,7 @@ def print_beside_vector(results, n_directions):
         plain = f"{result['unsteered']:10.5f}{result['loss']:39.3f}"
         print(f"{result['feature']:7}  {token:<14} unsteered{plain}")
         for row in result["clamped"]:
-            value = f"{row['multiple']:+g} x max"
+            value = of_maximum(row["multiple"])
             random = f"{row['random_mean']:.5f} ± {row['random_spread']:.5f}"
             random_loss = f"{row['random_loss']:.3f} ± {row['random_loss_spread']:.3f}"
             print(
@@ -1599,21 +1666,21 @@ def show_steer(run, args, n_directions=20):
     """
     if not args.feature:
         raise UserError("steer takes a feature, as in: python analyze.py steer --feature=120")
+    if bool(args.vector) != bool(args.without):
+        raise UserError("steer takes texts with a concept and without: --vector and --without")
     features = [run.feature_number(text) for text in args.feature.split(",")]
     multiples = parse_multiples(args.value)
+    target = first_token(run, args.target).item() if args.target else None
+    stride = max(1, len(run.contexts) // 16)  # some 16 contexts from all of the text
+    contexts = run.contexts[::stride].to(run.device)
+    start = encode_text(run, args.prompt) if args.prompt else contexts[:1, :16]
+    vector = difference_of_means(run, args.vector, args.without) if args.vector else None
     all_acts = run.activations(features)
     # beyond that LayerNorm, which squares, leaves float32: it would make NaN, or 0 of everything
     if max(map(abs, multiples)) * all_acts.max().item() > 1e15:
         raise UserError(f"--value={args.value} is more than the model can hold: give less")
-    target = first_token(run, args.target).item() if args.target else None
-    if bool(args.vector) != bool(args.without):
-        raise UserError("steer takes texts with a concept and without: --vector and --without")
-    vector = difference_of_means(run, args.vector, args.without) if args.vector else None
     for i, acts in zip(features, all_acts):
         print(title(run, i, acts))
-    stride = max(1, len(run.contexts) // 16)  # some 16 contexts from all of the text
-    contexts = run.contexts[::stride].to(run.device)
-    start = encode_text(run, args.prompt) if args.prompt else contexts[:1, :16]
     directions = random_directions(run, n_directions, args.seed)
     results = []
     for i, acts in zip(features, all_acts):
@@ -1642,7 +1709,7 @@ def print_steered_texts(run, i, acts, multiples, start, seed, vector=None):
     hooks = [("unsteered", None)]
     for multiple in multiples:
         value = multiple * acts.max().item()
-        hooks.append((f"{multiple:+g} x max", clamp(run, [i], value)))
+        hooks.append((of_maximum(multiple), clamp(run, [i], value)))
         if vector is not None:
             hooks.append(("along means", clamp(run, [i], value, vector[None])))
     for name, hook in hooks:
@@ -1700,9 +1767,6 @@ def show_search(run, args):
     The features of a concept: those active on the most texts that have it come first, the
     highest scores among them, and none that is active on a text without it.
     """
-    if not args.arguments:
-        example = 'python analyze.py search "import numpy" --without "import os"'
-        raise UserError(f"search takes texts, as in: {example}")
     scores, n_active = search_scores(run, args.arguments, args.without)
     ranked = np.lexsort((-scores, -n_active)).tolist()  # by n_active, the equal ones by score
     hits = [i for i in ranked if n_active[i] > 0][:args.show]
@@ -1839,7 +1903,7 @@ def neurons_in_words(run, n_neurons):
 def draw_neurons(run, best, share, scores):
     """The features' highest correlations with a neuron; how much tokens explain of each kind."""
     panels = 2 if scores else 1
-    with figure(os.path.join(run.folder, "neurons.png"), panels, 4.5 * panels) as axes:
+    with figure(run, "neurons", panels, 4.5 * panels) as axes:
         left, *right = np.atleast_1d(axes)
         left.hist(best, bins=40, color=BLUE)
         left.axvline(0.3, color=RED, ls=":")
@@ -2002,8 +2066,9 @@ def halves(run, positions):
     """
     Positions (k,) -> those in even and those in odd contexts: no context is in both halves.
 
-    A first and a second half would share no document either, but words would be more frequent
-    in one than in the other, and F1 depends on how frequent the word is.
+    Documents can be: a piece of one that is held out has up to 4,096 tokens, so several contexts. A
+    first and a second half would share one piece at most, but words would be more frequent in one
+    half than in the other, and F1 depends on how frequent the word is.
     """
     odd = positions // run.T % 2 == 1
     return positions[~odd], positions[odd]
@@ -2024,8 +2089,7 @@ def best_detectors(run, places):
     judged_f1 = np.zeros(len(places))
     best = np.zeros(len(places), dtype=int)
     n_alive = 0
-    for block in tracked("looking for words", blocks(run.n_features), "features"):
-        acts = run.activations(block)
+    for block, acts in run.by_blocks("looking for words"):
         n_alive += int(acts.any(1).sum())
         highest = acts[:, everywhere[0]].max(1, keepdims=True)
         for threshold in (0, 0.25, 0.5):
@@ -2052,14 +2116,15 @@ def sigmoid(x, a, b):
     return 1 / (1 + np.exp(-log_odds))
 
 
-def fit_sigmoid(x, y, n_iters=50, ridge=1e-6):
+def fit_sigmoid(x, y):
     """
     Logistic regression by Newton's method: x (n,), y (n,) in {0, 1} -> a, b of
-    P(y = 1) = sigmoid(a + b x). The ridge keeps a, b finite where all are 0, or all are 1.
+    P(y = 1) = sigmoid(a + b x).
     """
+    ridge = 1e-6  # keeps a, b finite where all are 0, or all are 1
     X = np.stack([np.ones_like(x), x], axis=1)  # (n, 2)
     w = np.zeros(2)                             # a and b
-    for _ in range(n_iters):
+    for _ in range(50):
         p = sigmoid(x, *w)
         gradient = X.T @ (y - p) - ridge * w  # of the log-likelihood
         hessian = X.T @ (X * (p * (1 - p))[:, None]) + ridge * np.eye(2)
@@ -2101,7 +2166,7 @@ def draw_complete(run, frequency, found, alive, a, b):
     groups = np.array_split(frequency.argsort(), min(6, len(frequency)))  # indices of words
     middles = [np.exp(np.log(frequency[group]).mean()) for group in groups]
     fitted = np.sort(frequency)
-    with figure(os.path.join(run.folder, "complete.png")) as ax:
+    with figure(run, "complete") as ax:
         for name, hits in found.items():
             shares = [hits[group].mean() for group in groups]
             line, = ax.plot(middles, shares, "o-", label=f"{name}: {alive[name]:,} alive")
@@ -2119,6 +2184,11 @@ def show_complete(run, args, threshold=0.5):
     inverse of the number of alive features.
     """
     need_two_contexts(run, "complete chooses on")
+    runs = [run]
+    for name in args.names[1:]:
+        runs.append(load_beside(run, args, name))
+        if not same_model(run, runs[-1]):
+            raise UserError(f"{name} is of another model than {args.names[0]}: leave it out")
     places = word_places(run, args.words)
     if not places:
         if args.words:
@@ -2128,11 +2198,7 @@ def show_complete(run, args, threshold=0.5):
     frequency = np.array(counts) / len(run.tokens)  # (words,), of all tokens
     results = {}
     found = {}
-    for name in args.names:
-        other = load_run(args, run.device, name)
-        if other.source.get("gpt") != run.source["gpt"] or not same_positions(run, other):
-            raise UserError(f"{name} is of another model or text than {args.names[0]}")
-        other.kept = run.kept  # activations of the same model on the same contexts
+    for name, other in zip(args.names, runs):
         results[name], found[name] = completeness(other, places, frequency, threshold)
         share = results[name]["found"]
         print(
@@ -2206,9 +2272,9 @@ def read_finished(args, name):
         if log[-1].get("held_out_loss") is None:
             raise UserError("an older train_sae.py kept no held-out loss: train it again")
         contents = tuple(source.get("contents", ()))  # of somebody's own rows
-        data = (source.get("gpt"), source["site"], source.get("offset"), contents, config.d_in)
+        data = (source.get("gpt"), source["site"], source.get("offset"), contents)
         # all of the autoencoder's settings but its size and the norm it starts with
-        recipe = (config.recipe, config.input_norm, config.center, config.pre_bias, config.tied)
+        recipe = replace(config, n_features=0, decoder_norm=0)
         return Finished(
             name=name,
             d_in=config.d_in,
@@ -2216,7 +2282,7 @@ def read_finished(args, name):
             rows=log[-1]["rows"],
             learning_rate=flags["learning_rate"],
             loss=log[-1]["held_out_loss"],
-            settings=(*data, *recipe, flags["l1_coeff"]),
+            settings=(*data, recipe, flags["l1_coeff"]),
         )
 
 
@@ -2313,7 +2379,7 @@ def scaling_laws(runs):
 def draw_scaling(run, runs, best):
     """Runs at one learning rate: loss against size, a line a budget, and against compute."""
     groups = by_budget(runs)
-    with figure(os.path.join(run.folder, "scaling.png"), panels=2, width=9) as (left, right):
+    with figure(run, "scaling", panels=2, width=9) as (left, right):
         for rank, (compute, group) in enumerate(groups.items(), 1):  # the larger the darker
             group = sorted(group, key=lambda other: other.n_features)
             sizes = [other.n_features for other in group]
@@ -2348,7 +2414,7 @@ def show_scaling(run, args):
         )
     if any(other.settings != runs[0].settings for other in runs):
         raise UserError(
-            "these runs differ in data, site, recipe, normalisation or lambda: "
+            "these runs differ in data, site, recipe, normalisation, start or lambda: "
             "give --names that agree"
         )
 
@@ -2403,31 +2469,16 @@ SIMILAR = 0.7  # a cosine over which two features count as alike
 
 def show_compare(run, args):
     """Two autoencoders of one site or of the same rows, of two sites, or of two models."""
-    if len(args.names) != 2:
-        raise UserError("compare takes two names, or folders such as other_out/sae/small")
     small = run
-    large = load_run(args, run.device, args.names[1])
+    large = load_beside(run, args, args.names[1])
     # the smaller is looked up in the larger, in whichever order they were named
     if small.n_features > large.n_features:
         small, large = large, small
-    if not same_positions(small, large):
-        raise UserError(
-            "compare needs two autoencoders on models with the same tokenizer, held-out text and "
-            "length of context, or both on the same rows of your own"
-        )
     rng = np.random.default_rng(args.seed)
-    if small.site == large.site and small.source.get("gpt") == large.source.get("gpt"):
-        large.kept = small.kept  # activations of the same model on the same contexts
+    if small.site == large.site and same_model(small, large):
         show_splitting(run, small, large, args.show, rng)
     else:
         show_universality(run, small, large, rng)
-
-
-def same_positions(a, b):
-    """Whether what two Runs are judged on is the same text, or are the same rows."""
-    if a.gpt and b.gpt:  # contexts, not tokens: they may be of another length
-        return torch.equal(a.contexts, b.contexts)
-    return a.kind == b.kind and torch.equal(a.x(), b.x())
 
 
 def sparse_and_shuffled(run, order):
@@ -2438,8 +2489,8 @@ def sparse_and_shuffled(run, order):
     """
     plain = []
     shuffled = []
-    for block in tracked("reading features", blocks(run.n_features), "features"):
-        acts = torch.from_numpy(run.activations(block))
+    for _, acts in run.by_blocks("reading features"):
+        acts = torch.from_numpy(acts)
         plain.append(acts.to_sparse())
         shuffled.append(acts[:, order].to_sparse())
     both = torch.cat(plain + shuffled).to_sparse_csr()
@@ -2485,8 +2536,8 @@ def splitting(small, large, order):
     acts = sparse_and_shuffled(small, order)
     highest = defaultdict(lambda: np.full(m, -np.inf))  # of each kind
     n_similar = defaultdict(lambda: np.zeros(m, dtype=int))
-    for block in tracked("comparing", blocks(large.n_features), "features"):
-        theirs = torch.from_numpy(large.activations(block))
+    for block, theirs in large.by_blocks("comparing"):
+        theirs = torch.from_numpy(theirs)
         theirs /= theirs.max().clip(1e-30)  # as those of small
         cosines = small.sae.W_dec @ large.sae.W_dec[block].t()
         by_small, by_large = masked_cosines(acts, theirs)
@@ -2573,9 +2624,8 @@ def show_nearest(small, large, i, n):
 
 def draw_splitting(run, found):
     """The distribution of the highest of each kind; how many features have how many alike."""
-    path = os.path.join(run.folder, "compare.png")
     colours = {"directions": BLUE, "masked_by_small": GREY, "masked_by_large": RED}
-    with figure(path, panels=2, width=9) as (left, right):
+    with figure(run, "compare", panels=2, width=9) as (left, right):
         for place, (kind, colour) in enumerate(colours.items()):
             highest, n_similar = found[kind]
             # sorted, they are their own cumulative distribution
@@ -2611,8 +2661,8 @@ def best_partners(a, b, order):
     norms = centred_norms(sums, squares, len(ones))[alive]
     highest = np.full(len(alive), -np.inf)
     partner = np.zeros(len(alive), dtype=int)
-    for block in tracked("correlating", blocks(b.n_features), "features"):
-        rows = unit_rows(b.activations(block))  # about their means, so those of a need not be
+    for block, theirs in b.by_blocks("correlating"):
+        rows = unit_rows(theirs)  # about their means, so those of a need not be
         rows = torch.from_numpy(rows).t().contiguous()  # (N T, block)
         values = (both @ rows).numpy()[alive] / norms[:, None]
         better = values.max(1) > highest
@@ -2649,7 +2699,7 @@ def best_matches(a, b, order):
     for name, correlation, partners in pairs:
         best["features"][name] = correlation
         best["logit weights"][name] = logit_correlations(a, b, features, partners)
-    if a.source["gpt"] != b.source["gpt"] and a.neuron_sites and b.neuron_sites:
+    if not same_model(a, b) and a.neuron_sites and b.neuron_sites:
         # the same question of the neurons
         mlp = a.neurons()
         mlp = unit_rows(mlp[mlp.any(1)])  # dead ones correlate with nothing
@@ -2679,9 +2729,11 @@ def show_universality(run, a, b, rng):
     a = replace(a, contexts=a.contexts[:n_contexts], kept={})
     b = replace(b, contexts=b.contexts[:n_contexts], kept={})
     best = best_matches(a, b, rng.permutation(len(a.x())))
-    models = "two models" if a.source["gpt"] != b.source["gpt"] else "two sites of one model"
+    models = "two sites of one model" if same_model(a, b) else "two models"
     print(
         f"{models}: {a.site_in_words} ({a.folder}) and {b.site_in_words} ({b.folder})\n"
+        f"the {a.n_features:,} features of the first are looked up among the {b.n_features:,} of "
+        "the second\n"
         f"median of each one's highest correlation  {'found':>12}{'shuffled':>12}"
     )
     medians = {}
@@ -2696,7 +2748,7 @@ def show_universality(run, a, b, rng):
 
 def draw_universality(run, best):
     """The distributions of the correlations that best_matches found."""
-    with figure(os.path.join(run.folder, "compare.png")) as ax:
+    with figure(run, "compare") as ax:
         bins = np.linspace(-1, 1, 81)
         style = {"density": True, "histtype": "step"}
         for (kind, values), colour in zip(best.items(), (BLUE, GREY, RED)):
@@ -3044,21 +3096,19 @@ def ablate(run, i, acts, has, entries, most=2**15):
     n = min(len(rows), max(1, most // run.T))
     rows = rows[torch.arange(n) * len(rows) // n]  # evenly spread
     entries = torch.from_numpy(entries).to(run.device)
-    masses = []
-    logs = []
+    masses = ([], [])  # two sides: of the model as it is, and of the one without the feature
+    logs = ([], [])
     for block in tracked("ablating", blocks(n, max(1, 4096 // run.T)), "contexts"):
         contexts = run.contexts[rows[block]].to(run.device)
         here = active[rows[block]].to(run.device)  # (b, T)
         following = contexts[:, 1:][here][:, None]  # (k, 1)
-        pair = []
-        for hook in (None, clamp(run, [i], 0.0)):
+        for side, hook in enumerate((None, clamp(run, [i], 0.0))):
             stream = run.gpt.trunk(contexts[:, :-1], hook)
             log_probs = run.gpt.lm_head(stream[here]).log_softmax(1)  # (k, vocab_size)
-            masses.append(log_probs.exp()[:, entries].sum(1).cpu())
-            pair.append(log_probs.gather(1, following)[:, 0].cpu())
-        logs.append(torch.stack(pair))
-    mass = [torch.cat(masses[side::2]).mean().item() for side in (0, 1)]
-    logs = torch.cat(logs, 1)  # (2, places)
+            masses[side].append(log_probs.exp()[:, entries].sum(1).cpu())
+            logs[side].append(log_probs.gather(1, following)[:, 0].cpu())
+    mass = [torch.cat(parts).mean().item() for parts in masses]
+    logs = torch.stack([torch.cat(parts) for parts in logs])  # (2, places)
     follows = torch.from_numpy(has[:, 1:])[rows][active[rows]]
     numbers = {"places": len(follows), "mass": mass, "next": {}}
     for name, chosen in (("with", logs[:, follows]), ("without", logs[:, ~follows])):
@@ -3083,6 +3133,9 @@ def rival_neurons(run, acts, has):
     """
     The neurons that correlate most with acts (N T,), and with a property, bool (N T,) -> {role:
     Detector}; none at attn.0, or where all are dead.
+
+    They are sought in all layers of run.neuron_sites, where `related` stays in the site's own. A
+    name has the number within the layer, and where there are several layers the layer's site.
     """
     mlp = run.neurons()
     active = mlp.any(1)  # a dead one detects nothing
@@ -3091,8 +3144,11 @@ def rival_neurons(run, acts, has):
     both = unit_rows(np.stack([acts, has])) @ unit_rows(mlp).T  # (2, neurons)
     both[:, ~active] = -np.inf
     found = {}
+    n_layers = len(run.neuron_sites)
     for role, k in zip(("nearest neuron", "best neuron"), both.argmax(1).tolist()):
-        found[role] = Detector(f"neuron {k}", float(both[0, k]), mlp[k])
+        layer, number = divmod(k, len(mlp) // n_layers)  # all layers have as many
+        site = f"{run.neuron_sites[layer]} " if n_layers > 1 else ""
+        found[role] = Detector(f"{site}neuron {number}", float(both[0, k]), mlp[k])
     return found
 
 
@@ -3126,7 +3182,7 @@ def show_study(run, args):
     acts = run.activations([i])[0]
     if not acts.any():
         raise UserError(f"{title(run, i, acts)}: choose another")
-    other = load_other(run, args) if args.other else None
+    other = load_beside(run, args, args.other) if args.other else None
     print(title(run, i, acts))
     if args.proxy:
         name, has = args.proxy, read_proxy(run, args.proxy)
@@ -3165,19 +3221,6 @@ def show_study(run, args):
         effect=effect,
         twin=twin,
     )
-
-
-def load_other(run, args):
-    """--other as a Run on the same text; UserError when it is of another."""
-    other = load_run(args, run.device, args.other)
-    if not same_positions(run, other):
-        raise UserError(
-            f"--other={args.other} is not of a model with the same tokenizer, held-out text and "
-            "length of context: a twin is found by what both do on the same tokens"
-        )
-    if other.source["gpt"] == run.source["gpt"]:
-        other.kept = run.kept  # activations of the same model on the same contexts
-    return other
 
 
 def raised_entries(logits, entries, known, n=20):
@@ -3248,10 +3291,11 @@ def print_effect(effect):
 
 def print_detectors(judged, twin):
     """The feature beside neurons, and its twin in another run."""
+    width = max(12, *[len(row["name"]) for row in judged.values()])  # of the column of names
     print(
-        "\nnot a neuron, universal:       Pearson with the   with it, of its levels and   "
-        "over half its maximum\n"
-        f"{'':30}feature    proxy   lowest  highest      all   with it   of all with it"
+        f"\n{'not a neuron, universal:':<{width + 19}}"
+        "Pearson with the   with it, of its levels and   over half its maximum\n"
+        f"{'':{width + 18}}feature    proxy   lowest  highest      all   with it   of all with it"
     )
     for role, row in judged.items():
         half = len(row["precision"]) // 2
@@ -3264,7 +3308,7 @@ def print_detectors(judged, twin):
             or_undefined(row["precision"][half], "10.1%"),
             f"{row['recall'][half]:17.1%}",
         ]
-        print(f"  {role:<14} {row['name']:<12}{''.join(columns)}")
+        print(f"  {role:<14} {row['name']:<{width}}{''.join(columns)}")
     if twin:
         print(
             f"its twin in {twin['run']} is feature {twin['feature']}: correlation of activations "
@@ -3279,8 +3323,7 @@ def draw_study(run, name, has, detectors, judged, logits):
     study.png: the paper's figures of a feature, of the best neuron and of the twin, where there
     are such. logits: of the entries of the vocabulary with the property, and without.
     """
-    path = os.path.join(run.folder, "study.png")
-    with figure(path, panels=3, width=9, height=5.2, rows=2) as axes:
+    with figure(run, "study", panels=3, width=9, height=5.2, rows=2) as axes:
         counts, weighted, neuron, shares, effect, twin = axes.flat
         draw_levels(counts, detectors["feature"], has)
         counts.set(title=f"specificity: {printable(name)}", ylabel="tokens")
@@ -3354,31 +3397,36 @@ class Point:
     dead: float | None = None      # share of its features, at the last line of log.jsonl
 
 
-# What else than size and lambda a run may have been told: where it differs, curves do.
-CURVE_FLAGS = ("recipe", "input_norm", "center", "pre_bias", "start", "resample", "batch_size",
-               "max_iters", "learning_rate")
+# What else than size and lambda a run may have been told: where it differs, curves do. Whoever
+# adds a flag that changes what is trained adds it here.
+CURVE_FLAGS = ("recipe", "input_norm", "center", "decoder_norm", "pre_bias", "start", "resample",
+               "dead_steps", "batch_size", "max_iters", "learning_rate")
+
+
+def was_told(run, flag):
+    """A flag of train_sae.py; where a checkpoint is older than the flag, the setting's default."""
+    return run.sae.extra["args"].get(flag, getattr(SAEConfig, flag, None))
 
 
 def curve_name(run, first):
     """The curve of a Run: its size, and what it was told that the first Run was not."""
-    flags = run.sae.extra["args"]
-    usual = first.sae.extra["args"]
     name = f"{run.n_features:,} features"
     for flag in CURVE_FLAGS:
-        if flags.get(flag) != usual.get(flag):
-            name += f", {flag} {flags.get(flag)}"
+        value = was_told(run, flag)
+        if value != was_told(first, flag):
+            name += f", {flag} {value}"
     return name
 
 
 def load_comparable(run, args):
     """
-    The Runs of --names, the first of which is loaded, all with its model, text and activations.
+    The Runs of --names, the first of which is `run`, all with its model, text and activations.
     UserError when one is of another model or site, or does not say its lambda.
     """
     runs = []
     for name in args.names:
-        other = load_run(args, run.device, name)
-        if other.site != run.site or other.source["gpt"] != run.source["gpt"]:
+        other = load_run(args, run.device, name) if runs else run
+        if other.site != run.site or not same_model(run, other):
             raise UserError(
                 f"{name} is of another site or model than {args.names[0]}: "
                 "frontier takes autoencoders of the same activations"
@@ -3549,8 +3597,7 @@ def print_missing(curves, at, l0):
 
 def draw_frontier(run, curves):
     """Variance explained and loss recovered against L0, without a dictionary dashed."""
-    path = os.path.join(run.folder, "frontier.png")
-    with figure(path, panels=2, width=9, height=3.8) as axes:
+    with figure(run, "frontier", panels=2, width=9, height=3.8) as axes:
         for ax, key in zip(axes, ("variance_explained", "loss_recovered")):
             lowest = 1.0  # of autoencoders: what is far below them need not be seen
             for name, curve in curves.items():
@@ -3581,13 +3628,14 @@ def show_frontier(run, args, n_tokens=2**15):
     stride = math.ceil(len(run.held_out) * run.T / n_tokens)
     run = replace(run, held_out=run.held_out[::stride])
     runs = load_comparable(run, args)
+    # of what is simpler; first, as the training text may be missing
+    mean, directions = principal_components(run, args.read_tokens)
     points = []
     for name, other in zip(args.names, runs):
         point, metrics = measured_point(other, name, run)
         points.append(point)
 
     # what is simpler
-    mean, directions = principal_components(run, args.read_tokens)
     width = len(mean)
     ks = sorted({max(1, width >> halved) for halved in range(8)})  # of 512: 4, 8, 16, ... 512
     simple = baseline_points(run, metrics, mean, directions, ks)
@@ -3674,8 +3722,7 @@ def read_firing(run):
     highest = np.zeros(run.n_features, dtype=np.float32)
     often = np.zeros(run.n_features, dtype=bool)
     means, first, second = [], [], []
-    for block in tracked("reading features", blocks(run.n_features), "features"):
-        acts = run.activations(block)
+    for block, acts in run.by_blocks("reading features"):
         learned = acts[:, learn]
         highest[block] = learned.max(1)
         means.append(means_by_token(learned, run.tokens[learn], len(frequency)))
@@ -3730,6 +3777,14 @@ class Edges:
     def __getitem__(self, chosen):
         """Some of them, by a mask or indices."""
         return Edges(*(values[chosen] for values in vars(self).values()))
+
+    @classmethod
+    def joined(cls, parts):
+        """Those of all parts, a list of Edges, one part after the other."""
+        arrays = {}
+        for name in vars(parts[0]):
+            arrays[name] = np.concatenate([vars(part)[name] for part in parts])
+        return cls(**arrays)
 
 
 def all_pairs(run, firing):
@@ -3791,8 +3846,7 @@ def find_edges(run, firing):
             table[:, k] += np.bincount(group, column, len(table))
     ranked = []
     for parts in (predictions, selves):
-        columns = zip(*[vars(part).values() for part in parts])
-        edges = Edges(*map(np.concatenate, columns))
+        edges = Edges.joined(parts)
         ranked.append(edges[np.argsort(-edges.predicted, kind="stable")])
     return *ranked, table
 
@@ -3958,8 +4012,8 @@ def draw_automata(run, loops, chains, names, most=25):
     groups = groups[:np.searchsorted(totals, most, side="right")]
     columns = 3
     n_rows = max(1, math.ceil(len(groups) / columns))
-    path = os.path.join(run.folder, "automata.png")
-    with warnings.catch_warnings(), figure(path, width=2.6 * columns, height=2.4 * n_rows) as ax:
+    size = {"width": 2.6 * columns, "height": 2.4 * n_rows}
+    with warnings.catch_warnings(), figure(run, "automata", **size) as ax:
         warnings.filterwarnings("ignore", "Glyph")  # of a script that the font lacks: boxes
         for k, rows in enumerate(groups):
             draw_circle(ax, rows, names, np.array([k % columns, -(k // columns)]))
@@ -4098,19 +4152,19 @@ def tsne_gradient(P, places, exaggeration=1.0):
     return 4 * (places * force[:, 2:] - force[:, :2])
 
 
-def tsne(directions, perplexity=30.0, n_iters=300, seed=0):
+def tsne(directions, seed=0):
     """
     Places (m, 2) in a plane of directions (m, n) of unit norm: those with a high cosine are near
-    one another. Of directions that have few others each has a third of them as neighbours.
+    one another. Each has some 30 neighbours; of directions that are few, a third of the others.
     """
     m = len(directions)
-    P = affinities(directions, max(1, min(perplexity, (m - 1) / 3)))
+    P = affinities(directions, perplexity=max(1, min(30, (m - 1) / 3)))
     generator = torch.Generator().manual_seed(seed)
     places = 1e-4 * torch.randn(m, 2, generator=generator).to(directions)
     velocity = torch.zeros_like(places)
     gains = torch.ones_like(places)
     rate = m / 12  # P is of sum 1: the more places, the smaller is the force on each
-    for step in tracked("mapping", range(n_iters), "steps", lambda step: 1):
+    for step in tracked("mapping", range(300), "steps", lambda step: 1):
         gradient = tsne_gradient(P, places, 4 if step < 50 else 1)
         # momentum, and a larger step as long as the gradient keeps its sign: section 3.4
         turned = (gradient > 0) == (velocity > 0)
@@ -4138,7 +4192,8 @@ def fill_page(data):
     nothing in it can end the script that holds it.
     """
     opening = '<script type="application/json" id="data">'
-    with open(PAGE, encoding="utf-8") as file:
+    hint = "it comes with analyze.py: put it back"
+    with reading(PAGE, hint), open(PAGE, encoding="utf-8") as file:
         parts = file.read().split(opening)
     if len(parts) != 2:
         raise UserError(f"{PAGE} must have {opening} once: the data go there")
@@ -4278,12 +4333,9 @@ def add_map(run, features, numbers, density):
 
 def training_curves(run, n=200):
     """At most n lines of the training log, in columns; nothing where there is no log."""
-    if not os.path.exists(os.path.join(run.folder, "log.jsonl")):
-        return {}
-    columns = read_log(run.folder)
-    stride = len(columns["step"]) // n + 1
     curves = {}
-    for name, column in columns.items():
+    for name, column in read_log(run.folder).items():
+        stride = len(column) // n + 1
         thinned = column[::-stride][::-1]  # with the last line
         curves[name] = [short(value) for value in thinned]
     return curves
@@ -4402,14 +4454,11 @@ def example_texts(run, n_texts):
     return texts
 
 
-def write_page(run, headline, rows, density, numbers=None, n_texts=8):
+def write_page(run, headline, rows, density, numbers, n_texts=8):
     """
-    features.html, one file: every feature, or some (ascending numbers), with its density, of all
-    (m,), and its examples, and some held-out texts with every token's features.
+    features.html, one file: features (ascending numbers), all or some, each with its density, of
+    all (m,), and its examples, and some held-out texts with every token's features.
     """
-    fill_page({})  # a page that somebody has edited is refused now rather than after a minute
-    if numbers is None:
-        numbers = np.arange(run.n_features)
     if len(numbers) < run.n_features:
         rows = rows + [("on this page", f"{len(numbers):,}", most_energetic(run))]
     features, windows = describe_features(run, numbers, density)
@@ -4439,7 +4488,8 @@ class Command:
     show: Callable             # (run, args): computes, prints, draws and saves
     kinds: tuple = ("model",)  # which activations it can do with: see Run.kind
     logs_only: bool = False    # whether it needs no activations
-    takes: str = ""            # what may stand after it: "number", "texts", "names" or nothing
+    takes: str = ""            # what stands after it: "number", "texts", "names" or nothing
+    several: bool = False      # whether it takes --names
 
 
 # To add a command, append a line: no other line depends on how many there are, or on their order.
@@ -4452,30 +4502,48 @@ COMMANDS = {
     "search": Command(show_search, takes="texts"),
     "neurons": Command(show_neurons, kinds=("model", "own")),
     "explain": Command(show_explain),
-    "complete": Command(show_complete),
-    "scaling": Command(show_scaling, kinds=("model", "own", "toy"), logs_only=True),
+    "complete": Command(show_complete, several=True),
+    "scaling": Command(show_scaling, ("model", "own", "toy"), logs_only=True, several=True),
     "compare": Command(show_compare, kinds=("model", "own"), takes="names"),
     "study": Command(show_study, takes="number"),
-    "frontier": Command(show_frontier),
+    "frontier": Command(show_frontier, several=True),
     "automata": Command(show_automata),
 }
+
+
+def check_arguments(args, command):
+    """UserError where what stands after the command, or --names, is not what it takes."""
+    example = f"as in: python analyze.py {args.command}"
+    n_arguments = len(args.arguments)
+    if n_arguments and not command.takes:
+        raise UserError(
+            f"{args.command} takes flags only, not {args.arguments[0]!r} (--help lists them)")
+    if command.takes == "number" and n_arguments != 1:
+        raise UserError(f"{args.command} takes one number of a feature, {example} 120")
+    if command.takes == "texts" and not n_arguments:
+        raise UserError(f'{args.command} takes texts, {example} "import numpy"')
+    if command.takes == "names" and (n_arguments != 2 or "" in args.arguments):
+        raise UserError(
+            f"{args.command} takes two names, or folders such as other_out/sae/small, "
+            f"{example} small large"
+        )
+    if args.names and not command.several:
+        able = [name for name, other in COMMANDS.items() if other.several]
+        raise UserError(
+            f"--names is for {', '.join(able)}: leave it out of {args.command}, "
+            "or choose one run with --name"
+        )
 
 
 def main():
     args = parse_args()
     command = COMMANDS[args.command]
-    if args.arguments and not command.takes:
-        raise UserError(
-            f"{args.command} takes flags only, not {args.arguments[0]!r} (--help lists them)")
-    if command.takes == "number" and len(args.arguments) != 1:
-        raise UserError(
-            f"{args.command} takes one number of a feature, as in: "
-            f"python analyze.py {args.command} 120"
-        )
+    check_arguments(args, command)
     # the first name is the run that is analyzed; its folder takes what is written
     names = args.arguments if command.takes == "names" else args.names.split(",")
     args.names = [name for name in names if name] or [args.name]
 
+    args.compile = "no"  # nothing is trained here: there is nothing to compile
     machine = setup(args, precision="highest")  # TF32 is for training: effects can be small
     loaded = load_run(args, machine.device, args.names[0])
     if loaded.kind not in command.kinds:

@@ -561,7 +561,7 @@ def test_at_attn_0_no_neuron_comes_before_and_the_page_says_nothing_of_them(tmp_
     done = script("analyze.py", "neurons", f"--out_dir={tmp_path}")
     assert done.returncode == 2 and "attn.0, which no neuron comes before" in done.stderr
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    analyze.write_page(this, "tiny", [], np.zeros(14), n_texts=3)
+    analyze.write_page(this, "tiny", [], np.zeros(14), np.arange(14), n_texts=3)
     html = (tmp_path / "sae/scaling/features.html").read_text(encoding="utf-8")
     data = json.loads(re.search('id="data">(.*?)</script>', html, re.S).group(1))
     alive = [feature for feature in data["features"] if "examples" in feature]
@@ -954,7 +954,7 @@ def test_the_bytes_that_a_feature_raises_are_told_apart_in_the_terminal_and_on_t
     analyze.print_feature(this, 7, this.activations([7])[0], n_tokens=4)
     line, = [line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("raises")]
     assert re.findall(r"'(\S+)' \+", line) == ["\\xe6", "\\xbc", "\\xa2", "\\"]
-    analyze.write_page(this, "title", [], np.zeros(300))
+    analyze.write_page(this, "title", [], np.zeros(300), np.arange(300))
     page = (tmp_path / "sae/scaling/features.html").read_text(encoding="utf-8")
     data = json.loads(page.split('id="data">')[1].split("</script>")[0])
     shown = [data["vocabulary"][token] for token, _ in data["features"][7]["raised"][:4]]
@@ -973,7 +973,7 @@ def test_the_page_tells_activations_and_the_effect_of_ablating_the_feature_on_th
     tokens = np.random.default_rng(0).integers(0, V, 2000)
     this, _ = random_run(tmp_path, site, recipe, input_norm, tokens, block_size=30)
     density = np.arange(14) / 1e6
-    analyze.write_page(this, "tiny", [], density, n_texts=3)
+    analyze.write_page(this, "tiny", [], density, np.arange(14), n_texts=3)
     html = (tmp_path / "sae/scaling/features.html").read_text(encoding="utf-8")
     data = json.loads(re.search('id="data">(.*?)</script>', html, re.S).group(1))
     f, _ = all_by_hand(this)
@@ -1024,21 +1024,23 @@ def trained_sae(out, *flags):
 def out(trained, tmp_path_factory):
     """
     `trained` with a smaller autoencoder and, made from the first, one whose features are in another order, one that
-    says of itself another lambda, one that says --center, one of somebody's own activations, one that is not finished,
-    one without a held-out loss; beside it `twin`, trained from another seed.
+    says of itself another lambda, one that says --center, one that says another --start, one of somebody's own
+    activations, one that is not finished, one without a held-out loss; beside it `twin`, trained from another seed.
     """
     out = tmp_path_factory.mktemp("runs") / "out"
     shutil.copytree(trained, out)
     trained_sae(out, "--name=small", "--n_features=48")
     sae = load_sae(out / "sae/scaling/sae.pt")
-    for name in ("shuffled", "lambda1", "own", "halted", "old", "centred"):
+    for name in ("shuffled", "lambda1", "own", "halted", "old", "centred", "apart"):
         shutil.copytree(out / "sae/scaling", out / f"sae/{name}")
     save_sae(out / "sae/lambda1/sae.pt", sae, **sae.extra | {"args": sae.extra["args"] | {"l1_coeff": 1.0}})
     save_sae(out / "sae/halted/sae.pt", sae, **sae.extra | {"step": 40, "log": sae.extra["log"][:-1]})
     save_sae(out / "sae/old/sae.pt", sae, **sae.extra | {"log": [sae.extra["log"][0]]})
     sae.config.center = True
     save_sae(out / "sae/centred/sae.pt", sae, **sae.extra)
-    sae.config.center = False
+    sae.config.center, sae.config.start = False, "kaiming"
+    save_sae(out / "sae/apart/sae.pt", sae, **sae.extra)
+    sae.config.start = "transposed"
     np.save(out.parent / "own.npy", np.ones((40, 64), dtype=np.float32))
     source = own_source([str(out.parent / "own.npy")], out / "sae/own")
     save_sae(out / "sae/own/sae.pt", sae, **sae.extra | {"source": source})
@@ -1188,7 +1190,9 @@ def test_neurons_counts_the_features_that_no_neuron_is_like(out):
 @pytest.mark.parametrize("words", ["", "def self return add nowhere"], ids=["words of the text", "words of a file"])
 def test_complete_counts_the_words_with_a_feature_in_every_run(out, tmp_path, words):
     (tmp_path / "words.txt").write_text(words)
-    printed = analyzed(out, "complete", "--names=scaling,small", *[f"--words={tmp_path / 'words.txt'}"] * bool(words))
+    with mock.patch.object(analyze, "load_run", wraps=analyze.load_run) as load_run:
+        printed = analyzed(out, "complete", "--names=scaling,small", *[f"--words={tmp_path / 'words.txt'}"] * bool(words))
+    assert [call.args[2] for call in load_run.call_args_list] == ["scaling", "small"]  # each once
     numbers = numbers_in(out / "sae/scaling/complete.json")
     assert list(numbers["runs"]) == ["scaling", "small"]
     for name, run in numbers["runs"].items():
@@ -1368,6 +1372,7 @@ def test_two_sites_of_one_model_are_called_so(out):
     printed = analyzed(out, "compare", "small", "resid")
     numbers = numbers_in(out / "sae/small/compare.json")
     assert re.search(r"two sites of one model: resid.0 \(.* and mlp.0 \(", printed)
+    assert "the 40 features of the first are looked up among the 48 of the second\n" in printed
     assert numbers["sites"] == ["resid.0", "mlp.0"] and set(numbers["medians"]) == {"features", "logit weights"}
 
 
@@ -1396,15 +1401,16 @@ def test_autoencoders_of_two_models_are_compared_on_rows_that_are_named(out, tmp
 
 @pytest.mark.parametrize("command", [("compare", "scaling"), ("complete", "--names=scaling,")])
 def test_texts_of_other_contexts_are_not_compared(out, tmp_path, command):
-    """Of one model and tokenizer, but of a held-out text that was exchanged."""
+    """Of one model and tokenizer, but of a held-out text that was exchanged; nor is the first one searched before."""
     other = tmp_path / "other"
     shutil.copytree(out, other, ignore=shutil.ignore_patterns("acts"))
     np.fromfile(out / "val.bin", dtype=np.uint16)[::-1].tofile(other / "val.bin")
     *start, last = command
     second = str(other / "sae/small")
     arguments = [*command, second] if command[0] == "compare" else [*start, last + second]
-    done = script("analyze.py", *arguments, f"--out_dir={out}", "--device=cpu")
-    assert done.returncode == 2 and "text" in done.stderr and done.stderr.count("\n") == 1
+    with mock.patch.object(analyze.Run, "activations") as read:
+        done = script("analyze.py", *arguments, f"--out_dir={out}", "--device=cpu")
+    assert done.returncode == 2 and "text" in done.stderr and done.stderr.count("\n") == 1 and not read.called
 
 
 @pytest.fixture(scope="module")
@@ -1487,11 +1493,15 @@ def test_what_cannot_be_said_of_ones_own_rows_is_one_line(own, arguments, words)
     (("scaling", "--names=scaling,nobody"), ["nobody", "train_sae.py"]),
     (("scaling", "--names=scaling,lambda1"), ["lambda", "--names"]),
     (("scaling", "--names=scaling,centred"), ["normalisation", "--names"]),
+    (("scaling", "--names=scaling,apart"), ["start", "--names"]),
     (("scaling", "--names=scaling,halted"), ["halted", "not finished", "--resume"]),
     (("scaling", "--names=scaling,old"), ["old", "held-out loss", "train it again"]),
     (("complete", "small", "scaling"), ["complete", "flags", "small"]),
+    (("neurons", "--names=small,scaling"), ["--names", "complete, scaling, frontier", "neurons"]),
+    (("compare", "small", "scaling", "--names=small"), ["--names", "complete, scaling, frontier", "compare"]),
     (("compare",), ["compare", "two"]),
     (("compare", "small"), ["compare", "two"]),
+    (("compare", "small", ""), ["compare", "two"]),
     (("compare", "small", "scaling", "shuffled"), ["compare", "two"]),
     (("compare", "small", "nobody"), ["nobody", "train_sae.py"]),
     (("compare", "scaling", "own"), ["compare", "model"]),
@@ -1509,6 +1519,24 @@ def test_a_mistake_is_one_line_and_harms_nothing(out, tmp_path, monkeypatch, arg
     for word in words:
         assert word in done.stderr
     assert hashes(out) == before
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (("search",), "search takes texts"),
+    (("compare", "--show=3", "small"), "compare takes two names"),
+    (("report", "--names=a,b"), "--names is for"),
+])
+def test_what_a_command_takes_is_told_before_anything_is_loaded(tmp_path, arguments, words):
+    done = script("analyze.py", *arguments, f"--out_dir={tmp_path / 'new'}")
+    assert done.returncode == 2 and words in done.stderr and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("flags", [["--value=much"], ["--vector", "foo"], ["--target=" + "word " * 50], ["--prompt=" + "word " * 50]])
+def test_flags_of_steer_are_judged_before_activations_are_read_and_nothing_is_compiled(out, flags):
+    with mock.patch.object(analyze.Run, "activations") as read, mock.patch("model.can_compile") as can_compile:
+        done = script("analyze.py", "steer", "--compile=yes", "--feature=1", *flags, f"--out_dir={out}", "--device=cpu")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert not read.called and not can_compile.called
 
 
 @pytest.mark.parametrize("change, words", [
@@ -1541,6 +1569,20 @@ def test_a_file_that_says_too_little_or_holds_no_numbers_is_one_line(out, tmp_pa
         assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("command, spoiled", [
+    ("report", "sae/scaling/log.jsonl"), ("report", "page.html"), ("report", "train.bin"), ("frontier", "train.bin")])
+def test_a_file_that_is_needed_at_the_end_is_read_before_anything_is_measured(out, tmp_path, monkeypatch, command, spoiled):
+    shutil.copytree(out, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("acts"))
+    if spoiled == "page.html":  # it is missing
+        monkeypatch.setattr(analyze, "PAGE", str(tmp_path / spoiled))
+    else:
+        (tmp_path / spoiled).write_bytes(b"{}")
+    with mock.patch.object(analyze, "measure") as measure:
+        done = script("analyze.py", command, f"--out_dir={tmp_path}", "--device=cpu")
+    assert done.returncode == 2 and spoiled in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert re.search("put it back|train_sae.py writes it|delete it and run", done.stderr) and not measure.called
+
+
 def test_a_command_that_is_added_changes_no_other(out):
     own = ("--name=own", f"--out_dir={out}", "--device=cpu")
     before = script("analyze.py", "cause", *own).stderr
@@ -1549,7 +1591,7 @@ def test_a_command_that_is_added_changes_no_other(out):
     count = analyze.Command(lambda run, args: given.append((run.n_features, args.arguments)), takes="texts")
     with mock.patch.dict(analyze.COMMANDS, count=count):
         assert script("analyze.py", "cause", *own).stderr == before
-        assert "choose from" in script("analyze.py", "count", *own).stderr
+        assert "choose from" in script("analyze.py", "count", "these", *own).stderr
         assert script("analyze.py", "count", "these", "words", f"--out_dir={out}", "--device=cpu").returncode == 0
     assert given == [(96, ["these", "words"])]
 

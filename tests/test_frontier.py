@@ -149,6 +149,11 @@ def test_a_curve_is_named_by_its_size_and_by_what_the_first_run_was_not_told():
     assert analyze.curve_name(run(512, l1_coeff=3.0, seed=1), first) == "512 features"
     assert analyze.curve_name(run(2048, recipe="b"), first) == "2,048 features, recipe b"
     assert analyze.curve_name(run(2048, pre_bias="yes", max_iters=5), first) == "2,048 features, pre_bias yes, max_iters 5"
+    other = run(2048, dead_steps=9, decoder_norm=0.5)
+    assert analyze.curve_name(other, first) == "2,048 features, decoder_norm 0.5, dead_steps 9"
+    # what a checkpoint is too old to say is the default
+    assert analyze.curve_name(run(2048, dead_steps=None, decoder_norm=0.15), first) == "2,048 features"
+    assert analyze.curve_name(first, run(2048, decoder_norm=0.5)) == "2,048 features, decoder_norm 0.15"
 
 
 # -----------------------------------------------------------------------------
@@ -190,8 +195,10 @@ NAMES = [f"m{size}-{l1_coeff}" for size in (96, 48) for l1_coeff in (9, 2, 4)]
 
 
 def test_frontier_prints_draws_and_saves_runs_beside_what_needs_no_dictionary(swept):
-    done = script("analyze.py", "frontier", f"--names={','.join(NAMES)}", f"--out_dir={swept}", "--device=cpu")
+    with mock.patch.object(analyze, "load_run", wraps=analyze.load_run) as load_run:
+        done = script("analyze.py", "frontier", f"--names={','.join(NAMES)}", f"--out_dir={swept}", "--device=cpu")
     assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert [call.args[2] for call in load_run.call_args_list] == NAMES  # each once
     numbers = numbers_in(swept / "sae/m96-9/frontier.json")
     assert (swept / "sae/m96-9/frontier.png").stat().st_size > 1000
     points = {point["name"]: point for point in numbers["points"]}

@@ -178,7 +178,7 @@ def page_data(out):
     return json.loads(re.search('id="data">(.*?)</script>', html, re.S).group(1))
 
 
-@pytest.mark.parametrize("numbers", [None, np.array([0, 2, 3, 5, 6, 9, 12])], ids=["all", "some"])
+@pytest.mark.parametrize("numbers", [np.arange(14), np.array([0, 2, 3, 5, 6, 9, 12])], ids=["all", "some"])
 def test_the_page_has_neighbours_motifs_and_places_of_its_features(tmp_path, numbers):
     """Feature 3 is never active, so it is nobody's neighbour; feature 0 is dead by its density, so it has no place."""
     this, _ = random_run(tmp_path, "resid.0", tokens=np.random.default_rng(0).integers(0, 9, 2000), block_size=30)
@@ -187,7 +187,6 @@ def test_the_page_has_neighbours_motifs_and_places_of_its_features(tmp_path, num
     density = np.arange(14) / 1e6
     analyze.write_page(this, "tiny", [], density, numbers, n_texts=3)
     data = page_data(tmp_path)
-    numbers = np.arange(14) if numbers is None else numbers
     acts = this.activations(np.arange(14))
     seen = [i for i in numbers.tolist() if acts[i].any()]
     assert 3 not in seen and len(seen) == len(numbers) - 1
@@ -224,7 +223,7 @@ def test_the_page_has_the_training_curves_of_the_log_thinned_to_its_last_line(tm
     log = [{"step": 10 * k, "l0": 1e4 / k, "dead": k / 2000, "variance_explained": math.nan} for k in range(1, 1002)]
     with open(tmp_path / "sae/scaling/log.jsonl", "w") as file:
         file.writelines(json.dumps(line) + "\n" for line in log)
-    analyze.write_page(this, "tiny", [], np.ones(300))
+    analyze.write_page(this, "tiny", [], np.ones(300), np.arange(300))
     data = page_data(tmp_path)
     assert (data["features"][7]["explained_by_token"], data["features"][7]["motif"]) == (1, "single token")
     curves = data["training"]
@@ -235,7 +234,7 @@ def test_the_page_has_the_training_curves_of_the_log_thinned_to_its_last_line(tm
         assert curves[name] == pytest.approx([line[name] for line in lines], rel=6e-3)
     assert set(curves["variance_explained"]) == {None}
     (tmp_path / "sae/scaling/log.jsonl").unlink()
-    analyze.write_page(this, "tiny", [], np.zeros(300))
+    analyze.write_page(this, "tiny", [], np.zeros(300), np.arange(300))
     data = page_data(tmp_path)
     assert data["training"] == {} and not any("map" in feature for feature in data["features"])
     assert data["contexts"] == this.contexts[:, :-1].tolist()

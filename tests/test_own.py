@@ -180,6 +180,24 @@ def test_rows_that_are_gone_or_others_are_said_to_be_so(tmp_path, change, words)
     assert hashes(tmp_path) == before
 
 
+@pytest.mark.parametrize("change", ["no", "one", "another order", "one more"])
+def test_rows_that_were_trained_on_are_never_called_held_out(tmp_path, change):
+    """All files as they were trained on have the last twentieth held out; of some of them nobody can tell which rows."""
+    drawn_files(tmp_path / "my")
+    train_on(f"{tmp_path}/my/*.npy", tmp_path / "out")
+    pattern = f"{tmp_path}/my/{'c' if change == 'one' else '*'}.npy"
+    if change == "another order":
+        (tmp_path / "my/a.npy").rename(tmp_path / "my/z.npy")
+    if change == "one more":
+        np.save(tmp_path / "my/g.npy", np.ones((9, 12), dtype=np.float32))
+    done = script("analyze.py", f"--acts={pattern}", "--show=1", f"--out_dir={tmp_path / 'out'}", "--device=cpu")
+    if change == "no":
+        assert done.returncode == 0 and "on 40 held-out rows" in done.stdout, done.stderr
+    else:
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
+        assert "was trained on: give all of these, in the order of training, or none" in done.stderr
+
+
 # -----------------------------------------------------------------------------
 # what is shown
 

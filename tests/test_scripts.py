@@ -767,8 +767,8 @@ def test_report_and_feature_print_and_save_what_they_measured(trained):
     assert f"{metrics['variance_explained']:.3f}" in done.stdout and f"{metrics['loss_recovered']:.3f}" in done.stdout
     assert done.stdout.count("raises") >= 3 and "\033[" not in done.stdout
     assert {"density.png", "training.png"} <= set(os.listdir(trained / "sae/scaling"))
-    done = script("analyze.py", "feature", "5", f"--out_dir={trained}")
-    assert done.returncode == 0 and "feature 5" in done.stdout
+    done = script("analyze.py", "feature", f"--out_dir={trained}", "5")  # after a flag as well as before it
+    assert done.returncode == 0 and "feature 5" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("recipe", ["scaling", "towards", "tied"])
@@ -1151,10 +1151,10 @@ def test_a_batch_without_variance_is_null_in_the_log_and_the_log_can_be_read(tmp
     assert np.isnan(analyze.read_log(tmp_path)["variance_explained"]).tolist() == [True, False]
 
 
-@pytest.mark.parametrize("text", ['{"step": 1}\n[2]\n', '{"step": 1, "l0": 2', ""], ids=["shape", "half", "none"])
+@pytest.mark.parametrize("text", ['{"step": 1}\n[2]\n', '{"step": 1, "l0": 2'], ids=["shape", "half"])
 def test_a_damaged_log_is_said_to_be_so(tmp_path, text):
-    if text:
-        (tmp_path / "log.jsonl").write_text(text)
+    assert analyze.read_log(tmp_path) == {}
+    (tmp_path / "log.jsonl").write_text(text)
     with pytest.raises(UserError, match="log.jsonl .*: train_sae.py writes it"):
         analyze.read_log(tmp_path)
 

@@ -367,8 +367,10 @@ def test_an_entry_of_the_vocabulary_has_what_most_of_its_occurrences_have(plante
 # -----------------------------------------------------------------------------
 # neurons, twins
 
-def test_the_nearest_and_the_best_neuron(tmp_path):
-    this, _ = random_run(tmp_path / "out", tokens=np.random.default_rng(0).integers(0, V, 200))
+@pytest.mark.parametrize("site", ["mlp.0", "resid.1"])
+def test_the_nearest_and_the_best_neuron(tmp_path, capsys, site):
+    """Of several layers a name has the layer and the number in it; the table's columns stay below one another."""
+    this, _ = random_run(tmp_path / "out", site, tokens=np.random.default_rng(0).integers(0, V, 200))
     acts, has = this.activations([3])[0], this.tokens % 2 == 0
     neurons = this.neurons()
     found = analyze.rival_neurons(this, acts, has)
@@ -377,8 +379,17 @@ def test_the_nearest_and_the_best_neuron(tmp_path):
         to_property = [np.corrcoef(has, row)[0, 1] for row in neurons]
     for role, values in (("nearest neuron", to_feature), ("best neuron", to_property)):
         k = int(np.nanargmax(values))
-        assert found[role].name == f"neuron {k}" and (found[role].acts == neurons[k]).all()
+        name = f"neuron {k}" if site == "mlp.0" else f"mlp.{k // 32} neuron {k % 32}"
+        assert found[role].name == name and (found[role].acts == neurons[k]).all()
         assert found[role].correlation == pytest.approx(to_feature[k], abs=1e-5)
+    judged = {}
+    for role, one in found.items():
+        ratios = np.zeros(len(acts))
+        judged[role] = {"name": one.name, "correlation": 0.0} | analyze.assess(one.acts, has, ratios)
+    capsys.readouterr()  # what was read may have been said
+    analyze.print_detectors(judged, None)
+    heading, *rows = capsys.readouterr().out.splitlines()[2:5]
+    assert {row.index(" 0.00") for row in rows} == {heading.index("feature") + 4}
 
 
 def twins(folder, order, noise=0.0):
@@ -410,7 +421,7 @@ def test_what_is_never_active_is_no_rival(planted, tmp_path):
     """Even where all that is active correlates negatively, which a dead one, at 0, would be above."""
     acts, has = np.array([0, 0, 1, 3], np.float32), np.array([False, False, True, True])
     neurons = np.array([[0, 0, 0, 0], [1, 2, 0, 0], [1, 0, 0, 0]], np.float32)
-    found = analyze.rival_neurons(SimpleNamespace(neurons=lambda: neurons), acts, has)
+    found = analyze.rival_neurons(SimpleNamespace(neurons=lambda: neurons, neuron_sites=["mlp.0"]), acts, has)
     assert [one.name for one in found.values()] == ["neuron 2", "neuron 2"]
     assert found["best neuron"].correlation == pytest.approx(np.corrcoef(acts, neurons[2])[0, 1])
     assert analyze.rival_neurons(SimpleNamespace(neurons=lambda: 0 * neurons), acts, has) == {}
