@@ -179,8 +179,9 @@ def main():
     keep_freed_memory()  # as the scripts do
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
-    use_faster_products()
     on_gpu = args.device != "cpu"
+    if not on_gpu:
+        use_faster_products()
     device_type = torch.device(args.device).type
     autocast = torch.autocast(device_type, dtype=torch.bfloat16, enabled=on_gpu)
     machine = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} threads"
