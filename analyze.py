@@ -3628,7 +3628,7 @@ def show_frontier(run, args, n_tokens=2**15):
     stride = math.ceil(len(run.held_out) * run.T / n_tokens)
     run = replace(run, held_out=run.held_out[::stride])
     runs = load_comparable(run, args)
-    # of what is simpler; first, as the training text may be missing
+    # first of all, as the training text, from which PCA learns, may be missing
     mean, directions = principal_components(run, args.read_tokens)
     points = []
     for name, other in zip(args.names, runs):
