@@ -15,7 +15,7 @@ features.
     python analyze.py scaling --names=a,b,c           # loss against compute, of many finished runs
     python analyze.py frontier --names=a,b,c --l0=10  # lambdas and sizes beside PCA and neurons
     python analyze.py compare small large             # splitting; across two models: universality
-    python analyze.py study 924 --proxy=token:self    # is one feature what it seems to be?
+    python analyze.py study 924 --proxy='token: self'  # is one feature what it seems to be?
     python analyze.py automata                        # which features switch one another on?
     python analyze.py toy --name=toy                  # how many known directions were found?
     python analyze.py feature 5 --name=own --texts=lines.txt  # of activations without a model
