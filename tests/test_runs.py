@@ -785,5 +785,7 @@ def test_two_ranks_are_one_with_the_doubled_batch(trained, tmp_path, name):
         if which.endswith("c_attn.bias"):  # the softmax does not see the keys' bias: Adam makes steps of rounding errors
             for state in (a, b):
                 state[which].view(3, -1)[1] = 0
-        # Adam makes whole steps of slopes that are rounding errors: a few entries differ by more
+        if name == "train_sae.py":
+            torch.testing.assert_close(a[which], b[which], rtol=2e-3, atol=2e-5, msg=which)
+        # Adam makes whole steps of slopes that are rounding errors: a few entries may differ by more
         assert (a[which] - b[which]).norm() <= 5e-3 * b[which].norm(), which

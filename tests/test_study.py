@@ -438,8 +438,8 @@ def test_the_command_on_a_trained_run_with_a_twin_and_at_a_site_without_neurons(
     out = tmp_path / "out"
     shutil.copytree(trained, out)
     printed, found = study(out, best_feature(out), "--other=scaling")
-    # its rows are float16, so a last bit of a product may become a thousandth
-    assert found["twin"]["activations"] == pytest.approx(1, abs=1e-4)
+    # on every token it is active, and a mean far above its spread is all but cancelled in float32
+    assert found["twin"]["activations"] == pytest.approx(1, abs=3e-6)
     assert found["twin"]["logit_weights"] == pytest.approx(1)
     assert set(found["detectors"]) == {"feature", "nearest neuron", "best neuron", "twin"}
     assert "NaN" not in (out / "sae/scaling/study.json").read_text() and "properties that it may stand for" in printed
