@@ -914,22 +914,23 @@ class ActivationStream(ActivationStore):
     an end.
 
     make(start, n) -> (n, width), rows start .. start + n of an endless sequence. batch takes
-    them by shards of SHARD_ROWS and keeps one. gather(rows): of several ranks, each of which
-    made some of the rows, every one gets all.
+    them by shards of shard_rows, by default SHARD_ROWS, and keeps one. gather(rows): of several
+    ranks, each of which made some of the rows, every one gets all.
     """
 
-    def __init__(self, make, width, gather=lambda rows: rows):
+    def __init__(self, make, width, gather=lambda rows: rows, shard_rows=None):
         self.make = make
         self.width = width
         self.gather = gather
+        self.shard_rows = shard_rows or SHARD_ROWS
         self.rows = math.inf
 
     def find(self, position):
-        number, offset = divmod(position, SHARD_ROWS)
+        number, offset = divmod(position, self.shard_rows)
         return (number,), offset
 
     def load(self, number):
-        return self.gather(self.make(number * SHARD_ROWS, SHARD_ROWS))
+        return self.gather(self.make(number * self.shard_rows, self.shard_rows))
 
     def sample(self, n, seed):
         start = np.random.default_rng(seed).integers(2**40)

@@ -314,7 +314,8 @@ def prepare(args, device, checkpoint=None):
         share = partial(make, rank=rank, ranks=ranks)
         gather = partial(gathered, source["site"])
         store = ActivationStream(partial(share, "train"), width, gather)
-        val_store = ActivationStream(partial(share, "val"), width, gather)
+        # by shards as long as the one on disk, or they would hold other rows
+        val_store = ActivationStream(partial(share, "val"), width, gather, VAL_ROWS)
         return store, val_store, source
     # All that the rows on disk depend on: they are made anew when one of these changes. Neither
     # the seed nor --n_acts is among them, so that runs side by side share the files.

@@ -7,6 +7,7 @@ import re
 import shutil
 from collections import defaultdict
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -1243,6 +1244,18 @@ def test_the_held_out_loss_is_the_mean_over_rows_of_batches_of_unequal_size():
         store = mock.Mock(rows=rows, batch=lambda position, n: torch.from_numpy(x[position:position + n]).float())
         found = train_sae.held_out_loss(sae, store, 2.0, torch.device("cpu"))
         assert found == pytest.approx(losses[:read].mean(), rel=1e-4)
+
+
+def test_a_run_that_streams_is_judged_on_the_rows_of_one_that_does_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_sae, "SHARD_ROWS", 1024)
+    monkeypatch.setattr(train_sae, "VAL_ROWS", 512)
+    flags = {"acts": "toy", "toy_offset": 0, "site": "mlp", "layer": 0, "shuffle_weights": False, "seed": 3}
+    held_out = []
+    for stream in (False, True):
+        args = SimpleNamespace(out_dir=str(tmp_path), n_acts=1, stream=stream, **flags)
+        _, val_store, _ = train_sae.prepare(args, torch.device("cpu"))
+        held_out.append(sorted(val_store.batch(0, 512).tolist()))  # those on disk are shuffled once more
+    assert held_out[0] == held_out[1]
 
 
 def planted(out, loss_of, sizes, budgets, rates=(2e-3,)):
