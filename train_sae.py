@@ -290,7 +290,8 @@ def own_stores(args, device):
     paths = matching_files(args.acts)
     source = own_source(paths, os.path.join(args.out_dir, "sae", args.name))
     store = ActivationStore(paths, args.seed, TRAINED_ON, device)
-    val_store = ActivationStore(paths, args.seed, HELD_OUT, device)
+    # of many only VAL_ROWS are looked at: in one order for all seeds, or each would see others
+    val_store = ActivationStore(paths, part=HELD_OUT, device=device)
     shape = np.load(paths[0], mmap_mode="r").shape  # the first file's: the others will be alike
     if len(shape) > 2:
         print(f"{paths[0]}: shape {shape} is read as rows of {store.width}, the last dimension")

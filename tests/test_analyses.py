@@ -1258,6 +1258,16 @@ def test_a_run_that_streams_is_judged_on_the_rows_of_one_that_does_not(tmp_path,
     assert held_out[0] == held_out[1]
 
 
+def test_runs_of_different_seeds_on_own_rows_are_judged_on_the_same_ones(tmp_path):
+    np.save(tmp_path / "rows.npy", np.arange(2000.0).reshape(-1, 2))
+    held_out = []
+    for seed in (1, 2):
+        flags = {"acts": str(tmp_path / "*.npy"), "out_dir": str(tmp_path), "name": "own", "seed": seed}
+        _, val_store, _ = train_sae.own_stores(SimpleNamespace(**flags), torch.device("cpu"))
+        held_out.append(val_store.batch(0, 20))  # some of the 50, as VAL_ROWS are of more
+    assert torch.equal(*held_out)
+
+
 def planted(out, loss_of, sizes, budgets, rates=(2e-3,)):
     """Finished runs on disk with these losses, batches of 10 rows -> their names with commas between."""
     like = load_sae(out / "sae/scaling/sae.pt").extra
