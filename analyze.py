@@ -188,6 +188,14 @@ class Run:
         return "training tokens" if self.gpt else "rows"
 
     @property
+    def n_countable(self):
+        """How many vectors trained_x can yield, those of whole contexts."""
+        if not self.gpt:
+            return self.trained_on.rows
+        T = self.gpt.config.block_size
+        return len(self.training_text) // T * T
+
+    @property
     def device(self):
         """Where the autoencoder and the model are."""
         return self.sae.W_dec.device
@@ -1092,6 +1100,9 @@ def summary(run, metrics):
     note = f"on fewer than 1 in {1 / ULTRA_LOW:,.0f}"
     if metrics["ultra_low"] is None:
         too_few = f"{note}: to tell takes --density_tokens={ENOUGH:.0f}"
+        if run.n_countable < ENOUGH:  # then the flag does not help
+            enough = f"{ENOUGH:,.0f} {run.counted}"
+            too_few = f"{note}: to tell takes {enough}, there are {run.n_countable:,}"
         rows.append(("ultra-low density", "undefined", too_few))
     else:
         rows.append(("ultra-low density", f"{metrics['ultra_low']:.2%}", note))

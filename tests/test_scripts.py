@@ -964,6 +964,19 @@ def test_dead_and_ultra_low_are_told_on_tokens_enough():
     assert few == {"density_tokens": 10**7 - 1, "dead": 0.4, "ultra_low": None}
 
 
+@pytest.mark.parametrize("n_tokens, advice", [
+    (10**7 + 15, "to tell takes --density_tokens=10000000"),  # 15: no whole context
+    (10**7 - 1, "to tell takes 10,000,000 training tokens, there are 9,999,984"),
+])
+def test_more_density_tokens_are_asked_for_where_the_text_has_them(n_tokens, advice):
+    contexts = torch.zeros(2, 17, dtype=torch.long)
+    run = run_on(tiny_gpt(), SparseAutoencoder(SAEConfig(8, 5)), "resid.0", contexts)
+    run.training_text = np.broadcast_to(np.uint16(0), n_tokens)
+    metrics, _ = analyze.measure(run)
+    rows = analyze.summary(run, metrics | analyze.density_metrics(np.array([0.1]), 100))
+    assert [note.partition(": ")[2] for name, _, note in rows if name == "ultra-low density"] == [advice]
+
+
 @pytest.mark.parametrize("factor", [1, 1e4, 1e20])
 def test_variance_explained_is_told_without_massive_rows_too(factor):
     """An autoencoder that gives back the 1 % of large rows and nothing of the others."""
