@@ -2878,21 +2878,13 @@ def touched(parts, find, n_kinds):
     """`overlapped` of a single text, whose tokens are these parts, bytes."""
     # what is no UTF-8, such as half a character, becomes a character for each byte
     text = b"".join(parts).decode(errors="surrogateescape")
-    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
-    widths = 1 + (codes > 0x7F) + (codes > 0x7FF) + (codes > 0xFFFF)  # bytes of each in UTF-8
-    widths[(codes >= 0xDC80) & (codes <= 0xDCFF)] = 1
-    # how many spans begin and end at each character; their sum tells how many cover it
-    steps = np.zeros((n_kinds, len(text) + 1), dtype=int)
-    spans = np.array(find(text), dtype=int).reshape(-1, 3)
-    kinds, starts, ends = spans.T
-    np.add.at(steps, (kinds, starts), 1)
-    np.add.at(steps, (kinds, ends), -1)
-    covered = steps.cumsum(1)[:, :-1] > 0          # (n_kinds, characters)
-    covered = np.repeat(covered, widths, axis=1)   # (n_kinds, bytes)
-    # a token has what any of its bytes has
-    upto = np.pad(covered.cumsum(1), ((0, 0), (1, 0)))
-    edges = np.cumsum([0] + [len(part) for part in parts])
-    return upto[:, edges[1:]] > upto[:, edges[:-1]]
+    widths = [len(character.encode(errors="surrogateescape")) for character in text]  # in bytes
+    first_byte = np.cumsum([0] + widths)  # of each character, and where the text ends
+    token_of = np.repeat(np.arange(len(parts)), [len(part) for part in parts])  # of each byte
+    marks = np.zeros((n_kinds, len(parts)), dtype=bool)
+    for kind, start, end in find(text):
+        marks[kind, token_of[first_byte[start]:first_byte[end]]] = True
+    return marks
 
 
 def with_patterns(run, patterns):
