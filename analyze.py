@@ -2960,8 +2960,8 @@ def held_by(acts, has):
 
 def divergence(q, p):
     """
-    What one learns of something of probability p, in nats, by hearing that it is q. Both (k,),
-    and p neither 0 nor 1.
+    What one learns of something of probability p, in nats, by hearing that it is q; p is neither
+    0 nor 1.
     """
     yes = q * np.log(np.maximum(q, 1e-300) / p)
     no = (1 - q) * np.log(np.maximum(1 - q, 1e-300) / (1 - p))
@@ -3017,19 +3017,15 @@ def choose_proxy(run, acts, n_shown):
 
 def likelihood_ratios(tokens, has):
     """
-    log P(token | property) / P(token) of every token that occurs, from counts -> (largest + 1,).
+    log P(token | property) / P(token) of each of tokens (n,), from counts -> (n,).
 
     The paper has it of strings, whose probability is the product over their tokens; here each is
     a single token. One occurrence with the property is added, spread over all tokens as they are
     in the text, or the log of what never has it would be that of 0.
     """
-    counts = np.bincount(tokens)
-    share = counts / len(tokens)
+    share = np.bincount(tokens) / len(tokens)
     given = (np.bincount(tokens, has) + share) / (has.sum() + 1)
-    ratios = np.zeros(len(counts))
-    seen = counts > 0
-    ratios[seen] = np.log(given[seen] / share[seen])
-    return ratios
+    return np.log(given[tokens] / share[tokens])
 
 
 def ratio(part, whole):
@@ -3046,27 +3042,28 @@ def assess(acts, has, ratios, n_levels=10):
     Levels are n_levels equal intervals of the activation; what is listed by level has one entry
     more, the first, for tokens where it is off. Precision and recall are of saying that the
     property is where the activation is over the threshold, the lower end of each interval.
-    "lowest" and "highest" are the shares at the lowest level that has tokens and at the highest.
+    "lowest" and "highest" are the shares at the lowest and highest level that have tokens.
     """
     edges = np.linspace(0, acts.max(), n_levels + 1)
     level = np.digitize(acts, edges, right=True)  # 0: off, or below
     tokens = np.bincount(level, minlength=n_levels + 1)
     with_it = np.bincount(level, has, n_levels + 1)
     sums = np.bincount(level, ratios, n_levels + 1)
-    over = tokens[:0:-1].cumsum()[::-1]           # (n_levels,): over each threshold
-    over_with_it = with_it[:0:-1].cumsum()[::-1]
+    over = len(acts) - tokens.cumsum()[:-1]            # (n_levels,): over each threshold
+    over_with_it = has.sum() - with_it.cumsum()[:-1]
     share = ratio(with_it, tokens)
+    known = [part for part in share[1:] if part is not None]  # of levels that have tokens
     return {
         "pearson": correlations(acts, has.astype(float))[0],
         "share_by_activation": float(held_by(acts, has)),
         "edges": edges.tolist(),
         "tokens": tokens.tolist(),
         "share": share,
-        "lowest": share[1:][np.flatnonzero(tokens[1:])[0]],
-        "highest": share[-1],
+        "lowest": known[0],
+        "highest": known[-1],
         "log_likelihood_ratio": ratio(sums, tokens),
-        "precision": ratio(over_with_it, over),
-        "recall": ratio(over_with_it, np.full(n_levels, has.sum())),
+        "precision": (over_with_it / over).tolist(),  # the maximum is over every threshold
+        "recall": (over_with_it / has.sum()).tolist(),
     }
 
 
@@ -3198,7 +3195,7 @@ def show_study(run, args):
     twin = None
     if other:
         detectors["twin"], twin = find_twin(run, other, i, acts)
-    ratios = likelihood_ratios(run.tokens, here)[run.tokens]
+    ratios = likelihood_ratios(run.tokens, here)
     judged = {}
     for role, one in detectors.items():
         judged[role] = {"name": one.name, "correlation": one.correlation}
@@ -3305,10 +3302,10 @@ def print_detectors(judged, twin):
         columns = [
             f"{row['correlation']:10.2f}",
             or_undefined(row["pearson"], "9.2f"),
-            or_undefined(row["lowest"], "9.1%"),
-            or_undefined(row["highest"], "9.1%"),
+            f"{row['lowest']:9.1%}",
+            f"{row['highest']:9.1%}",
             f"{row['share_by_activation']:9.1%}",
-            or_undefined(row["precision"][half], "10.1%"),
+            f"{row['precision'][half]:10.1%}",
             f"{row['recall'][half]:17.1%}",
         ]
         print(f"  {role:<14} {row['name']:<{width}}{''.join(columns)}")
