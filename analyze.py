@@ -3254,10 +3254,11 @@ def print_levels(name, has, judged):
     )
     # from the highest level down to where it is off
     edges = judged["edges"]
-    levels = zip(judged["tokens"], judged["share"], judged["log_likelihood_ratio"])
-    for k, (n, share, log_ratio) in reversed(list(enumerate(levels))):
+    for k in reversed(range(len(edges))):
         label = f"{edges[k - 1]:.2f} to {edges[k]:.2f}" if k else "off"
-        line = f"{label:>16}{n:10,}{or_undefined(share, '9.1%')}{or_undefined(log_ratio, '+11.2f')}"
+        share = or_undefined(judged["share"][k], ".1%", "")  # blank where there is no token
+        log_ratio = or_undefined(judged["log_likelihood_ratio"][k], "+.2f", "")
+        line = f"{label:>16}{judged['tokens'][k]:10,}{share:>9}{log_ratio:>11}"
         if k:
             line += f"{judged['precision'][k - 1]:17.1%}{judged['recall'][k - 1]:17.1%}"
         print(line)

@@ -109,6 +109,7 @@ def test_what_is_printed(planted):
     assert f"\n{n_foo / n:.2%} of {n:,} held-out tokens are with the property: token: foo\n" in printed
     top = re.search(r"^ *3\.60 to 4\.00 +(\d+) +100\.0% +\+\d\.\d\d +100\.0% +100\.0%$", printed, re.M)
     assert int(top[1]) == n_foo
+    assert re.search(r"^ *0\.00 to 0\.40 {9}0 {20} {12}\d\d\.\d% {11}100\.0%$", printed, re.M)  # no token: blank
     assert "--other=FOLDER" in printed and "\n  best neuron " in printed
 
 
