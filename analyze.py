@@ -3536,23 +3536,14 @@ def at_l0(curve, l0):
     if not l0s[0] <= l0 <= l0s[-1]:
         return None
 
-    def read(key):
+    # L0 is 0 where all is dead: it has no log
+    log_l0, *log_l0s = np.log(np.append(l0, l0s).clip(1e-9))
+    there = {}
+    for key in ("variance_explained", "loss_recovered", "l1_coeff"):
         values = [getattr(point, key) for point in curve]
-        if None in values:
-            return None
-        # L0 is 0 where all is dead: it has no log
-        log_l0, *log_l0s = np.log(np.append(l0, l0s).clip(1e-9))
-        return float(np.interp(log_l0, log_l0s, values))
-
-    return Point(
-        curve=curve[0].curve,
-        name=curve[0].curve,
-        l0=l0,
-        variance_explained=read("variance_explained"),
-        loss_recovered=read("loss_recovered"),
-        n_features=curve[0].n_features,
-        l1_coeff=read("l1_coeff"),
-    )
+        there[key] = None if None in values else float(np.interp(log_l0, log_l0s, values))
+    name = curve[0].curve
+    return Point(name, name, l0, n_features=curve[0].n_features, **there)
 
 
 def best_at(curves, l0):
@@ -3636,7 +3627,7 @@ def show_frontier(run, args, n_tokens=2**15):
         point, metrics = measured_point(other, name, run)
         points.append(point)
 
-    # what is simpler
+    # what is simpler; the losses of the model itself are in the metrics of each run, so of the last
     width = len(mean)
     ks = sorted({max(1, width >> halved) for halved in range(8)})  # of 512: 4, 8, 16, ... 512
     simple = baseline_points(run, metrics, mean, directions, ks)
@@ -3686,7 +3677,7 @@ class Firing:
     highest: np.ndarray      # (m,) largest activation
     often: np.ndarray        # (m,) bool: active on OFTEN tokens or more of each part
     means: torch.Tensor      # (m, vocab_size), sparse: mean activation on a token
-    first: list              # for each of blocks(m): (block, pairs), sparse: 1 where it fires
+    first: list              # of each of blocks(m): (block, pairs), sparse: 1 where it fires
     second: torch.Tensor     # (m, pairs), sparse: 1 where it fires on the next token
     frequency: torch.Tensor  # (vocab_size,) of tokens in the training text; rare ones: 0
 
@@ -3727,10 +3718,12 @@ def read_firing(run):
         learned = acts[:, learn]
         highest[block] = learned.max(1)
         means.append(means_by_token(learned, run.tokens[learn], len(frequency)))
-        parts = [acts[:, part] > 0 for part in (learn, judge, judge + 1)]
-        often[block] = np.min([fires.sum(1) for fires in parts], axis=0) >= OFTEN
-        first.append(torch.from_numpy(parts[1]).float().to_sparse())
-        second.append(torch.from_numpy(parts[2]).float().to_sparse())
+        on_first = acts[:, judge] > 0
+        on_second = acts[:, judge + 1] > 0
+        counts = [fires.sum(1) for fires in (learned > 0, on_first, on_second)]
+        often[block] = np.min(counts, axis=0) >= OFTEN
+        first.append(torch.from_numpy(on_first).float().to_sparse())
+        second.append(torch.from_numpy(on_second).float().to_sparse())
     if not highest.any():
         raise run.all_dead()
     if not often.any():
@@ -3801,13 +3794,13 @@ def all_pairs(run, firing):
     m = run.n_features
     n_pairs = firing.second.shape[1]
     usual = (firing.means @ firing.frequency[:, None])[:, 0].numpy()  # (m,)
-    density = (firing.second @ torch.ones(n_pairs, 1))[:, 0].numpy() / n_pairs
+    density = (firing.second @ torch.ones(n_pairs)).numpy() / n_pairs
     able = firing.often & (usual > 0)  # not those that fire on rare tokens alone
     for block, first in zip(tracked("pairing", blocks(m), "features"), firing.first):
         fires = first.to_dense()  # (block, pairs)
         p = next_token(run, firing, block)
-        active = (firing.means @ p.t().contiguous()).t().numpy()      # (block, m)
-        times = (firing.second @ fires.t().contiguous()).t().numpy()  # (block, m)
+        active = (firing.means @ p.t()).t().numpy()      # (block, m)
+        times = (firing.second @ fires.t()).t().numpy()  # (block, m)
         fired = fires.sum(1).numpy()
         row, target = np.nonzero(able[block][:, None] & able)
         yield Edges(
@@ -3900,23 +3893,23 @@ def find_chains(edges, used):
     next: the strongest edge, then the strongest one from where that leads, and so on. No feature
     is in two, nor in the set `used`.
     """
-    used = set(used)
+    sources, targets = edges.source.tolist(), edges.target.tolist()
     leaving = defaultdict(list)  # source -> indices
-    for k, source in enumerate(edges.source.tolist()):
+    for k, source in enumerate(sources):
         leaving[source].append(k)
     chains = []
-    for k, pair in enumerate(zip(edges.source.tolist(), edges.target.tolist())):
+    for k, pair in enumerate(zip(sources, targets)):
         if used & set(pair):
             continue
         chain = [k]
         seen = used | set(pair)
         while len(chain) < LONGEST - 1:
-            end = edges.target[chain[-1]].item()
-            further = [step for step in leaving[end] if edges.target[step].item() not in seen]
+            end = targets[chain[-1]]
+            further = [step for step in leaving[end] if targets[step] not in seen]
             if not further:
                 break
             chain.append(further[0])
-            seen.add(edges.target[further[0]].item())
+            seen.add(targets[further[0]])
         if len(chain) > 1:
             used = seen
             chains.append(chain)
@@ -3928,12 +3921,10 @@ def carriers(run, firing, source, target, n=3):
     The tokens that an edge goes by -> their numbers, at most n: those that add most to its
     predicted lift, as far as they add a tenth of what the first does.
     """
-    row = slice(*firing.means.crow_indices()[target:target + 2].tolist())
-    tokens = firing.means.col_indices()[row]
     shift = next_token(run, firing, np.array([source]))[0] - firing.frequency
-    added = shift[tokens] * firing.means.values()[row]  # how much more active on each
-    best = added.topk(min(n, len(added))).indices
-    return tokens[best][added[best] > 0.1 * added.max()].tolist()
+    added = shift * firing.means[target].to_dense()  # how much more active on each token
+    most, tokens = added.topk(n)
+    return tokens[most > 0.1 * most[0]].tolist()
 
 
 def brief(run, token):
@@ -3982,7 +3973,7 @@ def print_edges(heading, rows, names):
 
 
 def print_lifts(table):
-    """The table of find_edges, and its rows as dicts, to be saved."""
+    """Prints the table of find_edges -> its rows as dicts, to be saved."""
     print("\npredicted lift    pairs of features   measured lift   borne out")
     bounds = [0, *LIFTS, math.inf]
     rows = []
