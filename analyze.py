@@ -685,7 +685,7 @@ def sparse_where_it_pays(sae, x):
     if not sae.sparse_pays(scaled):
         return sae.encode(x)
     entries = active_entries(sae.encoder_input(scaled), sae.W_enc, sae.b_enc)
-    return csr(*entries, x, sae.W_dec)
+    return csr(*entries, (len(x), len(sae.b_enc)))
 
 
 def activity(f):

@@ -527,26 +527,26 @@ class SparseAutoencoder(nn.Module):
         Autoencoders") in raw units, its W_dec_i the direction. The mean that was taken off goes
         into both biases. With input_norm="token" each vector's own scale stays, and the mean.
         """
-        config = replace(self.config, tied=False, pre_bias=False)
-        if self.config.input_norm != "token":
-            config.center = False
+        own_scales = self.config.input_norm == "token"
+        center = self.config.center and own_scales
+        config = replace(self.config, tied=False, pre_bias=False, center=center)
         folded = SparseAutoencoder(config).to(self.W_dec)
         folded.extra = self.extra
-        norms = self.W_dec.norm(dim=1)
-        scale = self.scale
-        if self.config.input_norm == "token":
+
+        b_enc, b_dec = self.b_enc, self.b_dec
+        if self.config.pre_bias:
+            b_enc = b_enc - b_dec @ self.W_enc  # as (x - b) W = x W - b W
+        if own_scales:
             scale = 1.0
             folded.scale.copy_(self.scale)
             folded.mean.copy_(self.mean)
-        bias = self.b_enc
-        if self.config.pre_bias:
-            bias = bias - self.b_dec @ self.W_enc  # as (x - b) W = x W - b W
-        b_dec = self.b_dec / scale
-        if self.config.center and not config.center:
-            bias = bias - scale * self.mean @ self.W_enc  # the same once more
-            b_dec = b_dec + self.mean
+        else:
+            scale = self.scale
+            b_enc = b_enc - scale * self.mean @ self.W_enc  # the same once more
+            b_dec = b_dec / scale + self.mean
+        norms = self.W_dec.norm(dim=1)
         folded.W_enc.copy_(self.W_enc * norms)
-        folded.b_enc.copy_(bias * norms / scale)
+        folded.b_enc.copy_(b_enc * norms / scale)
         folded.W_dec.copy_(self.W_dec / norms.clamp_min(1e-12)[:, None])
         folded.b_dec.copy_(b_dec)
 
@@ -1023,9 +1023,9 @@ class SparseStep(torch.autograd.Function):
     x_hat = ReLU(x W_enc + b_enc) W_dec + b_dec and its gradient, exact, at the cost of little
     more than one dense product, the encoder's. With ReLU the gradient is 0 wherever a feature
     is off, and nearly all are, so everything else touches the active entries alone. With f as
-    a sparse matrix and g = dL/df, which only matters where f > 0:
+    a sparse matrix, s its sum over the batch, which the penalty is made of, and g = dL/df:
 
-        g = dL/dx_hat W_dec^T, sampled at f > 0
+        g = dL/dx_hat W_dec^T + dL/ds, sampled at f > 0
         dL/dW_dec = f^T dL/dx_hat
         dL/dW_enc = x^T g
 
@@ -1038,54 +1038,48 @@ class SparseStep(torch.autograd.Function):
         x (B, n), the weights -> x_hat (B, n), f summed over the batch (m,), number of active
         entries.
         """
-        rows, columns, values = active_entries(x, W_enc, b_enc)
-        f = csr(rows, columns, values, x, W_dec)  # (B, m)
-        ctx.save_for_backward(x, W_enc, W_dec, rows, columns, values)
+        starts, columns, values = active_entries(x, W_enc, b_enc)
+        f = csr(starts, columns, values, (len(x), len(b_enc)))  # (B, m)
+        ctx.save_for_backward(x, W_enc, W_dec, starts, columns, values)
         f_sum = values.new_zeros(len(b_enc)).index_add_(0, columns, values)
-        return f @ W_dec + b_dec, f_sum, rows[-1]
+        return f @ W_dec + b_dec, f_sum, starts[-1]
 
     @staticmethod
     def backward(ctx, grad_x_hat, grad_f_sum, _):
-        x, W_enc, W_dec, rows, columns, values = ctx.saved_tensors
-        through_f_sum = csr(rows, columns, grad_f_sum[columns], x, W_dec)  # (B, m)
+        x, W_enc, W_dec, starts, columns, values = ctx.saved_tensors
+        m = len(W_dec)
+        through_f_sum = csr(starts, columns, grad_f_sum[columns], (len(x), m))  # (B, m)
         g = torch.sparse.sampled_addmm(through_f_sum, grad_x_hat, W_dec.t())
         grad_x = g @ W_enc.t() if ctx.needs_input_grad[0] else None
-        f_t, g_t = transposed(rows, columns, [values, g.values()], len(W_dec))  # (m, B) each
+        f_t, g_t = transposed(starts, columns, [values, g.values()], m)  # (m, B) each
         grad_W_enc = (g_t @ x).t()  # (n, m)
         grad_b_enc = torch.zeros_like(W_dec[:, 0]).index_add_(0, columns, g.values())
         grad_W_dec = f_t @ grad_x_hat  # (m, n)
         return grad_x, grad_W_enc, grad_b_enc, grad_W_dec, grad_x_hat.sum(0)
 
 
-def csr(rows, columns, values, x, W_dec):
-    """A sparse matrix (B, m) from where its rows begin and its entries' columns and values."""
-    shape = (len(x), len(W_dec))
-    return torch.sparse_csr_tensor(rows, columns, values, shape, check_invariants=False)
+def csr(starts, columns, values, shape):
+    """A sparse matrix of a shape (B, m): see active_entries, which finds the other three."""
+    return torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)
 
 
-def transposed(rows, columns, several, m):
+def transposed(starts, columns, values_of_each, m):
     """
-    The transposes (m, B) of sparse matrices that have their entries in the same places: rows (B +
-    1,) and columns (entries,) as those of csr, and of each matrix its values (entries,).
+    The transposes (m, B) of sparse matrices that have their entries in the same places: starts
+    (B + 1,) and columns (entries,) as in csr, and a list of each matrix's values (entries,).
     """
-    B = len(rows) - 1
+    B = len(starts) - 1
     # torch would sort for each matrix anew, and numpy has a fast way for numbers of 16 bits
     small = columns.numpy().astype(np.uint16 if m <= 2**16 else np.int64)
     order = torch.from_numpy(np.argsort(small, kind="stable"))
-    starts = torch.searchsorted(columns[order], torch.arange(m + 1))
-    row_of = torch.repeat_interleave(torch.arange(B), rows.diff())[order]
-    shape = (m, B)
-    matrices = []
-    for values in several:
-        values = values[order]
-        matrix = torch.sparse_csr_tensor(starts, row_of, values, shape, check_invariants=False)
-        matrices.append(matrix)
-    return matrices
+    column_starts = torch.searchsorted(columns[order], torch.arange(m + 1))
+    rows = torch.repeat_interleave(torch.arange(B), starts.diff())[order]
+    return [csr(column_starts, rows, values[order], (m, B)) for values in values_of_each]
 
 
 def active_entries(x, W_enc, b_enc):
     """
-    Finds where x W_enc + b_enc > 0, for x (B, n), W_enc (n, m) and b_enc (m,). Returns rows
+    Finds where x W_enc + b_enc > 0, for x (B, n), W_enc (n, m) and b_enc (m,). Returns starts
     (B + 1,), where each row's entries begin, and columns and values (entries,), row by row.
     """
     B, m = len(x), len(b_enc)
@@ -1100,7 +1094,7 @@ def active_entries(x, W_enc, b_enc):
         places.append(positive + i * m)
         values.append(product.view(-1)[positive])
     places = torch.cat(places)
-    rows = torch.searchsorted(places, torch.arange(0, B * m + 1, m))
+    starts = torch.searchsorted(places, torch.arange(0, B * m + 1, m))
     columns = places % m
     values = torch.cat(values) + b_enc[columns]
-    return rows, columns, values
+    return starts, columns, values
