@@ -17,8 +17,9 @@ An activation vector x of width n becomes m feature activations f, most of them 
 
 Column i of W_enc is what feature i looks for, row i of W_dec is its direction. Both terms of the
 loss are sums over their axis (the width, the features) and means over the batch, so that lambda
-depends neither on the size of the batch nor on the number of features. On the width it does: the
-same data in four times the width takes twice the lambda, as ||x||^2 is the width.
+depends neither on the size of the batch nor on the number of features. It does depend on the
+width: inputs are scaled until the mean of ||x||^2 is the width, so the same data in four times the
+width takes twice the lambda.
 
 Notable:
 - the table RECIPES is the comparison of the papers; a new recipe is a new row
@@ -248,30 +249,16 @@ class SparseAutoencoder(nn.Module):
         """Raw x (..., d_in) in the units of the loss and in the precision of the weights."""
         return self.centred(x.to(self.W_dec.dtype)) * self.input_scale(x)
 
-    def encoder_input(self, x):
-        """Scaled x (..., d_in) -> what W_enc is applied to. Its gradient: see encoder_bias."""
-        return x - self.b_dec.detach() if self.config.pre_bias else x
-
-    def encoder_bias(self):
-        """
-        b_enc (n_features,). With pre_bias the gradient of b_dec comes by way of it, a product
-        with a vector; through encoder_input it would take one more product of matrices.
-        """
-        if not self.config.pre_bias:
-            return self.b_enc
-        zero = self.b_dec - self.b_dec.detach()  # whose gradient is b_dec's
-        return self.b_enc - zero @ self.W_enc.detach()
-
     def pre_activations(self, x, features=None):
         """
         Scaled x (..., d_in) -> z (..., n_features), or of some features only: see encode.
 
-        z = (x - b_dec) W_enc + b_enc, without pre_bias x W_enc + b_enc: the two helpers above are
-        this, arranged so that the gradient of b_dec costs little.
+        z = (x - b_dec) W_enc + b_enc, without pre_bias x W_enc + b_enc. The two methods below are
+        this equation, arranged so that the gradient of b_dec costs little.
         """
         x = self.encoder_input(x)
         if features is None:
-            # in bfloat16 a product alone is rounded, which moves what is near 0 by much
+            # F.linear rounds to bfloat16 once, when the bias is added: what is near 0 moves little
             if torch.is_autocast_enabled(x.device.type):
                 return F.linear(x, self.W_enc.t(), self.encoder_bias())
             return x @ self.W_enc + self.encoder_bias()
@@ -280,6 +267,20 @@ class SparseAutoencoder(nn.Module):
         if features.dim() == 1:
             return F.linear(x, rows, b_enc)
         return x @ rows.transpose(1, 2) + b_enc[:, None]  # (B, T, k)
+
+    def encoder_input(self, x):
+        """Scaled x (..., d_in) -> what W_enc is applied to, as a constant: see encoder_bias."""
+        return x - self.b_dec.detach() if self.config.pre_bias else x
+
+    def encoder_bias(self):
+        """
+        b_enc (n_features,). With pre_bias the gradient of b_dec comes through it, which takes a
+        product with a vector; through encoder_input it would take one more product of matrices.
+        """
+        if not self.config.pre_bias:
+            return self.b_enc
+        zero = self.b_dec - self.b_dec.detach()  # 0, with the gradient of b_dec
+        return self.b_enc - zero @ self.W_enc.detach()
 
     def activation(self, z):
         """z (..., n_features) -> f, in training and, by way of encode, in every analysis."""
@@ -660,10 +661,9 @@ def lr_at(step, max_iters, learning_rate, recipe):
 
 def resample_schedule(max_iters, recipe):
     """
-    Returns the steps after which the recipe resamples (a list), and for how many steps before a
-    feature must have been silent to count as dead, there and in the log of recipes that do not
-    resample. Both are the recipe's own in runs twice as long as the last of its steps, or longer:
-    of the paper's steps, 200,000.
+    Returns the steps after which dead features are resampled, a list, and for how many steps a
+    feature must have been silent to count as dead, there and in the log. Both are the recipe's own
+    in a run at least twice as long as the last of its steps: 200,000 steps with the paper's.
 
     A shorter run cannot copy them: features die in its first half and newcomers need time to
     settle. It resamples after 4, 5, ... 9 tenths of its steps, looking back a tenth. Of the
@@ -914,14 +914,12 @@ class ActivationStream(ActivationStore):
     an end.
 
     make(start, n) -> (n, width), rows start .. start + n of an endless sequence. batch takes
-    them by shards of shard_rows, by default SHARD_ROWS, and keeps one. gather(rows): of several
-    ranks, each of which made some of the rows, every one gets all.
+    them by shards of shard_rows, by default SHARD_ROWS, and keeps one.
     """
 
-    def __init__(self, make, width, gather=lambda rows: rows, shard_rows=None):
+    def __init__(self, make, width, shard_rows=None):
         self.make = make
         self.width = width
-        self.gather = gather
         self.shard_rows = shard_rows or SHARD_ROWS
         self.rows = math.inf
 
@@ -930,11 +928,11 @@ class ActivationStream(ActivationStore):
         return (number,), offset
 
     def load(self, number):
-        return self.gather(self.make(number * self.shard_rows, self.shard_rows))
+        return self.make(number * self.shard_rows, self.shard_rows)
 
     def sample(self, n, seed):
         start = np.random.default_rng(seed).integers(2**40)
-        return self.gather(self.make(int(start), n))
+        return self.make(int(start), n)
 
 
 def open_npy(path):
@@ -1042,7 +1040,7 @@ class SparseStep(torch.autograd.Function):
         f = csr(starts, columns, values, (len(x), len(b_enc)))  # (B, m)
         ctx.save_for_backward(x, W_enc, W_dec, starts, columns, values)
         f_sum = values.new_zeros(len(b_enc)).index_add_(0, columns, values)
-        return f @ W_dec + b_dec, f_sum, starts[-1]
+        return f @ W_dec + b_dec, f_sum, starts[-1]  # where a next row would begin: all entries
 
     @staticmethod
     def backward(ctx, grad_x_hat, grad_f_sum, _):

@@ -41,10 +41,9 @@ from sae import (HELD_OUT, MASSIVE, RECIPES, SHARD_ROWS, STARTS, TRAINED_ON, Act
                  paper_lambda, resample_schedule, restore_sae, save_sae, show_explained,
                  variance_of)
 
-TOY_DIRECTIONS = 4  # the seed of the known directions, the same in every run
+TOY_SEED = 4  # of the known directions, the same in every run
 
-# What draws with one seed are for: the second number of their keys. (ActivationStore's keys begin
-# with seed and epoch: those of epochs 5 and 6 may be the same, for draws of something else.)
+# What is drawn with --seed: the second number of a key, so that two draws of rows differ.
 FIRST_SAMPLE = 5
 RESAMPLING = 6
 
@@ -187,25 +186,27 @@ def gpt_rows(gpt, tokens, site, start, n, rank=0, ranks=1):
     device = gpt.wte.weight.device
     places = row_places(len(tokens) // T, T, start, n)
     places = np.random.default_rng(start).permutation(places)
+    # the rows are shuffled now; they are computed in the order of the text
+    order = np.argsort(places)
+    places = places[order]
 
-    # each context once, even where a short text gives several of the rows
+    # each context once, even where a short text gives several rows of one token
     contexts, context_of_row = np.unique(places // T, return_inverse=True)
     idx = tokens[contexts[:, None] * T + np.arange(T)].astype(np.int64)  # (contexts, T)
-    token_of_row = context_of_row * T + places % T     # (n,) in idx.flatten()
-    order = np.argsort(context_of_row, kind="stable")  # (n,) the rows, context by context
+    token_of_row = context_of_row * T + places % T  # (n,) in idx.flatten()
 
     # all at once, or a GPU would have to wait in between
     idx = to_device(idx, device)
-    token_in_order = to_device(token_of_row[order], device)
-    row_in_order = to_device(order, device)
+    token_of_row = to_device(token_of_row, device)
+    order = to_device(order, device)
     tokens_at_once = 8192 if device.type == "cpu" else 34_000  # a GPU wants more at once
     B = max(1, tokens_at_once // T)  # contexts at once
     rows = torch.zeros(n, gpt.site_width(site), dtype=torch.float16, device=device)
     for i in range(rank * B, len(contexts), ranks * B):
         x = gpt.activations(idx[i:i + B], site).flatten(0, 1)  # (B * T, width)
-        # which of the rows, in order, come from these contexts
-        first, last = np.searchsorted(context_of_row, (i, i + B), sorter=order)
-        rows[row_in_order[first:last]] = x[token_in_order[first:last] - i * T].half()
+        # which of the rows come from these contexts
+        first, last = np.searchsorted(context_of_row, (i, i + B))
+        rows[order[first:last]] = x[token_of_row[first:last] - i * T].half()
     if ranks == 1:
         check_rows(rows, site)
     return rows
@@ -270,7 +271,7 @@ def from_gpt(args, device):
 
 def from_toy(args, n_directions=256, width=64):
     """The same for rows made of known directions, more of them than the width has dimensions."""
-    rng = np.random.default_rng(TOY_DIRECTIONS)
+    rng = np.random.default_rng(TOY_SEED)
     truth = rng.standard_normal((n_directions, width), dtype=np.float32)
     truth /= np.linalg.norm(truth, axis=1, keepdims=True)
     offset = rng.standard_normal(width, dtype=np.float32)
@@ -312,11 +313,13 @@ def prepare(args, device, checkpoint=None):
     # rows as they are needed, the same as the files on disk would hold
     if args.stream:
         rank, ranks, _ = torchrun_ranks()
-        share = partial(make, rank=rank, ranks=ranks)
-        gather = partial(gathered, source["site"])
-        store = ActivationStream(partial(share, "train"), width, gather)
+
+        def make_together(split, start, n):
+            return gathered(source["site"], make(split, start, n, rank, ranks))
+
+        store = ActivationStream(partial(make_together, "train"), width)
         # by shards as long as the one on disk, or they would hold other rows
-        val_store = ActivationStream(partial(share, "val"), width, gather, VAL_ROWS)
+        val_store = ActivationStream(partial(make_together, "val"), width, VAL_ROWS)
         return store, val_store, source
     # All that the rows on disk depend on: they are made anew when one of these changes. Neither
     # the seed nor --n_acts is among them, so that runs side by side share the files.
@@ -649,8 +652,8 @@ def log_note(line):
 def train(training, store, val_store, args, machine):
     """
     Trains until args.max_iters steps are done or somebody interrupts, and saves. A run that is
-    done is judged on val_store before. What only some recipes do stands in the loop for all: it
-    asks the recipe first.
+    done is judged on val_store before. What only some recipes do is called for all of them, and
+    looks into the recipe itself.
     """
     sae, optimizer, recipe = training.sae, training.optimizer, training.sae.recipe
     loss_of = torch.compile(sae.loss) if machine.compiled else sae.loss
@@ -673,8 +676,11 @@ def train(training, store, val_store, args, machine):
             group["lr"] = lr_at(step, args.max_iters, args.learning_rate, recipe)
 
         # a step of Adam
-        with machine.autocast:  # torch.full: a GPU would have to wait for torch.tensor
-            loss, stats = loss_of(x, torch.full((), l1_coeff, device=machine.device))
+        # lambda as a tensor, or torch.compile would compile again when it changes; torch.full,
+        # as a GPU would have to wait for torch.tensor
+        l1_tensor = torch.full((), l1_coeff, device=machine.device)
+        with machine.autocast:
+            loss, stats = loss_of(x, l1_tensor)
         optimizer.zero_grad()
         loss.backward()
         average_gradients(sae)  # over the ranks
@@ -771,8 +777,8 @@ def main():
         f"on {machine.device}"
     )
     if args.input_norm != "token":
-        papers = paper_lambda(args.l1_coeff, store.width, scale)
-        print(f"lambda {args.l1_coeff:g} is {papers:.3g} in the units of Bricken et al.")
+        theirs = paper_lambda(args.l1_coeff, store.width, scale)
+        print(f"lambda {args.l1_coeff:g} is {theirs:.3g} in the units of Bricken et al.")
     train(training, store, val_store, args, machine)
     if training.step < args.max_iters:
         raise KeyboardInterrupt(f"step {training.step:,}")  # `run` says how to go on

@@ -633,7 +633,7 @@ def test_each_rank_computes_its_share_of_a_stream_and_every_one_gets_all(on_two_
 
     def on(rank):
         computed.clear()
-        stream = ActivationStream(partial(make, rank=rank, ranks=2), 32, partial(train_sae.gathered, "mlp.0"))
+        stream = ActivationStream(lambda start, n: train_sae.gathered("mlp.0", make(start, n, rank, 2)), 32)
         shares = []
         for position in range(0, 30_000, 6000):
             shares.append(stream.batch(position, 6000, rank, ranks=2))
