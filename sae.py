@@ -188,8 +188,8 @@ class SparseAutoencoder(nn.Module):
 
     Initialisation: see Recipe.start, with rows of W_dec of unit norm or of decoder_norm; biases 0.
     Circuits Updates, April 2024, suggests norms of 0.05 to 1. With 0.15 the fewest features die in
-    short runs: of `scaling` on the default activations 0.4, 0.1 and 0 % after 250, 400 and 1,500
-    steps; with 0.05 3.9 % after 250, with 0.3 3.7, 1.4 and 0 %, with 1 37 % after 250.
+    short runs: of `scaling` on the default activations 0.4 % are dead after 250 steps, 3.9 % with
+    0.05, 3.7 % with 0.3 and 37 % with 1.
     """
 
     def __init__(self, config):
@@ -234,7 +234,7 @@ class SparseAutoencoder(nn.Module):
 
     def input_scale(self, x):
         """
-        What raw x (..., d_in), or with center x less the mean, is multiplied by -> (..., 1).
+        For raw x (..., d_in), what `centred` x is multiplied by -> (..., 1).
 
         "dataset": one scalar for all vectors, so that E||x||^2 = d_in (Templeton et al.,
         "Sparse Autoencoders"). "token": each vector its own, so that ||x||^2 = d_in (the wording
@@ -292,8 +292,8 @@ class SparseAutoencoder(nn.Module):
         """
         Whether the activation function is ReLU, which allows two short cuts: SparseStep, and to
         encode some features alone. It is tried out rather than declared, so that nobody who
-        changes it has to think of them. (A function that learns from the batches it sees should
-        do so where torch.is_grad_enabled() alone: not here, nor in an analysis.)
+        changes it has to think of them. A function that keeps something of the batches it sees
+        should do so only where torch.is_grad_enabled(): not here, nor in an analysis.
         """
         z = torch.linspace(-1, 1, self.config.n_features).to(self.W_dec)
         z = torch.stack([z, z.abs()])  # also where all are positive: topk would drop some
@@ -447,8 +447,8 @@ class SparseAutoencoder(nn.Module):
     @torch.no_grad()
     def losses(self, x, l1_coeff):
         """
-        The loss of each of x (N, d_in), raw activations -> (N,). No gradients. It says the loss
-        once more, for `resample`: a term that is added to `loss` belongs here, too.
+        The loss of each of x (N, d_in), raw activations -> (N,). No gradients. This is `loss` once
+        more, vector by vector, for `resample`: a term that is added there belongs here, too.
         """
         losses = []
         for chunk in x.split(4096):
@@ -486,8 +486,8 @@ class SparseAutoencoder(nn.Module):
         inputs = self.encoder_input(self.scaled(x[drawn.to(x.device)]))  # (n_dead, d_in)
         rows = F.normalize(inputs, dim=1)                                # (n_dead, d_in)
 
-        # the unit vector is the decoder row; at 0.2 of the alive features' mean encoder norm
-        # it is the encoder column, so that the newcomer disturbs little; the bias is 0
+        # the decoder row is that input at unit norm; the encoder column is the row at 0.2 of the
+        # alive features' mean encoder norm, so that the newcomer disturbs little; the bias is 0
         some_alive = n_dead < self.config.n_features
         alive_norm = self.W_enc[:, ~dead].norm(dim=0).mean() if some_alive else 1.0
         self.W_dec[dead] = rows
@@ -564,6 +564,25 @@ def uniform(*shape, bound):
     return torch.empty(shape).uniform_(-bound, bound)
 
 
+def geometric_median(x, n_iters=100, tolerance=1e-6):
+    """
+    x (N, n) -> the point (n,) with the smallest sum of distances to all rows, by Weiszfeld's
+    iteration.
+    """
+    median = x.mean(0)
+    for _ in range(n_iters):
+        weights = 1 / (x - median).norm(dim=1).clamp_min(1e-8)  # near rows pull more
+        previous = median
+        median = (weights @ x) / weights.sum()
+        if (median - previous).norm() <= tolerance * median.norm():
+            break
+    return median
+
+
+# -----------------------------------------------------------------------------
+# what rows of activations are like, and how much of their variance is explained
+
+
 def where_float64_is(x):
     """x where it is, or on the CPU if its device has no float64: Apple's GPUs have none."""
     return x.cpu() if x.device.type == "mps" else x
@@ -600,25 +619,6 @@ def massive_share(x):
     squares = squared_norms(x)
     largest = squares.topk(math.ceil(len(x) / 100)).values
     return (largest.sum() / squares.sum()).item()
-
-
-def geometric_median(x, n_iters=100, tolerance=1e-6):
-    """
-    x (N, n) -> the point (n,) with the smallest sum of distances to all rows, by Weiszfeld's
-    iteration.
-    """
-    median = x.mean(0)
-    for _ in range(n_iters):
-        weights = 1 / (x - median).norm(dim=1).clamp_min(1e-8)  # near rows pull more
-        previous = median
-        median = (weights @ x) / weights.sum()
-        if (median - previous).norm() <= tolerance * median.norm():
-            break
-    return median
-
-
-# -----------------------------------------------------------------------------
-# variance explained
 
 
 def variance_of(x):
@@ -662,8 +662,9 @@ def lr_at(step, max_iters, learning_rate, recipe):
 def resample_schedule(max_iters, recipe):
     """
     Returns the steps after which dead features are resampled, a list, and for how many steps a
-    feature must have been silent to count as dead, there and in the log. Both are the recipe's own
-    in a run at least twice as long as the last of its steps: 200,000 steps with the paper's.
+    feature must have been silent to count as dead, which the log of any recipe says, too. Both are
+    the recipe's own in a run at least twice as long as the last of its steps: with the paper's
+    steps, from 200,000 on.
 
     A shorter run cannot copy them: features die in its first half and newcomers need time to
     settle. It resamples after 4, 5, ... 9 tenths of its steps, looking back a tenth. Of the
@@ -677,7 +678,7 @@ def resample_schedule(max_iters, recipe):
         5, 6.5 and 8 tenths, looking back 0.15               27 %
     """
     tenth = max(1, max_iters // 10)
-    last = max(recipe.resample_steps, default=100_000)
+    last = max(recipe.resample_steps, default=100_000)  # without any, the paper's last
     if max_iters >= 2 * last:
         return list(recipe.resample_steps), min(recipe.dead_steps, tenth)
     tenths = range(4, 10) if recipe.resample_steps else ()
@@ -767,6 +768,7 @@ class ActivationStore:
     infinity in the rows.
     """
     SLICE_BYTES = 128 * 2**20
+    # set here, since ActivationStream has an __init__ of its own
     loaded_slice = None  # (epoch, which slice) of the one that is in memory
     loaded_rows = None   # its rows, shuffled
 

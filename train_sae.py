@@ -43,7 +43,7 @@ from sae import (HELD_OUT, MASSIVE, RECIPES, SHARD_ROWS, STARTS, TRAINED_ON, Act
 
 TOY_SEED = 4  # of the known directions, the same in every run
 
-# What is drawn with --seed: the second number of a key, so that two draws of rows differ.
+# Keys of this script's random draws begin with the seed and with what the draw is for.
 FIRST_SAMPLE = 5
 RESAMPLING = 6
 
@@ -151,13 +151,13 @@ def row_places(n_contexts, T, start, n):
     (Bricken et al., appendix on the data set, take 250 tokens of each context, whose length
     they do not state.)
     """
-    n_kept = max(1, T // 2)  # of each visit
+    n_kept = max(1, T // 2)  # tokens of each visit
     visits = T // n_kept     # of each context: 2, or 1 or 3 where T is tiny
-    # the first and the last visit that are needed, counted from the beginning
-    first = start // n_kept
-    last = (start + n - 1) // n_kept
+    # those that are needed, counted from the beginning
+    first_visit = start // n_kept
+    last_visit = (start + n - 1) // n_kept
     places = []
-    for round_number in range(first // n_contexts, last // n_contexts + 1):
+    for round_number in range(first_visit // n_contexts, last_visit // n_contexts + 1):
         epoch, visit = divmod(round_number, visits)
         rng = np.random.default_rng(epoch)  # all visits of an epoch draw the same:
         contexts = rng.permutation(n_contexts)
@@ -165,11 +165,11 @@ def row_places(n_contexts, T, start, n):
         shifts = rng.integers(0, T, n_contexts)  # or all contexts would keep the same tokens
 
         # which part of this round is needed
-        before = round_number * n_contexts
-        contexts = contexts[max(0, first - before):last + 1 - before]
+        before = round_number * n_contexts  # visits of the rounds before
+        contexts = contexts[max(0, first_visit - before):last_visit + 1 - before]
         kept = (tokens + shifts[contexts, None]) % T  # (some contexts, n_kept)
         places.append((contexts[:, None] * T + kept).ravel())
-    offset = start - first * n_kept
+    offset = start - first_visit * n_kept
     return np.concatenate(places)[offset:offset + n]
 
 
@@ -190,7 +190,7 @@ def gpt_rows(gpt, tokens, site, start, n, rank=0, ranks=1):
     order = np.argsort(places)
     places = places[order]
 
-    # each context once, even where a short text gives several rows of one token
+    # each context is computed once, even where a short text comes round again
     contexts, context_of_row = np.unique(places // T, return_inverse=True)
     idx = tokens[contexts[:, None] * T + np.arange(T)].astype(np.int64)  # (contexts, T)
     token_of_row = context_of_row * T + places % T  # (n,) in idx.flatten()
@@ -501,20 +501,20 @@ def begin_training(path, source, store, args, device):
 
 def try_out(sae, x, l1_coeff):
     """
-    UserError where a recipe, or a change to the autoencoder, cannot train on x (N, d_in) or would
-    not be what all that follows takes it for.
+    UserError where a recipe, or a change to the autoencoder, cannot train on x (N, d_in), or where
+    SparseStep or fold() would compute something else.
     """
     # with the full lambda, which may be 0 in the first step and hide what is wrong
-    loss, slopes = loss_and_slopes(sae, x, l1_coeff)
-    if not all(value.isfinite().all() for value in [loss, *slopes]):
+    loss, gradients = loss_and_gradients(sae, x, l1_coeff)
+    if not all(value.isfinite().all() for value in [loss, *gradients]):
         raise UserError(
             "the loss or its slope is not finite before the first step, so no learning rate will "
             "do: look at the recipe's activation and penalty, whose slopes must be finite, at 0, "
             "too, or at the size of the activations"
         )
     if sae.recipe.penalty is not None and l1_coeff > 0:
-        _, without = loss_and_slopes(sae, x, 0.0)
-        if all(map(torch.equal, slopes, without)):
+        _, without = loss_and_gradients(sae, x, 0.0)
+        if all(map(torch.equal, gradients, without)):
             raise UserError(
                 "lambda changes nothing: the slope of the recipe's penalty is 0 everywhere, as "
                 "that of a count is"
@@ -533,11 +533,11 @@ def try_out(sae, x, l1_coeff):
             raise UserError(f"{reason}: a change to these belongs there, too")
 
 
-def loss_and_slopes(sae, x, l1_coeff):
+def loss_and_gradients(sae, x, l1_coeff):
     """The loss of x (N, d_in) by the dense equations, and its gradients, a list of tensors."""
     loss, _ = sae.loss(x, l1_coeff, sparse=False)
-    slopes = torch.autograd.grad(loss, list(sae.parameters()), allow_unused=True)
-    return loss, [slope for slope in slopes if slope is not None]
+    gradients = torch.autograd.grad(loss, list(sae.parameters()), allow_unused=True)
+    return loss, [gradient for gradient in gradients if gradient is not None]
 
 
 def mean_note(share, center):
