@@ -282,9 +282,11 @@ class Run:
         somebody's own rows those at `places` (N, n).
         """
         site = site or self.site
-        if site == "own" and site not in self.kept:
+        if site in self.kept:
+            return self.kept[site]
+        if site == "own":
             self.kept[site] = self.store.at(self.places).float().to(self.device)
-        if site not in self.kept:
+        else:
             parts = []
             for batch in self.batches(f"reading {site}", self.contexts):
                 x = self.gpt.activations(batch[:, :-1], site)  # (b, T, n)
@@ -294,13 +296,9 @@ class Run:
 
     def activations(self, features):
         """What some features (k numbers) do on every token or row -> (k, N T) float32, numpy."""
-        x = self.x()
-        features = torch.as_tensor(features, dtype=torch.long, device=self.device)
-        acts = np.empty((len(features), len(x)), dtype=np.float32)
-        for start in range(0, len(x), 8192):  # in pieces: what is in between stays in the cache
-            f = self.sae.encode(x[start:start + 8192], features)  # (8192, k)
-            acts[:, start:start + 8192] = f.t().cpu().numpy()
-        return acts
+        pieces = self.x().split(8192)  # what encode makes of the whole would be as large as x
+        parts = [self.sae.encode(piece, features).t().cpu() for piece in pieces]  # (k, 8192)
+        return torch.cat(parts, 1).numpy()
 
     def by_blocks(self, label):
         """
@@ -749,11 +747,16 @@ def unit_rows(a):
     return a
 
 
-def centred_norms(sums, squares, n):
+def centred_norms(rows):
     """
-    The norms of rows about their means, from their sums and sums of squares (k,) over n entries;
-    infinite for what is constant, which then correlates with nothing.
+    The norms (k,) of the rows of a sparse matrix (k, n) about their means; infinite for what is
+    constant, which then correlates with nothing.
     """
+    n = rows.shape[1]
+    rows = rows.double()
+    ones = torch.ones(n, 1, dtype=torch.double)
+    sums = (rows @ ones)[:, 0].numpy()
+    squares = (rows * rows @ ones)[:, 0].numpy()
     variances = squares - sums**2 / n
     return np.sqrt(np.where(variances > 1e-9 * squares, variances, np.inf))
 
@@ -764,19 +767,10 @@ def closest(acts, others):
     transposed (tokens, l) -> (k,); -inf where there are none. Of activations few are not 0: a
     product with those is soon done.
     """
-    active = np.flatnonzero(acts > 0)  # in rows one after the other
-    rows, tokens = np.divmod(active, acts.shape[1])
-    values = acts.ravel()[active]
-    starts = np.searchsorted(rows, np.arange(len(acts) + 1))
-    entries = map(torch.from_numpy, (starts, tokens, values))
-    sparse = torch.sparse_csr_tensor(*entries, acts.shape, check_invariants=False)
+    sparse = torch.from_numpy(acts).to_sparse_csr()
     products = (sparse @ others).numpy()  # (k, l)
-
     # others are about their means and of norm 1, these are not yet
-    squares = np.bincount(rows, values.astype(np.float64)**2, len(acts))
-    sums = np.bincount(rows, values, len(acts))
-    norms = centred_norms(sums, squares, acts.shape[1])
-    return (products / norms[:, None]).max(1, initial=-np.inf)
+    return (products / centred_norms(sparse)[:, None]).max(1, initial=-np.inf)
 
 
 def highest_correlations(run, others):
@@ -936,13 +930,13 @@ def histogram(acts):
     return counts.tolist()
 
 
-def common_token(run, acts, n=50):
+def common_token(run, acts):
     """
-    The token most common at the n largest activations of acts (N T,), where they are not 0; at
+    The token most common at the 50 largest activations of acts (N T,), where they are not 0; at
     how many of these it is; and how many they are.
     """
     on = np.flatnonzero(acts)
-    best = on[np.argsort(-acts[on], kind="stable")[:n]]  # positions, the largest first
+    best = on[np.argsort(-acts[on], kind="stable")[:50]]  # positions, the largest first
     token, n_times = Counter(run.tokens[best].tolist()).most_common(1)[0]
     return token, n_times, len(best)
 
@@ -1088,28 +1082,28 @@ def summary(run, metrics):
         share = metrics[key]
         return (name, "undefined", reason) if share is None else (name, f"{share:.3f}", note)
 
-    # of the features: how many are active, and how many never
-    m = metrics["n_features"]
-    n_dead = round(metrics["dead"] * m)
-    never = f"{n_dead:,} of {m:,} never active on {metrics['density_tokens']:,} {run.counted}"
     rows = [
         ("L0", f"{metrics['l0']:.1f}", f"active features a {run.unit}"),
         row("variance explained", "variance_explained", "about the mean", "no two rows differ"),
-        ("dead", f"{metrics['dead']:.2%}", never),
     ]
-    note = f"on fewer than 1 in {1 / ULTRA_LOW:,.0f}"
-    if metrics["ultra_low"] is None:
-        too_few = f"{note}: to tell takes --density_tokens={ENOUGH:.0f}"
-        if run.n_countable < ENOUGH:  # then the flag does not help
-            enough = f"{ENOUGH:,.0f} {run.counted}"
-            too_few = f"{note}: to tell takes {enough}, there are {run.n_countable:,}"
-        rows.append(("ultra-low density", "undefined", too_few))
-    else:
-        rows.append(("ultra-low density", f"{metrics['ultra_low']:.2%}", note))
     if "explained_without" in metrics:  # few rows hold most of the norm
         note = f"the largest 1% of {run.unit}s, which hold {metrics['massive_share']:.1%} of norm^2"
-        others = row("explained without", "explained_without", note, f"{note}: none differ")
-        rows.insert(2, others)
+        rows.append(row("explained without", "explained_without", note, f"{note}: none differ"))
+
+    m = metrics["n_features"]
+    n_dead = round(metrics["dead"] * m)
+    never = f"{n_dead:,} of {m:,} never active on {metrics['density_tokens']:,} {run.counted}"
+    rows.append(("dead", f"{metrics['dead']:.2%}", never))
+    value, note = "undefined", f"on fewer than 1 in {1 / ULTRA_LOW:,.0f}"
+    if metrics["ultra_low"] is not None:
+        value = f"{metrics['ultra_low']:.2%}"
+    elif run.n_countable >= ENOUGH:
+        note = f"{note}: to tell takes --density_tokens={ENOUGH:.0f}"
+    else:  # the flag would not help
+        needed = f"{ENOUGH:,.0f} {run.counted}"
+        note = f"{note}: to tell takes {needed}, there are {run.n_countable:,}"
+    rows.append(("ultra-low density", value, note))
+
     if run.gpt:  # what becomes of its predictions
         others = (
             f"spliced {metrics['loss_spliced']:.3f}, "
@@ -1125,10 +1119,10 @@ def summary(run, metrics):
 def draw_density(run, density, n_tokens):
     """The histogram of log10 density that Bricken et al. watch, the ultra-low features apart."""
     alive = density[density > 0]
-    lowest = np.log10(alive.min(initial=ULTRA_LOW if n_tokens >= ENOUGH else 1)) - 0.1
-    bins = np.linspace(lowest, 0, 60)
     ordinary = alive[alive >= ULTRA_LOW]
     ultra_low = alive[alive < ULTRA_LOW]  # of few tokens it is empty
+    lowest = alive.min(initial=ULTRA_LOW if n_tokens >= ENOUGH else 1)
+    bins = np.linspace(np.log10(lowest) - 0.1, 0, 60)
     with figure(run, "density") as ax:
         ax.hist(np.log10(ordinary), bins=bins, color=BLUE, label=f"alive: {len(ordinary):,}")
         if n_tokens >= ENOUGH:
@@ -2662,14 +2656,10 @@ def best_partners(a, b, order):
     and the numbers in b (k,).
     """
     both = sparse_and_shuffled(a, order)
-    exact = both.double()
-    ones = torch.ones(both.shape[1], 1, dtype=torch.double)
-    sums = (exact @ ones)[:, 0].numpy()              # (2 m,) each
-    squares = (exact * exact @ ones)[:, 0].numpy()
-    alive = np.flatnonzero(squares)  # the shuffled are so, too, m rows below
+    alive = np.flatnonzero(both.crow_indices().diff())  # the shuffled are so, too, m rows below
     if len(alive) == 0:
         raise a.all_dead()
-    norms = centred_norms(sums, squares, len(ones))[alive]
+    norms = centred_norms(both)[alive]
     highest = np.full(len(alive), -np.inf)
     partner = np.zeros(len(alive), dtype=int)
     for block, theirs in b.by_blocks("correlating"):
@@ -4144,14 +4134,14 @@ def tsne_gradient(P, places, exaggeration=1.0):
     return 4 * (places * force[:, 2:] - force[:, :2])
 
 
-def tsne(directions, seed=0):
+def tsne(directions):
     """
     Places (m, 2) in a plane of directions (m, n) of unit norm: those with a high cosine are near
     one another. Each has some 30 neighbours; of directions that are few, a third of the others.
     """
     m = len(directions)
     P = affinities(directions, perplexity=max(1, min(30, (m - 1) / 3)))
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     places = 1e-4 * torch.randn(m, 2, generator=generator).to(directions)
     velocity = torch.zeros_like(places)
     gains = torch.ones_like(places)
@@ -4219,31 +4209,29 @@ def motif(by_token, by_pair):
     return "token in context" if by_pair >= 0.5 else "context"
 
 
-def most_alike(likeness, n):
-    """likeness (k, m) of k features with all -> for each its n highest (index, value) over 0."""
-    best = likeness.topk(min(n, likeness.shape[1]))
+def most_alike(likeness):
+    """likeness (k, m) of k features with all -> for each its five highest (index, value) over 0."""
     lists = []
-    for indices, values in zip(best.indices.tolist(), best.values.tolist()):
-        pairs = zip(indices, values)
-        lists.append([pair for pair in pairs if pair[1] > 0])
+    for pairs in ranked_pairs(likeness, likeness, 5):
+        lists.append([(other, value) for other, value in pairs if value > 0])
     return lists
 
 
-def nearest_features(directions, n=5):
-    """For each of the directions (m, n_x), of unit norm, the n others with the highest cosine."""
+def nearest_features(directions):
+    """For each of the directions (m, n), of unit norm, the five others with the highest cosine."""
     lists = []
     for block in blocks(len(directions)):
         cosines = directions[block] @ directions.t()  # (b, m)
         cosines[range(len(block)), block] = 0         # not itself
-        lists += most_alike(cosines, n)
+        lists += most_alike(cosines)
     return lists
 
 
-def active_together(active, n=5):
+def active_together(active):
     """
-    For each feature the n others that it is most often active together with, by the correlation of
-    being active (phi): 1 if always together, 0 if as often as by chance. active: (m, N T) of 0
-    and 1, sparse.
+    For each feature the five others that it is most often active together with, by the
+    correlation of being active (phi): 1 if always together, 0 if as often as by chance. active:
+    (m, N T) of 0 and 1, sparse.
     """
     m, n_tokens = active.shape
     # a product of sparse matrices takes as long as the square of the L0
@@ -4260,42 +4248,27 @@ def active_together(active, n=5):
         chance = counts[block, None] * counts / n_tokens
         phi = (both - chance) / (spread[block, None] * spread).clip(1e-30)
         phi[range(len(block)), block] = 0  # not itself
-        lists += most_alike(phi, n)
+        lists += most_alike(phi)
     return lists
 
 
-@dataclass
-class Window:
-    """A part of a context that is shown as an example of a feature."""
-    feature: int
-    start: int        # position of its first token
-    acts: np.ndarray  # (width,) of the feature there
-    active: dict      # of the page: place in the context -> [activation, effect of ablating]
-
-
-def describe_feature(run, i, acts, width):
-    """
-    Feature i with activations acts (N T,) as the page wants it, but for what describe_features
-    adds, and its examples as Windows.
-    """
+def page_examples(run, i, acts):
+    """Examples of feature i with activations acts (N T,) as the page wants them, but no effects."""
+    width = min(24, run.T)
     shown = []
-    windows = []
     for label, position in examples(run, acts, 6, 4, 1, np.random.default_rng(i)):
-        t = position % run.T  # within its context, which the window does not leave
-        first = min(max(0, t - 15), run.T - width)
-        start = position - t + first
-        whole = acts[position - t:position - t + run.T]
-        active = {place: [short(whole[place])] for place in np.flatnonzero(whole).tolist()}
-        windows.append(Window(i, start, acts[start:start + width].copy(), active))
+        context, t = divmod(position, run.T)
+        whole = acts[context * run.T:(context + 1) * run.T]
+        start = min(max(0, t - 15), run.T - width)  # of a window, which is within the context
         shown.append({
             "label": label,
-            "context": position // run.T,
+            "context": context,
             "marked": t,
-            "window": [first, first + width],
-            "active": active,  # the effects in the window come later, by add_effects
+            "window": [start, start + width],
+            # add_effects adds the effects in the window
+            "active": {place: [short(whole[place])] for place in np.flatnonzero(whole).tolist()},
         })
-    description = {"max": short(acts.max()), "histogram": histogram(acts), "examples": shown}
-    return description, windows
+    return shown
 
 
 def add_neighbours(run, features, numbers, active):
@@ -4324,11 +4297,11 @@ def add_map(run, features, numbers, density):
         features[i]["map"] = [short(x) for x in place]
 
 
-def training_curves(run, n=200):
-    """At most n lines of the training log, in columns; nothing where there is no log."""
+def training_curves(run):
+    """At most 200 lines of the training log, in columns; nothing where there is no log."""
     curves = {}
     for name, column in read_log(run.folder).items():
-        stride = len(column) // n + 1
+        stride = len(column) // 200 + 1
         thinned = column[::-stride][::-1]  # with the last line
         curves[name] = [short(value) for value in thinned]
     return curves
@@ -4336,14 +4309,12 @@ def training_curves(run, n=200):
 
 def describe_features(run, numbers, density):
     """
-    Features (ascending numbers) as the page wants them, a list of all with None for the others,
-    and the Windows of their examples. density: (m,), that of count_active, as the contexts are
-    too few to tell what is dead or of ultra-low density.
+    Features (ascending numbers) as the page wants them, a list of all with None for the others.
+    density: (m,), that of count_active, as the contexts are too few to tell what is dead or of
+    ultra-low density.
     """
     neurons = torch.from_numpy(unit_rows(run.neurons())).t().contiguous()  # (N T, n_neurons)
-    width = min(24, run.T)
     features = [None] * run.n_features
-    windows = []
     active = []
     parts = [numbers[block] for block in blocks(len(numbers))]
     for block in tracked("describing", parts, "features"):
@@ -4356,10 +4327,12 @@ def describe_features(run, numbers, density):
             features[i] = {"density": short(density[i])}
             if not acts[k].any():
                 continue
-            details, own_windows = describe_feature(run, i, acts[k], width)
             by_token, by_pair = explained[k]
             raised, lowered, nearest = nearby[k]
-            features[i] |= details | {
+            features[i] |= {
+                "max": short(acts[k].max()),
+                "histogram": histogram(acts[k]),
+                "examples": page_examples(run, i, acts[k]),
                 "explained": short(by_pair),
                 "explained_by_token": short(by_token),
                 "motif": motif(by_token, by_pair),
@@ -4368,25 +4341,22 @@ def describe_features(run, numbers, density):
                 "lowered": short_pairs(lowered),
                 "neurons": short_pairs(nearest),
             }
-            windows += own_windows
     add_neighbours(run, features, numbers, torch.cat(active).float())
-    return features, windows
+    return features
 
 
-def ablated_streams(run, stream, x, chosen, rows, t):
+def ablated_streams(run, stream, x, numbers, rows, t):
     """
-    What reaches the unembedding at places t (w, width) when each of w Windows has its feature
-    ablated on its whole context, which is row rows[k] of the residual stream (b, T, n_embd) and
-    the activations x (b, T, n) at the site -> (w, width, n_embd).
+    What reaches the unembedding at places t (w, width) when each of some features (w numbers) is
+    ablated on a whole context, which is row rows[k] of the residual stream (b, T, n_embd) and the
+    activations x (b, T, n) at the site -> (w, width, n_embd).
     """
-    hook = clamp(run, [window.feature for window in chosen], 0.0)  # its own in each context
+    hook = clamp(run, numbers, 0.0)  # its own in each context
     if run.in_last_layer:  # nothing that follows looks at another token
         rows = rows[:, None]
         return run.gpt.after(run.site, stream[rows, t], hook(run.site, x[rows, t]))
-    end = int(t.max()) + 1  # what comes later has no effect on these
-    changed = hook(run.site, x[rows, :end])
-    places = torch.arange(len(rows), device=run.device)[:, None]
-    return run.gpt.after(run.site, stream[rows, :end], changed)[places, t]
+    changed = run.gpt.after(run.site, stream[rows], hook(run.site, x[rows]))  # (w, T, n_embd)
+    return changed.take_along_dim(t[:, :, None], 1)
 
 
 def log_probabilities(run, stream, tokens):
@@ -4394,14 +4364,15 @@ def log_probabilities(run, stream, tokens):
     return run.gpt.lm_head(stream).log_softmax(1).gather(1, tokens[:, None])[:, 0]
 
 
-def add_effects(run, windows):
+def add_effects(run, features):
     """
-    Adds to the activations in each window's `active` how the next token's log-probability
+    Adds to the activations in each example's window how the next token's log-probability
     changes when the feature is ablated on the whole context (Bricken et al., feature browser).
     """
-    by_context = defaultdict(list)
-    for window in windows:
-        by_context[window.start // run.T].append(window)
+    by_context = defaultdict(list)  # [(number of the feature, example)]
+    for i, feature in enumerate(features):
+        for example in (feature or {}).get("examples", []):
+            by_context[example["context"]].append((i, example))
     n_before = 0  # contexts of the batches before this one
     for batch in run.batches("ablating", run.contexts):
         stream, x = run.gpt.before(batch[:, :-1], run.site)
@@ -4409,53 +4380,52 @@ def add_effects(run, windows):
         own = []
         for k in range(len(batch)):
             own += by_context[n_before + k]
-        # those that end early in their context together: ablated_streams then computes less
-        own.sort(key=lambda window: window.start % run.T)
-        for block in blocks(len(own)):
-            chosen = [own[k] for k in block]
-            acts = np.stack([window.acts for window in chosen])  # (w, width)
-            starts = torch.tensor([window.start for window in chosen])
-            rows = (starts // run.T - n_before).to(run.device)
-            t = (starts[:, None] % run.T + torch.arange(acts.shape[1])).to(run.device)
-            ablated = ablated_streams(run, stream, x, chosen, rows, t)
+        for first in range(0, len(own), 256):
+            numbers, shown = zip(*own[first:first + 256])
+            rows = torch.tensor([example["context"] - n_before for example in shown])
+            t = torch.tensor([range(*example["window"]) for example in shown])  # (w, width)
+            rows, t = rows.to(run.device), t.to(run.device)
+            ablated = ablated_streams(run, stream, x, numbers, rows, t)
 
-            # of the tokens alone where the feature is active: which window, which place in it
-            which, place = map(torch.from_numpy, np.nonzero(acts))
-            which, place = which.to(run.device), place.to(run.device)
-            rows, t = rows[which], t[which, place]
-            following = batch[rows, t + 1]
-            with_it = log_probabilities(run, plain[rows, t], following)
-            without = log_probabilities(run, ablated[which, place], following)
-            changes = (without - with_it).tolist()
-            for window, at, change in zip(which.tolist(), t.tolist(), changes):
-                chosen[window].active[at].append(short(change))
+            # of the tokens alone where the feature is active
+            entries = []  # (which example, place in the context)
+            for k, example in enumerate(shown):
+                start, end = example["window"]
+                entries += [(k, place) for place in example["active"] if start <= place < end]
+            which, place = torch.tensor(entries, device=run.device).t()
+            rows, in_window = rows[which], place - t[which, 0]
+            following = batch[rows, place + 1]
+            with_it = log_probabilities(run, plain[rows, place], following)
+            without = log_probabilities(run, ablated[which, in_window], following)
+            for (k, place), change in zip(entries, (without - with_it).tolist()):
+                shown[k]["active"][place].append(short(change))
         n_before += len(batch)
 
 
-def example_texts(run, n_texts):
-    """Contexts from all of the text, each token with the features active on it, largest first."""
+def example_texts(run):
+    """Eight contexts from all of the text, each token with its active features, largest first."""
     texts = []
-    chosen = np.unique(np.linspace(0, len(run.contexts) - 1, n_texts).astype(int))
+    chosen = np.unique(np.linspace(0, len(run.contexts) - 1, 8).astype(int))
     for k in chosen.tolist():
         f = run.sae.encode(run.x()[k * run.T:(k + 1) * run.T])  # (T, m)
-        n_active = (f > 0).sum(1).tolist()
-        largest = f.topk(max(n_active), dim=1)
         active = []  # for each token [feature, activation] of the active ones
-        for n, numbers, values in zip(n_active, largest.indices.tolist(), largest.values.tolist()):
-            active.append(short_pairs(zip(numbers[:n], values[:n])))
+        for row in f.cpu():
+            largest = row.topk((row > 0).sum())
+            pairs = zip(largest.indices.tolist(), largest.values.tolist())
+            active.append(short_pairs(pairs))
         texts.append({"tokens": run.contexts[k, :-1].tolist(), "active": active})
     return texts
 
 
-def write_page(run, headline, rows, density, numbers, n_texts=8):
+def write_page(run, headline, rows, density, numbers):
     """
     features.html, one file: features (ascending numbers), all or some, each with its density, of
     all (m,), and its examples, and some held-out texts with every token's features.
     """
     if len(numbers) < run.n_features:
         rows = rows + [("on this page", f"{len(numbers):,}", most_energetic(run))]
-    features, windows = describe_features(run, numbers, density)
-    add_effects(run, windows)
+    features = describe_features(run, numbers, density)
+    add_effects(run, features)
     add_map(run, features, numbers, density)
     data = {
         "title": headline,
@@ -4465,7 +4435,7 @@ def write_page(run, headline, rows, density, numbers, n_texts=8):
         "contexts": run.contexts[:, :-1].tolist(),
         "vocabulary": [token_text(run, token) for token in range(run.tokenizer.n_vocab)],
         "features": features,
-        "texts": example_texts(run, n_texts),
+        "texts": example_texts(run),
     }
     page = fill_page(data).encode(errors="backslashreplace")  # a folder's name may be no UTF-8
     write_atomic(os.path.join(run.folder, "features.html"), lambda file: file.write(page))

@@ -562,7 +562,7 @@ def test_at_attn_0_no_neuron_comes_before_and_the_page_says_nothing_of_them(tmp_
     done = script("analyze.py", "neurons", f"--out_dir={tmp_path}")
     assert done.returncode == 2 and "attn.0, which no neuron comes before" in done.stderr
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    analyze.write_page(this, "tiny", [], np.zeros(14), np.arange(14), n_texts=3)
+    analyze.write_page(this, "tiny", [], np.zeros(14), np.arange(14))
     html = (tmp_path / "sae/scaling/features.html").read_text(encoding="utf-8")
     data = json.loads(re.search('id="data">(.*?)</script>', html, re.S).group(1))
     alive = [feature for feature in data["features"] if "examples" in feature]
@@ -974,7 +974,7 @@ def test_the_page_tells_activations_and_the_effect_of_ablating_the_feature_on_th
     tokens = np.random.default_rng(0).integers(0, V, 2000)
     this, _ = random_run(tmp_path, site, recipe, input_norm, tokens, block_size=30)
     density = np.arange(14) / 1e6
-    analyze.write_page(this, "tiny", [], density, np.arange(14), n_texts=3)
+    analyze.write_page(this, "tiny", [], density, np.arange(14))
     html = (tmp_path / "sae/scaling/features.html").read_text(encoding="utf-8")
     data = json.loads(re.search('id="data">(.*?)</script>', html, re.S).group(1))
     f, _ = all_by_hand(this)
@@ -999,7 +999,8 @@ def test_the_page_tells_activations_and_the_effect_of_ablating_the_feature_on_th
                     checked += 1
     assert checked > 300
     assert data["contexts"] == this.contexts[:, :-1].tolist()
-    assert [text["tokens"] for text in data["texts"]] == [this.contexts[k, :-1].tolist() for k in (0, 32, 65)]
+    evenly = (0, 9, 18, 27, 37, 46, 55, 65)
+    assert [text["tokens"] for text in data["texts"]] == [this.contexts[k, :-1].tolist() for k in evenly]
     for text in data["texts"]:
         k = this.contexts[:, :-1].tolist().index(text["tokens"])
         for t, features in enumerate(text["active"]):

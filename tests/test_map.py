@@ -78,7 +78,7 @@ def test_tsne_keeps_three_planted_clusters_apart_and_is_the_same_again():
     cluster = np.repeat([0, 1, 2], [90, 60, 30])
     X = torch.from_numpy(unit(centres[cluster] + 0.1 * rng.standard_normal((180, 24)))).float()
     y = analyze.tsne(X)
-    assert torch.equal(analyze.tsne(X), y) and not torch.equal(analyze.tsne(X, seed=1), y)
+    assert torch.equal(analyze.tsne(X), y)
     y = y.numpy()
     distances = np.linalg.norm(y[:, None] - y, axis=2)
     np.fill_diagonal(distances, np.inf)
@@ -185,7 +185,7 @@ def test_the_page_has_neighbours_motifs_and_places_of_its_features(tmp_path, num
     with torch.no_grad():
         this.sae.b_enc[3] = -100.0
     density = np.arange(14) / 1e6
-    analyze.write_page(this, "tiny", [], density, numbers, n_texts=3)
+    analyze.write_page(this, "tiny", [], density, numbers)
     data = page_data(tmp_path)
     acts = this.activations(np.arange(14))
     seen = [i for i in numbers.tolist() if acts[i].any()]
