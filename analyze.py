@@ -154,7 +154,7 @@ class Run:
     tokenizer: tiktoken.Encoding | None = None
     # (N, T + 1) token ids, for all other analyses; the last token of each is a target only
     contexts: torch.Tensor | None = None
-    # what x() has read, site -> activations, and inverse_sigma; runs of one model may share it
+    # what x() has read, site -> activations; runs of one model may share it
     kept: dict = field(default_factory=dict)
     # only where the activations are somebody's own rows:
     store: ActivationStore | None = None  # those that were not trained on
@@ -293,6 +293,13 @@ class Run:
                 parts.append(x.flatten(0, 1))
             self.kept[site] = torch.cat(parts)  # 256 MB for the default's 131,072 x 512
         return self.kept[site]
+
+    @cached_property
+    def inverse_sigma(self):
+        """The mean of 1 / sigma over the tokens that reach the last LayerNorm."""
+        stream = self.x(f"resid.{self.gpt.config.n_layer - 1}")  # (N T, n_embd)
+        variance = stream.var(1, correction=0) + self.gpt.ln_f.eps
+        return variance.rsqrt().mean().item()
 
     def activations(self, features):
         """What some features (k numbers) do on every token or row -> (k, N T) float32, numpy."""
@@ -531,16 +538,11 @@ def need_two_contexts(run, does):
 # measuring
 
 
-@dataclass
-class FeatureStatistics:
-    """What was measured of each feature, arrays (m,)."""
-    density: np.ndarray  # share of the held-out tokens it is active on
-    energy: np.ndarray   # mean of its squared activation: what it carries of x_hat
-
-
 def measure(run):
     """
-    Returns metrics (a dict of plain numbers) and FeatureStatistics, from run.held_out.
+    What run.held_out tells -> metrics, a dict of plain numbers; and of each feature (m,) its
+    density, the share of the tokens that it is active on, and its energy, the mean of its squared
+    activation, which is what it carries of x_hat.
 
     variance explained = 1 - sum ||x - x_hat||^2 / sum ||x - mean||^2
 
@@ -556,6 +558,7 @@ def measure(run):
     first = (run.x() if run.gpt else run.held_out)[0].to(run.device)
     origin = where_float64_is(first).double()  # (n,): see variance_of
     losses = Counter()
+    n_tokens = 0
     sums = []  # of each batch, over its tokens: nothing of size (tokens x features) is kept
     for batch in run.batches("measuring", run.held_out):
         if run.gpt:
@@ -563,6 +566,7 @@ def measure(run):
             x = at_site.flatten(0, 1)
         else:
             x = batch.float()
+        n_tokens += len(x)
         f = sparse_where_it_pays(sae, x)           # (tokens, m)
         x_hat = sae.decode(f, sae.input_scale(x))  # (tokens, n), as x
         away = where_float64_is(x).double() - origin
@@ -581,7 +585,6 @@ def measure(run):
                 losses[f"loss_{name}"] += loss * len(batch) / len(run.held_out)
 
     # means over all tokens, in float64: of features (m,) and of coordinates of x (n,)
-    n_tokens = len(run.held_out) * (run.held_out.shape[1] - 1 if run.gpt else 1)
     means = [torch.stack(batches).sum(0).numpy() / n_tokens for batches in zip(*sums)]
     density, energy, center, mean_square, error = means
     variance = (mean_square - center**2).sum()  # about the mean, not about the origin
@@ -594,7 +597,7 @@ def measure(run):
     }
     if run.gpt:
         metrics["loss_recovered"] = loss_recovered(losses)
-    return metrics, FeatureStatistics(density, energy)
+    return metrics, density, energy
 
 
 def count_active(run, n_tokens=None):
@@ -721,20 +724,11 @@ def logit_effects(run, directions):
         W_out = run.gpt.blocks[int(layer)].mlp_proj.weight  # (n_embd, n)
         directions = directions @ W_out.t()                 # (k, n_embd)
     centred = directions - directions.mean(1, keepdim=True)
-    logits = run.gpt.lm_head(centred * run.gpt.ln_f.weight * inverse_sigma(run))
+    logits = run.gpt.lm_head(centred * run.gpt.ln_f.weight * run.inverse_sigma)
     # torch's median of an even number is the lower of the two in the middle
     lower = logits.median(1, keepdim=True).values
     upper = -(-logits).median(1, keepdim=True).values
     return logits - (lower + upper) / 2
-
-
-def inverse_sigma(run):
-    """The mean of 1 / sigma over the tokens that reach the last LayerNorm."""
-    if "inverse_sigma" not in run.kept:
-        stream = run.x(f"resid.{run.gpt.config.n_layer - 1}")  # (N T, n_embd)
-        variance = stream.var(1, correction=0) + run.gpt.ln_f.eps
-        run.kept["inverse_sigma"] = variance.rsqrt().mean().item()
-    return run.kept["inverse_sigma"]
 
 
 def unit_rows(a):
@@ -1178,7 +1172,7 @@ def show_report(run, args):
         run.training_text  # a property that reads
 
     # measurements
-    metrics, statistics = measure(run)
+    metrics, held_out_density, energy = measure(run)
     density, n_tokens = count_active(run, args.density_tokens)
     metrics |= density_metrics(density, n_tokens) | massive_metrics(run)
 
@@ -1196,8 +1190,8 @@ def show_report(run, args):
     draw_training(run)
 
     # features
-    best = np.argsort(-statistics.energy, kind="stable")
-    alive = np.flatnonzero(statistics.density > 0)
+    best = np.argsort(-energy, kind="stable")
+    alive = np.flatnonzero(held_out_density > 0)
     drawn = np.random.default_rng(args.seed).permutation(alive)
     print_features(run, "that carry most of the reconstruction", best[:args.show])
     print_features(run, "drawn at random", drawn[:args.show])
@@ -3430,7 +3424,7 @@ def load_comparable(run, args):
 
 def measured_point(run, name, first):
     """A Run as a Point, and its metrics."""
-    metrics, _ = measure(run)
+    metrics, _, _ = measure(run)
     log = run.sae.extra.get("log")
     point = Point(
         curve=curve_name(run, first),

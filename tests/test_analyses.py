@@ -872,7 +872,7 @@ def test_with_center_analyses_clamp_ablate_and_measure_x_less_the_mean(tmp_path,
     for i in range(5):
         expected = x.numpy() + (2.5 - f[..., [i]]) * directions[i] * unit
         np.testing.assert_allclose(analyze.clamp(this, [i], 2.5)("resid.0", x), expected, rtol=1e-3, atol=1e-4)
-    metrics, _ = analyze.measure(this)
+    metrics, _, _ = analyze.measure(this)
     x = torch.cat([activations_at_float(this.gpt, batch) for batch in this.held_out.split(8)])
     error = (sae(x) - x).detach().double().square().sum()
     variance = (x.double() - x.double().mean(0)).square().sum()
@@ -919,7 +919,7 @@ def test_raised_and_lowered_are_the_extremes_about_the_median_among_tokens_that_
         if site == "mlp.1":
             weights = this.gpt.blocks[1].mlp_proj.weight.double().numpy() @ weights
         weights = (weights - weights.mean()) * this.gpt.ln_f.weight.double().numpy()
-        weights = this.gpt.lm_head.weight.double().numpy() @ weights * analyze.inverse_sigma(this)
+        weights = this.gpt.lm_head.weight.double().numpy() @ weights * this.inverse_sigma
         weights = 2.5 * (weights - np.median(weights))
         order = [t for t in weights.argsort() if t % 3]
         assert not {*np.abs(weights).argsort()[-16:]} & {*order}  # all of these are rare

@@ -623,7 +623,7 @@ def test_a_perfect_autoencoder_changes_no_loss_and_an_empty_one_is_zero_ablation
     start = torch.randint(50, (40, 1), generator=generator)
     contexts = gpt.generate(start, 16, temperature=1.0, generator=generator)
     width = gpt.site_width(site)
-    metrics, _ = analyze.measure(run_on(gpt, perfect_sae(width), site, contexts))
+    metrics, _, _ = analyze.measure(run_on(gpt, perfect_sae(width), site, contexts))
     assert metrics["loss_spliced"] == pytest.approx(metrics["loss_plain"], rel=1e-6)
     assert metrics["loss_plain"] == pytest.approx(gpt(contexts[:, :-1], contexts[:, 1:])[1].item(), rel=1e-5)
     assert metrics["loss_recovered"] == pytest.approx(1, abs=1e-3) and metrics["variance_explained"] == pytest.approx(
@@ -633,10 +633,10 @@ def test_a_perfect_autoencoder_changes_no_loss_and_an_empty_one_is_zero_ablation
     empty = SparseAutoencoder(SAEConfig(width, 4))
     with torch.no_grad():
         empty.b_enc.fill_(-1e6)
-    metrics, features = analyze.measure(run_on(gpt, empty, site, contexts))
+    metrics, density, energy = analyze.measure(run_on(gpt, empty, site, contexts))
     by_hand = gpt(contexts[:, :-1], contexts[:, 1:], lambda s, x: 0 * x if s == site else None)[1].item()
     assert metrics["loss_spliced"] == metrics["loss_zero_ablated"] == pytest.approx(by_hand, rel=1e-5)
-    assert metrics["loss_recovered"] == 0 and metrics["l0"] == 0 and not features.density.any()
+    assert metrics["loss_recovered"] == 0 and metrics["l0"] == 0 and not density.any()
 
 
 def test_the_metrics_are_those_of_plain_numpy():
@@ -657,14 +657,14 @@ def test_the_metrics_are_those_of_plain_numpy():
     W_enc, b_enc, W_dec, b_dec = (p.detach().double().numpy() for p in (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec))
     f = np.maximum(3.0 * x @ W_enc + b_enc, 0)
     x_hat = (f @ W_dec + b_dec) / 3.0
-    metrics, features = analyze.measure(run_on(gpt, sae, "mlp.0", contexts))
+    metrics, density, energy = analyze.measure(run_on(gpt, sae, "mlp.0", contexts))
     assert metrics["tokens"] == 4800 and metrics["l0"] == pytest.approx((f > 0).sum(1).mean(), rel=1e-4)
     assert metrics["variance_explained"] == pytest.approx(
         1 - ((x - x_hat) ** 2).sum() / ((x - x.mean(0)) ** 2).sum(), rel=1e-4
     )
-    np.testing.assert_allclose(features.density, (f > 0).mean(0), atol=1e-3)
-    energy = (f**2).mean(0) * np.linalg.norm(W_dec, axis=1) ** 2 / 9.0
-    np.testing.assert_allclose(features.energy, energy, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(density, (f > 0).mean(0), atol=1e-3)
+    expected_energy = (f**2).mean(0) * np.linalg.norm(W_dec, axis=1) ** 2 / 9.0
+    np.testing.assert_allclose(energy, expected_energy, rtol=1e-4, atol=1e-6)
     mean = torch.from_numpy(x.mean(0)).float()
     for name, put in (
         ("spliced", torch.from_numpy(x_hat).float().view(300, 16, 32)),
