@@ -343,10 +343,6 @@ class Run:
         _, layer = self.site.split(".")
         return int(layer) == self.gpt.config.n_layer - 1
 
-    def put(self, x):
-        """A hook that puts x (b, T, n) in the place of the activations at the site."""
-        return lambda site, _: x if site == self.site else None
-
     def feature_number(self, text):
         """A user's text -> the number of a feature, or a UserError when there is none."""
         if text.isdecimal() and int(text) < self.n_features:
@@ -1257,14 +1253,9 @@ def encode_text(run, text):
     return torch.tensor([ids], device=run.device)
 
 
-def logits_at(run, contexts, places, x=None):
-    """
-    Logits (b, vocab_size) at token places[k] of each of contexts (b, T), with x (b, T, n), if
-    given, in the place of the activations at the site.
-    """
-    stream = run.gpt.trunk(contexts, run.put(x))
-    rows = torch.arange(len(contexts), device=contexts.device)
-    return run.gpt.lm_head(stream[rows, places])  # the unembedding at these tokens alone
+def first_token(run, text):
+    """The first token of a user's text -> (1,)."""
+    return encode_text(run, text)[0, :1]
 
 
 @dataclass
@@ -1293,10 +1284,12 @@ def effects(run, contexts, places, targets, baselines=None, everywhere=False):
     attribution: the first-order estimate of that, f_i W_dec_i . gradient. One backward pass
     serves all features.
     """
-    x = run.gpt.activations(contexts, run.site)  # (b, T, n)
+    stream, x = run.gpt.before(contexts, run.site)  # (b, T, n_embd), (b, T, n)
 
-    def contrast(rows, x):  # of contexts[rows], with x at the site: (len(rows),)
-        logits = logits_at(run, contexts[rows], places[rows], x)
+    def contrast(rows, x):  # of r contexts, contexts[rows], with x (r, T, n) at the site: (r,)
+        after = run.gpt.after(run.site, stream[rows], x)  # (r, T, n_embd)
+        each = torch.arange(len(x), device=x.device)
+        logits = run.gpt.lm_head(after[each, places[rows]])  # (r, vocab_size)
         of_target = logits.gather(1, targets[rows, None])[:, 0]
         if baselines is None:
             return of_target - logits.mean(1)
@@ -1304,8 +1297,7 @@ def effects(run, contexts, places, targets, baselines=None, everywhere=False):
 
     # one backward pass gives the gradient at every token of every context
     with torch.enable_grad():
-        everything = torch.arange(len(contexts), device=contexts.device)
-        before = contrast(everything, x.requires_grad_())
+        before = contrast(slice(None), x.requires_grad_())
         gradient, = torch.autograd.grad(before.sum(), x)  # (b, T, n)
     x = x.detach()
     before = before.detach()
@@ -1421,16 +1413,12 @@ def show_cause(run, args, n_tokens=400):
     save(run, "cause", **numbers, top_ten=overlaps)
 
 
-def first_token(run, text):
-    """The first token of a user's text -> (1,)."""
-    return encode_text(run, text)[0, :1]
-
-
 def show_cause_of_prompt(run, args):
     """The features behind what comes after a prompt, the largest ablation effect first."""
     idx = encode_text(run, args.prompt)
     last = torch.tensor([idx.shape[1] - 1], device=run.device)  # the place of the last token
-    probabilities = logits_at(run, idx, last).softmax(1)[0]
+    logits, _ = run.gpt(idx)
+    probabilities = logits[0, -1].softmax(0)
     target = probabilities.argmax(keepdim=True)
     if args.target:
         target = first_token(run, args.target)

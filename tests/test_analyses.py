@@ -272,24 +272,11 @@ def test_where_no_feature_is_active_there_are_no_effects(tmp_path):
     assert {name: len(values) for name, values in vars(e).items()} == dict.fromkeys(vars(e), 0)
 
 
-@pytest.mark.parametrize("site", ["attn.0", "mlp.1", "resid.0"])
-def test_logits_at_a_token_are_the_whole_models_with_and_without_a_removal(tmp_path, site):
-    this, _ = random_run(tmp_path, site)
-    plain, put = this.gpt(IDX)[0][range(3), P], torch.randn(3, 8, this.sae.config.d_in)
-
-    def hook(name, x):
-        return put if name == site else None
-    without = this.gpt(IDX, hook=hook)[0][range(3), P]
-    assert (without - plain).abs().amax(1).min() > 0.01
-    np.testing.assert_allclose(analyze.logits_at(this, IDX, P), plain, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(analyze.logits_at(this, IDX, P, put), without, rtol=1e-4, atol=1e-5)
-
-
 # -----------------------------------------------------------------------------
 # steer and search
 
 @pytest.mark.parametrize("recipe, input_norm", [("scaling", "dataset"), ("towards", "token")])
-@pytest.mark.parametrize("value", [None, 0.0, 2.5, -1.0])
+@pytest.mark.parametrize("value", [0.0, 2.5, -1.0])
 def test_clamping_replaces_one_activation_and_keeps_the_error(tmp_path, value, recipe, input_norm):
     """x becomes decode(f with f_i = value) + x - decode(f); at its own activation, value None, nothing changes."""
     this, sae = random_run(tmp_path, "resid.0", recipe, input_norm)
