@@ -1458,8 +1458,8 @@ def clamp(run, features, value, directions=None):
     A hook that holds features[k] in context k (or one feature in all contexts) at `value` on
     every token and keeps the reconstruction error (Templeton et al., methods: steering).
 
-    x + (value - f_i) W_dec_i is SAE(x) with f_i clamped, plus x - SAE(x). value None: f_i's
-    own, which changes nothing. With 0 it is the ablation of Bricken et al.'s feature browser.
+    x + (value - f_i) W_dec_i is SAE(x) with f_i clamped, plus x - SAE(x). With 0 it is the
+    ablation of Bricken et al.'s feature browser.
 
     As a control, directions (b, n) of unit norm take the place of W_dec_i: pushes as long.
     """
@@ -1470,17 +1470,9 @@ def clamp(run, features, value, directions=None):
         if site != run.site:
             return None
         f = run.sae.encode(x, features)  # (b, T, 1)
-        held = f if value is None else value
-        return x + (held - f) * along / run.sae.input_scale(x)
+        return x + (value - f) * along / run.sae.input_scale(x)
 
     return hook
-
-
-def probability_and_loss(run, contexts, token, hook=None):
-    """The probability of a token, its mean over all places of contexts (b, T + 1), and the loss."""
-    logits, _ = run.gpt(contexts[:, :-1], hook=hook)  # (b, T, vocab_size)
-    loss = F.cross_entropy(logits.flatten(0, 1), contexts[:, 1:].flatten())
-    return logits.softmax(-1)[..., token].mean().item(), loss.item()
 
 
 def parse_multiples(text):
@@ -1537,8 +1529,10 @@ def steered(run, i, acts, token, multiples, contexts, directions, vector=None):
     pushes along each of directions (k, n) in its place, as mean and standard deviation; and along
     a vector (n,), if given -> dict, to be saved
     """
-    def outcome(hook=None):
-        return probability_and_loss(run, contexts, token, hook)
+    def outcome(hook=None):  # probability and loss
+        logits, _ = run.gpt(contexts[:, :-1], hook=hook)  # (b, T, vocab_size)
+        loss = F.cross_entropy(logits.flatten(0, 1), contexts[:, 1:].flatten())
+        return logits.softmax(-1)[..., token].mean().item(), loss.item()
 
     clamped = []  # of each multiple
     for multiple in tracked(f"feature {i}", multiples, "values", lambda _: 1):
@@ -1688,7 +1682,7 @@ def show_steer(run, args, n_directions=20):
     save(run, "steer", random_directions=n_directions, features=results, beyond_random=counts)
 
 
-def print_steered_texts(run, i, acts, multiples, start, seed, vector=None):
+def print_steered_texts(run, i, acts, multiples, start, seed, vector):
     """
     What the model writes after token ids start (1, T), feature i clamped and not, and with the
     same pushes along a vector (n,), if given.

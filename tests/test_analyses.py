@@ -278,15 +278,14 @@ def test_where_no_feature_is_active_there_are_no_effects(tmp_path):
 @pytest.mark.parametrize("recipe, input_norm", [("scaling", "dataset"), ("towards", "token")])
 @pytest.mark.parametrize("value", [0.0, 2.5, -1.0])
 def test_clamping_replaces_one_activation_and_keeps_the_error(tmp_path, value, recipe, input_norm):
-    """x becomes decode(f with f_i = value) + x - decode(f); at its own activation, value None, nothing changes."""
+    """x becomes decode(f with f_i = value) + x - decode(f)."""
     this, sae = random_run(tmp_path, "resid.0", recipe, input_norm)
     x = torch.randn(2, 5, 8)
     f, directions, unit = by_hand(sae, x.double().numpy())
     assert 0 < (f[..., :5] > 0).mean() < 1
     for i in range(5):
         hook, clamped = analyze.clamp(this, [i], value), f.copy()
-        if value is not None:
-            clamped[..., i] = value
+        clamped[..., i] = value
         expected = x.double().numpy() + (clamped @ directions - f @ directions) * unit
         np.testing.assert_allclose(hook("resid.0", x), expected, rtol=1e-4, atol=1e-5)
         for site in ("resid.1", "mlp.0"):
@@ -1159,8 +1158,9 @@ def test_steer_of_one_feature_writes_texts_as_well(out):
     start = torch.tensor([this.tokenizer.encode_ordinary("def add")])
     largest = float(this.activations([i]).max())
     for name, value in (("unsteered", None), ("+0 x max", 0.0), ("+2 x max", 2 * largest)):
+        hook = None if value is None else analyze.clamp(this, [i], value)
         generator = torch.Generator().manual_seed(1337)
-        ids = this.gpt.generate(start, 60, hook=analyze.clamp(this, [i], value), generator=generator)
+        ids = this.gpt.generate(start, 60, hook=hook, generator=generator)
         assert written[name] == analyze.token_text(this, *ids[0, start.shape[1]:])
     assert len(written) == 3 and written["unsteered"] != written["+2 x max"]
 
