@@ -2627,27 +2627,24 @@ def draw_splitting(run, found):
 def best_partners(a, b, order):
     """
     For each alive feature of Run a the feature of Run b whose activations on the same text
-    correlate with its own most. Returns the alive ones' numbers (k,), and for "found", and for
-    "shuffled", where a's tokens are in another order (N T,): the name, the correlations (k,)
-    and the numbers in b (k,).
+    correlate with its own most. Returns the alive ones' numbers (k,), the correlations (2, k) and
+    the numbers in b (2, k): of both the second row is with a's tokens in another order (N T,).
     """
-    both = sparse_and_shuffled(a, order)
-    alive = np.flatnonzero(both.crow_indices().diff())  # the shuffled are so, too, m rows below
+    both = sparse_and_shuffled(a, order)  # (2 m, N T)
+    alive = np.flatnonzero(both.crow_indices().diff()[:a.n_features])
     if len(alive) == 0:
         raise a.all_dead()
-    norms = centred_norms(both)[alive]
-    highest = np.full(len(alive), -np.inf)
-    partner = np.zeros(len(alive), dtype=int)
+    norms = centred_norms(both)  # (2 m,)
+    highest = np.full(len(norms), -np.inf)
+    partner = np.zeros(len(norms), dtype=int)
     for block, theirs in b.by_blocks("correlating"):
         rows = unit_rows(theirs)  # about their means, so those of a need not be
         rows = torch.from_numpy(rows).t().contiguous()  # (N T, block)
-        values = (both @ rows).numpy()[alive] / norms[:, None]
-        better = values.max(1) > highest
-        highest = np.where(better, values.max(1), highest)
-        partner = np.where(better, block[values.argmax(1)], partner)
-    features, _ = np.split(alive, 2)
-    pairs = zip(("found", "shuffled"), np.split(highest, 2), np.split(partner, 2))
-    return features, list(pairs)
+        values = (both @ rows).numpy() / norms[:, None]
+        best = values.max(1)
+        partner = np.where(best > highest, block[values.argmax(1)], partner)
+        highest = np.maximum(highest, best)
+    return alive, highest.reshape(2, -1)[:, alive], partner.reshape(2, -1)[:, alive]
 
 
 def logit_correlations(a, b, features, partners):
@@ -2671,11 +2668,11 @@ def best_matches(a, b, order):
     each the highest activation correlation, where the models are two (Bricken et al.,
     "Universality").
     """
-    features, pairs = best_partners(a, b, order)
+    features, correlations, partners = best_partners(a, b, order)
     best = {"features": {}, "logit weights": {}}
-    for name, correlation, partners in pairs:
-        best["features"][name] = correlation
-        best["logit weights"][name] = logit_correlations(a, b, features, partners)
+    for k, name in enumerate(("found", "shuffled")):
+        best["features"][name] = correlations[k]
+        best["logit weights"][name] = logit_correlations(a, b, features, partners[k])
     if not same_model(a, b) and a.neuron_sites and b.neuron_sites:
         # the same question of the neurons
         mlp = a.neurons()

@@ -1392,7 +1392,7 @@ def test_what_is_always_equally_active_correlates_with_nothing(tmp_path):
     table[:, 0] = 0.7
     this = lookup_run(tmp_path, "abcab" * 80, table)
     order = np.random.default_rng(0).permutation(len(this.tokens))
-    features, ((_, found, _), (_, shuffled, _)) = analyze.best_partners(this, this, order)
+    features, (found, shuffled), _ = analyze.best_partners(this, this, order)
     assert features.tolist() == [0, 1]
     np.testing.assert_allclose(found, [0, 1], atol=1e-5)
     assert shuffled[0] == 0
