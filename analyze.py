@@ -2250,8 +2250,6 @@ def read_finished(args, name):
         # only at the end of a run, where the rate has fallen, is its loss what it can reach
         if sae.extra["step"] < flags["max_iters"]:
             raise UserError("the run is not finished: run train_sae.py again with --resume")
-        if log[-1].get("held_out_loss") is None:
-            raise UserError("an older train_sae.py kept no held-out loss: train it again")
         contents = tuple(source.get("contents", ()))  # of somebody's own rows
         data = (source.get("gpt"), source["site"], source.get("offset"), contents)
         # all of the autoencoder's settings but its size and the norm it starts with

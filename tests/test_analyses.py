@@ -1506,7 +1506,7 @@ def test_what_cannot_be_said_of_ones_own_rows_is_one_line(own, arguments, words)
     (("scaling", "--names=scaling,centred"), ["normalisation", "--names"]),
     (("scaling", "--names=scaling,apart"), ["start", "--names"]),
     (("scaling", "--names=scaling,halted"), ["halted", "not finished", "--resume"]),
-    (("scaling", "--names=scaling,old"), ["old", "held-out loss", "train it again"]),
+    (("scaling", "--names=scaling,old"), ["old", "held_out_loss", "train_sae.py again"]),
     (("complete", "small", "scaling"), ["complete", "flags", "small"]),
     (("neurons", "--names=small,scaling"), ["--names", "complete, scaling, frontier", "neurons"]),
     (("compare", "small", "scaling", "--names=small"), ["--names", "complete, scaling, frontier", "compare"]),
