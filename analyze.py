@@ -1820,12 +1820,10 @@ def show_explained_by_tokens(scores, density):
     )
     medians = {}
     for kind, parts in scores.items():
-        medians[kind] = {name: median_scores(values) for name, values in parts.items()}
-        columns = []
-        for pair in zip(medians[kind]["whole"], medians[kind]["cut"]):  # by token, by two tokens
-            whole, cut = [or_undefined(median, ".2f") for median in pair]
-            columns.append(f"{whole:>10}{cut:>10}")
-        print(f"  {kind:<20}{columns[0]}{'':4}{columns[1]}")
+        whole, cut = median_scores(parts["whole"]), median_scores(parts["cut"])
+        medians[kind] = {"whole": whole, "cut": cut}
+        shown = [or_undefined(median, ".2f") for median in (whole[0], cut[0], whole[1], cut[1])]
+        print("  {:<20}{:>10}{:>10}    {:>10}{:>10}".format(kind, *shown))
     return medians
 
 
@@ -1885,14 +1883,14 @@ def draw_neurons(run, best, share, scores):
     """The features' highest correlations with a neuron; how much tokens explain of each kind."""
     panels = 2 if scores else 1
     with figure(run, "neurons", panels, 4.5 * panels) as axes:
-        left, *right = np.atleast_1d(axes)
+        left = axes[0] if scores else axes
         left.hist(best, bins=40, color=BLUE)
         left.axvline(0.3, color=RED, ls=":")
         column = "column" if run.kind == "own" else "neuron"
         left.set(xlabel=f"highest correlation with a {column}", ylabel="features")
         left.set_title(f"{share:.0%} at 0.3 or less")
         if scores:
-            draw_explained(right[0], scores)
+            draw_explained(axes[1], scores)
 
 
 def draw_explained(ax, scores):
@@ -1916,8 +1914,7 @@ def token_tables(run, x):
     x (N T, n), a vector for each token -> its means given the current token, and given the
     previous and the current one, a row for each pair: two (pairs, n). See means_given_tokens.
     """
-    coordinates = x.t().contiguous().cpu().numpy()  # (n, N T)
-    means = means_given_tokens(run, coordinates)
+    means = means_given_tokens(run, x.t().cpu().numpy())  # of each coordinate
     return [torch.from_numpy(table.T.astype(np.float32)).to(run.device) for table in means]
 
 
@@ -2029,7 +2026,8 @@ def word_places(run, path, n=240):
     """
     places = {}
     for word, positions in find_words(run).items():
-        if all(map(len, halves(run, positions))):
+        even, odd = halves(run, positions)
+        if len(even) and len(odd):
             places[word] = positions
     if path:
         with open(path, encoding="utf-8", errors="replace") as file:
@@ -2064,7 +2062,7 @@ def best_detectors(run, places):
     Feature and threshold are chosen on one half of the text, and the F1 is that of the other:
     among so many features, one suits a word with few occurrences by chance.
     """
-    everywhere = halves(run, np.arange(len(run.tokens)))
+    choosing, judging = halves(run, np.arange(len(run.tokens)))
     split = [halves(run, positions) for positions in places.values()]
     chosen_f1 = np.zeros(len(places))  # on the half that chooses
     judged_f1 = np.zeros(len(places))
@@ -2072,16 +2070,17 @@ def best_detectors(run, places):
     n_alive = 0
     for block, acts in run.by_blocks("looking for words"):
         n_alive += int(acts.any(1).sum())
-        highest = acts[:, everywhere[0]].max(1, keepdims=True)
+        highest = acts[:, choosing].max(1, keepdims=True)
         for threshold in (0, 0.25, 0.5):
             fired = acts > threshold * highest  # (features, N T)
-            n_fired = [fired[:, half].sum(1) for half in everywhere]
+            n_choosing = fired[:, choosing].sum(1)
+            n_judging = fired[:, judging].sum(1)
             for k, (choose, judge) in enumerate(split):
-                scores = f1_score(fired[:, choose].sum(1), n_fired[0], len(choose))
+                scores = f1_score(fired[:, choose].sum(1), n_choosing, len(choose))
                 i = scores.argmax()
                 if scores[i] > chosen_f1[k]:
                     chosen_f1[k] = scores[i]
-                    judged_f1[k] = f1_score(fired[i, judge].sum(), n_fired[1][i], len(judge))
+                    judged_f1[k] = f1_score(fired[i, judge].sum(), n_judging[i], len(judge))
                     best[k] = block[i]
     return judged_f1, best, n_alive
 
@@ -2303,10 +2302,8 @@ def best_sizes(runs):
     """
     best = {}
     for compute, group in by_budget(runs).items():
-        losses = {}  # of equal runs, which differ in the seed, that of the last
-        for run in group:
-            losses[run.n_features] = run.loss
-        found = optimum(losses)
+        # of equal runs, which differ in the seed, the last counts
+        found = optimum({run.n_features: run.loss for run in group})
         if found:
             best[compute] = found
     return best
