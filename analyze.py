@@ -1897,7 +1897,8 @@ def draw_explained(ax, scores):
     """The cumulative shares of explainability's scores, given the previous and current token."""
     for (kind, parts), colour in zip(scores.items(), (BLUE, RED, GREY)):
         for name, style in (("whole", "-"), ("cut", ":")):
-            values = np.sort(parts[name][:, 1])
+            values = parts[name][:, 1]
+            values = np.sort(values[np.isfinite(values)])  # the NaN are left out: see median_scores
             shares = np.linspace(0, 1, len(values))
             label = kind if name == "whole" else f"{kind}, cut"
             ax.plot(values, shares, style, color=colour, label=label)
@@ -2217,7 +2218,6 @@ def print_words(words, n):
 @dataclass
 class Finished:
     """A finished run of train_sae.py, one point of the scaling laws."""
-    name: str
     d_in: int             # width of the activations
     n_features: int       # size of the dictionary
     rows: int             # steps x batch
@@ -2254,7 +2254,6 @@ def read_finished(args, name):
         # all of the autoencoder's settings but its size and the norm it starts with
         recipe = replace(config, n_features=0, decoder_norm=0)
         return Finished(
-            name=name,
             d_in=config.d_in,
             n_features=config.n_features,
             rows=log[-1]["rows"],

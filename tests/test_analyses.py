@@ -555,10 +555,14 @@ def test_at_attn_0_no_neuron_comes_before_and_the_page_says_nothing_of_them(tmp_
     assert len(alive) > 5 and {feature["neuron_correlation"] for feature in alive} == {None}
 
 
-def test_scores_of_what_is_never_active_are_left_out_of_the_median():
+def test_scores_of_what_is_never_active_are_left_out_of_the_median_and_of_the_cumulative_shares():
     scores = np.array([[0.1, 0.2], [np.nan, np.nan], [0.3, 0.8], [0.2, 0.3]])
     assert analyze.median_scores(scores) == pytest.approx([0.2, 0.3])
     assert analyze.median_scores(scores[1:2]) == [None, None]
+    ax = mock.Mock()
+    analyze.draw_explained(ax, {"features": {"whole": scores, "cut": scores[1:2]}})
+    (values, shares, _), (none, *_) = [call.args for call in ax.plot.call_args_list]
+    assert values.tolist() == [0.2, 0.3, 0.8] and shares.tolist() == [0, 0.5, 1] and len(none) == 0
 
 
 # -----------------------------------------------------------------------------
@@ -770,7 +774,7 @@ def test_a_power_law_is_found():
 
 def finished(size, rows, loss, rate=1e-3):
     """A run of width 1, so that compute is 12 size rows."""
-    return analyze.Finished("", 1, size, rows, rate, loss, ())
+    return analyze.Finished(1, size, rows, rate, loss, ())
 
 
 def grid_of(loss_of, sizes, budgets):
