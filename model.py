@@ -315,12 +315,7 @@ def shuffled_weights(gpt):
 # tokenizer
 
 # GPT-2's way to cut text into words, in the syntax that Python's `re` and tiktoken's Rust
-# engine share. A word is the first of these that fits:
-#   '(?:[sdmt]|ll|ve|re)    the end of a contraction, "'s" or "'ll"
-#    ?[^\W\d_]{1,128}        letters, with the space before them
-#    ?\d{1,128}              digits, with the space before them
-#    ?(?:[^\s\w]|_){1,128}   anything else that shows, with the space before it
-#   \s{1,256}(?!\S)|\s       white space; if a word follows, the last blank is left to it
+# engine share. A word is the first of the alternatives that fits.
 # Merges never cross a cut: " self", "self" and "_" may become tokens, "self._" may not.
 # The bounds are far beyond the words of any language. They are for texts that never stop, DNA
 # or a line of ten million dashes: the engines would overflow their stacks or take quadratic
@@ -328,10 +323,14 @@ def shuffled_weights(gpt):
 # The two engines cut alike but for marks that combine with letters (letters in Rust, symbols in
 # Python) and signs like ² (the other way round): there, no merge is learned across.
 # Whoever changes the pattern raises READING in train_gpt.py.
-LETTERS = r" ?[^\W\d_]{1,128}"
-DIGITS = r" ?\d{1,128}"
-SYMBOLS = r" ?(?:[^\s\w]|_){1,128}"
-PATTERN = rf"'(?:[sdmt]|ll|ve|re)|{LETTERS}|{DIGITS}|{SYMBOLS}|\s{{1,256}}(?!\S)|\s"
+PATTERN = "|".join([
+    r"'(?:[sdmt]|ll|ve|re)",    # the end of a contraction, "'s" or "'ll"
+    r" ?[^\W\d_]{1,128}",       # letters, with the space before them
+    r" ?\d{1,128}",             # digits, with the space before them
+    r" ?(?:[^\s\w]|_){1,128}",  # anything else that shows, with the space before it
+    r"\s{1,256}(?!\S)",         # white space; if a word follows, the last blank is left to it
+    r"\s",                      # that blank, if a word cannot begin with it: a new line, say
+])
 END_OF_TEXT = "<|endoftext|>"
 
 
