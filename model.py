@@ -69,7 +69,10 @@ class GPTConfig:
 
 
 class Block(nn.Module):
-    """x + attention(LayerNorm(x)), then x + MLP(LayerNorm(x))."""
+    """
+    x + attention(LayerNorm(x)), then x + MLP(LayerNorm(x)). There is no forward: GPT.trunk takes
+    each half in two steps, read and write, with the hook in between.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -100,7 +103,7 @@ class Block(nn.Module):
             return self.attention(self.ln_1(stream))     # (B, T, C)
         if kind == "mlp":
             return F.relu(self.c_fc(self.ln_2(stream)))  # (B, T, 4 C): the neurons
-        return stream                                    # resid: after both
+        return stream                                    # resid: itself
 
     def write(self, kind, stream, x):
         """The residual stream (B, T, C) once the activations x at a kind of site are in it."""
@@ -108,7 +111,7 @@ class Block(nn.Module):
             return stream + x
         if kind == "mlp":
             return stream + self.mlp_proj(x)
-        return x
+        return x  # resid
 
 
 class GPT(nn.Module):
@@ -122,8 +125,8 @@ class GPT(nn.Module):
     close to log(vocab_size), that of a model which has no opinion.
 
     Embeddings have a standard deviation of 0.02. Adam's steps, all of one size, soon outgrow
-    that random start; they do not outgrow one of 1, which ended at a loss of 4.06 instead of
-    3.76. Biases are 0.
+    that random start. They do not outgrow a standard deviation of 1, with which the loss ended
+    at 4.06 instead of 3.76. Biases are 0.
     """
 
     def __init__(self, config):
@@ -197,10 +200,10 @@ class GPT(nn.Module):
         treats each token by itself: B and T may then be any.
         """
         names = [name for name, _, _ in self.sites]
-        (_, kind, block), *later = self.sites[names.index(site):]
-        stream = block.write(kind, stream, x)
-        for _, kind, block in later:
-            stream = block.write(kind, stream, block.read(kind, stream))
+        for name, kind, block in self.sites[names.index(site):]:
+            if name != site:  # there, x is given
+                x = block.read(kind, stream)
+            stream = block.write(kind, stream, x)
         return self.ln_f(stream)
 
     def activations(self, idx, site):
@@ -515,10 +518,11 @@ def make_parser(doc):
 def at_least(low, kind=int):
     """An argparse type: a finite number of a kind, int or float, that is low or more."""
     def number(text):
-        if not low <= kind(text) < 2**63:  # NaN fails this, too; torch's integers end at 2^63
+        value = kind(text)
+        if not low <= value < 2**63:  # NaN fails this, too; torch's integers end at 2^63
             raise argparse.ArgumentTypeError(
                 f"must be at least {low} and below 2^63, not {text}")
-        return kind(text)
+        return value
     return number
 
 
@@ -636,8 +640,8 @@ def can_compile(device):
 
 def to_device(array, device):
     """
-    Copies a numpy array, which may be mapped from a file, to a device. A GPU takes it from
-    pinned memory when it comes to that, so that nobody waits.
+    Copies a numpy array, which may be mapped from a file, to a device. On its way to a GPU it is
+    put in pinned memory, from which the GPU takes it while the CPU goes on.
     """
     if device.type != "cuda":
         return torch.from_numpy(array).to(device)
@@ -716,11 +720,9 @@ def average_gradients(module):
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     flat /= dist.get_world_size()
     dist.all_reduce(flat)  # the sum of all ranks'
-    start = 0
-    for gradient in gradients:
-        end = start + gradient.numel()
-        gradient.copy_(flat[start:end].view(gradient.shape))
-        start = end
+    sizes = [gradient.numel() for gradient in gradients]
+    for gradient, mean in zip(gradients, flat.split(sizes)):
+        gradient.copy_(mean.view(gradient.shape))
 
 
 # -----------------------------------------------------------------------------
@@ -729,7 +731,9 @@ def average_gradients(module):
 class Progress:
     """Tells how far some work has come: what is done of the total, the rate, the time left."""
 
-    last = time.time()  # of the last line: of any work, or several short ones would be silent
+    # when the last line of any work was printed: each by its own clock, many short works in a
+    # row would print none
+    last = time.time()
 
     def __init__(self, label, total, unit, done=0):
         self.label = label
@@ -738,11 +742,11 @@ class Progress:
         self.first = done  # done by an earlier run: no part of this one's rate
         self.start = time.time()
 
-    def show(self, done, note=str, now=False):
+    def show(self, done, note=None, now=False):
         """
         Prints one line when five seconds have passed since the last one, or `now`. note()
-        is called for that line alone, since it may have to wait for a GPU; str() is the
-        empty note.
+        gives some words of it; it is called for that line alone, since it may have to wait
+        for a GPU.
         """
         if not now and time.time() - Progress.last < 5.0:
             return
@@ -756,7 +760,8 @@ class Progress:
             minutes_left = f"{left // 60}m{left % 60:02}s left"
             speed = f"{rate:,.{digits}f} {self.unit}/s  {minutes_left}"
         counted = f"{done:,}/{self.total:,} {self.unit}"
-        print(f"{self.label} {counted}  {note()}  {speed}", flush=True)
+        words = note() if note else ""
+        print(f"{self.label} {counted}  {words}  {speed}", flush=True)
 
 
 def tracked(label, parts, unit, size=len):
@@ -795,9 +800,9 @@ LOCKS = {}  # folder -> the open file whose lock says that this process uses it
 
 def lock_alone(folder):
     """
-    Makes a folder this process's own, until `run` ends or lock_shared gives it free. Returns
-    whether that was to be had: False when another process uses it. What a killed process left
-    half-written there is removed.
+    Makes a folder this process's own, until `run` ends or lock_shared lets others in. Returns
+    False when another process uses it already. What a killed process left half-written there is
+    removed.
 
     The system drops the lock with the process, however that ends. Where there are no locks, on
     Windows and some network disks, everybody is told True.
@@ -829,8 +834,8 @@ def lock_shared(folder):
 
 def without_nan(obj):
     """
-    obj with None, JSON's null, in the place of NaN and infinity, for which JSON has no word, and
-    lists and numbers of Python in that of numpy's.
+    A copy of obj that JSON can hold: NaN and infinity, for which it has no word, become None (its
+    null), and numpy's arrays and numbers become Python's lists and numbers.
     """
     if isinstance(obj, (np.ndarray, np.generic)):
         obj = obj.tolist()
