@@ -189,8 +189,8 @@ def folder_files(folder, out_dir):
 
 def split_sources(dataset):
     """
-    The sources between the commas. A comma in the name of what exists parts nothing, and ~ is
-    the home folder, as a shell would have it, which looks at the beginning of words alone.
+    The sources between the commas. A comma in the name of a file that exists separates nothing.
+    A source may begin with ~, the home folder: shells see to the first one at most.
     """
     parts = dataset.split(",")
     sources = []
@@ -245,21 +245,21 @@ def source_files(dataset, out_dir):
     return paths
 
 
-def read_lines(text):
+def read_lines(file):
     """
     Yields the lines of a binary file. One of more than 1 MB comes in blocks of 1 MB, cut
     between two characters of UTF-8: it may be larger than the memory.
     """
-    while block := text.readline(2**20):
+    while block := file.readline(2**20):
         for _ in range(3):  # a character's first byte is followed by three at most
-            following = text.peek(1)[:1]
+            following = file.peek(1)[:1]
             if block.endswith(b"\n") or not b"\x80" <= following < b"\xc0":
                 break
-            block += text.read(1)
+            block += file.read(1)
         yield block
 
 
-def plain_documents(text):
+def plain_documents(file):
     """
     Yields the documents of a binary file of plain text, as bytes. A document ends at a line
     END_OF_TEXT, or where it has grown to 4 MB: a large file is never in memory as a whole.
@@ -267,7 +267,7 @@ def plain_documents(text):
     lines = []
     size = 0  # bytes in lines
     starts_a_line = True
-    for line in read_lines(text):
+    for line in read_lines(file):
         # a file from Windows ends its lines with \r\n
         is_separator = starts_a_line and line.strip() == END_OF_TEXT.encode()
         if is_separator or size > 2**22:
@@ -310,16 +310,16 @@ def row_documents(rows):
             yield text[start:start + 2**22].encode(errors="surrogatepass")
 
 
-def jsonl_documents(text):
+def jsonl_documents(file):
     """Yields the documents of a binary file with one JSON object a line, {"text": ...}."""
-    filled = (line for line in text if line.strip())
+    filled = (line for line in file if line.strip())
     return row_documents(map(json.loads, filled))
 
 
-def csv_documents(text):
+def csv_documents(file):
     """Yields the documents of a binary .csv file, whose first line names a column "text"."""
-    csv.field_size_limit(2**31 - 1)  # 131,072 characters at first
-    lines = io.TextIOWrapper(text, encoding="utf-8", errors="surrogateescape", newline="")
+    csv.field_size_limit(2**31 - 1)  # else 131,072 characters
+    lines = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
     # strict: without it, a quote that is not closed would take all rows after it for one text
     return row_documents(csv.DictReader(lines, strict=True))
 
@@ -347,11 +347,11 @@ def read_documents(path):
     suffix, packed = format_of(path)
     reader = READERS.get(suffix, plain_documents)
     opener = OPENERS.get(packed, nullcontext)  # nullcontext gives the file itself
-    with open(path, "rb") as file, opener(file) as text:
-        if text.peek(3).startswith(codecs.BOM_UTF8):  # a mark that Windows' programs write
-            text.read(3)
-        for document in reader(text):
-            yield document, file.tell()
+    with open(path, "rb") as raw, opener(raw) as file:
+        if file.peek(3).startswith(codecs.BOM_UTF8):  # a mark that Windows' programs write
+            file.read(3)
+        for document in reader(file):
+            yield document, raw.tell()
 
 
 def decoded(document):
@@ -368,18 +368,18 @@ def decoded(document):
 def documents(paths, label, skipped):
     """
     Yields every document of every file as str and shows progress. What is no UTF-8 text is
-    left out, and (path, number of the document) is added to the set `skipped`.
+    left out, and its path is added to the list `skipped`.
     """
     n_bytes = sum(path.stat().st_size for path in paths)
     progress = Progress(label, n_bytes, "bytes")
     before = 0  # bytes of the files before this one
     for path in paths:
         with reading(path, "mend it or leave it out of --dataset"):
-            for number, (document, position) in enumerate(read_documents(path)):
+            for document, position in read_documents(path):
                 progress.show(before + position)
                 text = decoded(document)
                 if text is None:
-                    skipped.add((path, number))
+                    skipped.append(path)
                 elif text.strip():  # a blank one teaches nothing
                     yield text
         before += path.stat().st_size
@@ -389,8 +389,8 @@ def skipped_note(skipped):
     """The end of a sentence: how many documents were left out, if any, and where one is."""
     if not skipped:
         return ""
-    path, _ = min(skipped)
-    return f"; {len(skipped):,} documents are left out, since they are no UTF-8 text: see {path}"
+    return (f"; {len(skipped):,} documents are left out, since they are no UTF-8 text: "
+            f"see {min(skipped)}")
 
 
 # -----------------------------------------------------------------------------
@@ -613,10 +613,10 @@ def pieces_of(lengths, longest):
 
 def evenly_spread(pieces, share):
     """
-    Whether to hold out each of the pieces, so that about a share of their tokens is. Every
-    piece owes its share, and one is held out when that brings what is held out closer to
-    what is owed: the two never differ by more than half the longest piece. Short pieces are
-    held out more often than long ones.
+    Decides of each piece whether it is held out, so that about a share of all tokens is. Every
+    piece adds its share to what is owed, and is held out itself if that brings the debt closer
+    to 0: it is never more than half the longest piece. Short pieces are held out more often
+    than long ones.
     """
     held_out = []
     owed = 0
@@ -631,8 +631,8 @@ def evenly_spread(pieces, share):
 
 def hold_out(lengths, block_size):
     """
-    Decides which tokens are held out, of documents of these lengths: about a twentieth, but
-    two contexts where there are enough tokens, evenly spread. Returns the lengths of the
+    Decides which tokens of documents of these lengths are held out, evenly spread: about a
+    twentieth, or two contexts if that is more, but at most half. Returns the lengths of the
     pieces that the documents are cut into, in order, and whether each is held out.
     """
     n_tokens = sum(lengths)
@@ -699,19 +699,19 @@ def make_token_files(paths, tokenizer, skipped, args):
         raise UserError(f"{name}: {error.strerror}: make room and run again")
     finally:
         for path in (both, *part.values()):
-            if os.path.exists(path):  # after an error or Ctrl-C, but for `both`
+            if os.path.exists(path):  # the last two: after an error or Ctrl-C alone
                 os.remove(path)
     return counts, n_bytes
 
 
-def make_tokenizer(paths, skipped, args):
+def make_tokenizer(paths, args):
     """The tokenizer that --tokenizer asks for: tiktoken's gpt2, or learned from the files."""
     if args.tokenizer == "gpt2":
         return gpt2_tokenizer()
     if not 257 <= args.vocab_size <= 65536:  # from no merge at all to all that uint16 holds
         raise UserError("--vocab_size must be 257 to 65,536 "
                         f"(bytes, {END_OF_TEXT}, merges), not {args.vocab_size}")
-    texts = documents(paths, "counting words", skipped)
+    texts = documents(paths, "counting words", skipped=[])  # told when they are tokenized
     return bpe_tokenizer(learn_bpe(texts, args.vocab_size))
 
 
@@ -761,10 +761,10 @@ def prepare(args, checkpoint=None):
     """
     paths = source_files(args.dataset, args.out_dir)
     made_from = describe(paths, args)
-    made_then = (checkpoint or {}).get("data") or {}
-    if checkpoint and made_then != made_from:
+    made_then = checkpoint.get("data") if checkpoint else made_from
+    if made_then != made_from:
         other = "other files than"
-        if made_then.get("reading") != READING:
+        if not made_then or made_then.get("reading") != READING:
             other = "tokens that another version of train_gpt.py made of"
         raise UserError(f"gpt.pt was trained on {other} --dataset={args.dataset}: "
                         "run without --resume")
@@ -776,8 +776,8 @@ def prepare(args, checkpoint=None):
 
     megabytes = sum(path.stat().st_size for path in paths) / 1e6
     print(f"data: {len(paths):,} files, {megabytes:.1f} MB")
-    skipped = set()  # a set, since the documents are read twice
-    tokenizer = make_tokenizer(paths, skipped, args)
+    tokenizer = make_tokenizer(paths, args)
+    skipped = []
     counts, n_bytes = make_token_files(paths, tokenizer, skipped, args)
     save_tokenizer(tokenizer_path, tokenizer)
     data = {"made_from": made_from, "dataset": args.dataset, **counts}
@@ -799,8 +799,7 @@ def get_batch(tokens, args, seed, rank=0, ranks=1, device=torch.device("cpu")):
     share = args.batch_size // ranks
     rng = np.random.default_rng(seed)
     # every rank draws those of all and takes its own: the same batch on any number of ranks
-    starts = rng.integers(0, len(tokens) - T, (ranks, share))
-    starts = starts[rank]                                                   # (share,)
+    starts = rng.integers(0, len(tokens) - T, (ranks, share))[rank]         # (share,)
     contexts = np.stack([tokens[start:start + T + 1] for start in starts])  # (share, T + 1)
     contexts = to_device(contexts.astype(np.int64), device)  # embeddings take no uint16
     return contexts[:, :-1], contexts[:, 1:]
@@ -833,7 +832,7 @@ def make_optimizer(gpt, peak):
     decayed = []
     not_decayed = []
     for name, p in gpt.named_parameters():
-        is_embedding = re.match("wte|wpe", name)
+        is_embedding = name.startswith(("wte", "wpe"))
         if p.dim() == 2 and not is_embedding:
             decayed.append(p)
         else:

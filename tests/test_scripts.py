@@ -43,7 +43,7 @@ train_save = train_sae.save  # a test puts another in its place
 
 
 def texts_of(*sources):
-    skipped = set()
+    skipped = []
     paths = train_gpt.source_files(",".join(map(str, sources)), "unused")
     return sorted(train_gpt.documents(paths, "reading", skipped)), len(skipped)
 
