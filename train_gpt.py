@@ -33,7 +33,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from http.client import HTTPException
 from importlib.util import find_spec
-from itertools import compress, islice
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -445,19 +445,14 @@ class WordChain:
         return int(self.frequency[places].sum())
 
     def grouped(self, places):
-        """Yields each pair that starts at some of these places, and those where it does."""
+        """Each pair that starts at some of these places, with those where it does."""
         ends_a_word = self.tokens[self.after[places]] == NO_TOKEN
         places = places[~ends_a_word & (self.tokens[places] != NO_TOKEN)]
         pairs = self.pairs_at(places)
         order = np.argsort(pairs, kind="stable").astype(np.int32)  # equal ones side by side
         pairs = pairs[order]
-        places = places[order]
-        begins = np.ones(len(pairs), dtype=bool)
-        begins[1:] = pairs[1:] != pairs[:-1]
-        first = np.flatnonzero(begins)
-        end = np.append(first[1:], len(pairs))
-        for pair, i, j in zip(pairs[first].tolist(), first.tolist(), end.tolist()):
-            yield pair, places[i:j]
+        changes = np.flatnonzero(np.diff(pairs)) + 1  # where another pair begins
+        return zip(np.unique(pairs).tolist(), np.split(places[order], changes))
 
     def merge(self, places, merged):
         """
@@ -477,12 +472,14 @@ class WordChain:
         return np.concatenate([neighbours, places])
 
     def not_overlapping(self, places):
-        """Of "aaaa", "aa" starts at three places: the first and third of each such row."""
-        number = np.arange(len(places))
-        starts_a_row = np.ones(len(places), dtype=bool)
-        starts_a_row[1:] = self.after[places[:-1]] != places[1:]
-        row_start = np.maximum.accumulate(number * starts_a_row)
-        return places[(number - row_start) % 2 == 0]
+        """Of the three places where "aa" starts in "aaaa", the first and the third."""
+        kept = []
+        taken = None  # the right token's place of the last pair that was kept
+        for place, right in zip(places.tolist(), self.after[places].tolist()):
+            if place != taken:
+                kept.append(place)
+                taken = right
+        return np.array(kept, dtype=np.int32)
 
 
 def count_words(texts):
@@ -496,12 +493,11 @@ def count_words(texts):
     for text in texts:
         found = re.findall(PATTERN, text)
         if n_bytes > MOST_WORDS:
-            found = filter(frequencies.__contains__, found)
-        n_before = len(frequencies)
+            found = [word for word in found if word in frequencies]
+        else:
+            new = [word for word in set(found) if word not in frequencies]
+            n_bytes += sum(len(word.encode()) for word in new)
         frequencies.update(found)
-        n_new = len(frequencies) - n_before
-        new = islice(reversed(frequencies), n_new)  # a dict has the latest last
-        n_bytes += sum(len(word.encode()) for word in new)
     if n_bytes > MOST_WORDS:
         print(f"data: merges are learned from {len(frequencies):,} distinct words, not from all")
     words = [word.encode() for word in frequencies]
@@ -527,7 +523,8 @@ def most_frequent(heap, places_of, chain):
     """
     while heap:
         negative_count, pair = heapq.heappop(heap)
-        # merges around it have taken some of its places, and given it none
+        # merges around it have taken some of its places, and given it none; a pair that was
+        # pushed twice has none left at its second turn
         places = places_of.pop(pair, np.empty(0, dtype=np.int32))
         places = places[chain.pairs_at(places) == pair]
         count = chain.count(places)
@@ -846,13 +843,25 @@ def make_optimizer(gpt, peak):
     return torch.optim.AdamW(groups, lr=peak, betas=betas, fused=fused)
 
 
-def restore(training, checkpoint):
-    """Takes the training to where its checkpoint is. UserError when that is damaged."""
-    with reading(training.path, ANEW):
-        training.gpt.load_state_dict(checkpoint["model"])
-        training.optimizer.load_state_dict(checkpoint["optimizer"])
-        training.step = checkpoint["step"]
-        training.log = [dict(line) for line in checkpoint["log"]]
+def begin_training(args, config, machine, made_from, checkpoint):
+    """
+    A Training at its first step, or where the checkpoint is, the same on all ranks. UserError
+    when the checkpoint is damaged.
+    """
+    path = os.path.join(args.out_dir, "gpt.pt")
+    gpt = GPT(config).to(machine.device)
+    optimizer = make_optimizer(gpt, args.learning_rate)
+    training = Training(path, made_from, gpt, optimizer, step=0, log=[])
+    if checkpoint:
+        with reading(path, ANEW):
+            gpt.load_state_dict(checkpoint["model"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            training.step = checkpoint["step"]
+            training.log = [dict(line) for line in checkpoint["log"]]
+    same_on_all_ranks(gpt.parameters())
+    n_parameters = sum(p.numel() for p in gpt.parameters())
+    print(f"gpt: {n_parameters:,} parameters, on {machine.device}")
+    return training
 
 
 @torch.no_grad()
@@ -927,20 +936,6 @@ def print_sample(gpt, tokenizer, tokens, device):
     print(f"\nsample, continued from {n_start} held-out tokens:\n{line}\n{text}\n{line}")
 
 
-def begin_training(args, config, machine, made_from, checkpoint):
-    """A Training at its first step, or where the checkpoint is, the same on all ranks."""
-    path = os.path.join(args.out_dir, "gpt.pt")
-    gpt = GPT(config).to(machine.device)
-    optimizer = make_optimizer(gpt, args.learning_rate)
-    training = Training(path, made_from, gpt, optimizer, step=0, log=[])
-    if checkpoint:
-        restore(training, checkpoint)
-    same_on_all_ranks(gpt.parameters())
-    n_parameters = sum(p.numel() for p in gpt.parameters())
-    print(f"gpt: {n_parameters:,} parameters, on {machine.device}")
-    return training
-
-
 def train(training, data, args, machine):
     """
     Trains until args.max_iters steps are done or a signal asks to stop, and leaves
@@ -972,7 +967,8 @@ def train(training, data, args, machine):
             measure_and_show()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.max_iters, args.learning_rate)
-        # a batch is a function of (seed, step): a checkpoint has no position to remember
+        # a batch is a function of (seed, step): a checkpoint has no position to remember.
+        # The 0 between them tells it from those that are measured, which have a 1
         loss = loss_on("train", (args.seed, 0, step), machine.rank)
         optimizer.zero_grad()
         loss.backward()
@@ -1004,7 +1000,8 @@ def main():
     checkpoint = resumable(os.path.join(args.out_dir, "gpt.pt"), args, machine.device)
 
     # bad sizes are refused now, not after tokenizing; 257 stands in for a number not known yet
-    config = GPTConfig(args.block_size, 257, args.n_layer, args.n_head, args.n_embd)
+    config = GPTConfig(args.block_size, vocab_size=257, n_layer=args.n_layer,
+                       n_head=args.n_head, n_embd=args.n_embd)
     with rank_0_first():
         tokenizer, made_from = prepare(args, checkpoint)
     config.vocab_size = tokenizer.n_vocab  # gpt2's, or fewer than asked for if merges ran out
