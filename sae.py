@@ -294,7 +294,12 @@ class SparseAutoencoder(nn.Module):
         encode some features alone. It is tried out rather than declared, so that nobody who
         changes it has to think of them. A function that keeps something of the batches it sees
         should do so only where torch.is_grad_enabled(): not here, nor in an analysis.
+
+        With weights beside the usual four nothing counts as ReLU: a gain to be learned may be 1 at
+        the start, and SparseStep would leave it there.
         """
+        if not dict(self.named_parameters()).keys() <= {"W_enc", "b_enc", "W_dec", "b_dec"}:
+            return False
         z = torch.linspace(-1, 1, self.config.n_features).to(self.W_dec)
         z = torch.stack([z, z.abs()])  # also where all are positive: topk would drop some
         sizes = 10.0 ** torch.arange(-4, 5, device=z.device)
@@ -346,6 +351,8 @@ class SparseAutoencoder(nn.Module):
         x: (N, d_in) raw activations. l1_coeff: lambda. sparse: see reconstruct.
         Returns the loss (scalar) and stats, a dict: mse and l1, the two terms without lambda; l0,
         the number of active features a vector; fired, bool (n_features,), those active on any.
+        Whoever adds a term leaves mse as it is, since the log's variance explained comes from
+        it; a scalar in stats, by any other name, goes into log.jsonl.
         """
         x = self.scaled(x)
         w = self.penalty_weights()

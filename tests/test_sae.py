@@ -318,6 +318,30 @@ def make_other(monkeypatch):
     return make_other
 
 
+def test_an_activation_with_weights_of_its_own_is_trained_from_the_start(monkeypatch):
+    """It is ReLU while its gain is 1: nothing may take the short cuts of ReLU, or the gain would stay there."""
+    plain = SparseAutoencoder.__init__
+
+    def with_gain(self, config):
+        plain(self, config)
+        self.log_gain = torch.nn.Parameter(torch.zeros(config.n_features))
+
+    def activation(self, z):
+        return self.log_gain.exp() * z.relu()
+
+    monkeypatch.setattr(SparseAutoencoder, "__init__", with_gain)
+    monkeypatch.setattr(SparseAutoencoder, "activation", activation)
+    sae = SparseAutoencoder(SAEConfig(5, 11))
+    torch.nn.init.constant_(sae.b_enc, -1.0)  # few are active: of a ReLU the sparse step would pay
+    x = 3 * inputs(64).float()
+    sae.loss(x, 0.1)[0].backward()
+    assert sae.log_gain.grad.abs().max() > 0
+    with pytest.raises(ValueError):
+        sae.loss(x, 0.1, sparse=True)
+    torch.nn.init.normal_(sae.log_gain)
+    assert_close(sae.fold()(x), sae(x).detach().numpy(), 1e-5)
+
+
 @pytest.mark.parametrize("where", ["in the recipe", "in the class"])
 @every_activation
 def test_another_activation_is_that_of_training_and_of_every_analysis(make_other, monkeypatch, activation, where):
