@@ -1079,6 +1079,22 @@ def test_a_change_that_would_silently_do_nothing_is_found_before_the_first_step(
         train_sae.try_out(sae, x, 0.5)
 
 
+def test_a_term_of_the_loss_that_resampling_does_not_see_is_found_before_the_first_step(monkeypatch):
+    sae = sae_module.SparseAutoencoder(sae_module.SAEConfig(24, 96, "towards"))
+    sae.fit_to(torch.from_numpy(DRAWN).float())
+    x = torch.from_numpy(DRAWN[:256]).float()
+    train_sae.try_out(sae, x, 0.5)  # without it nothing is wrong
+    plain = sae_module.SparseAutoencoder.loss
+
+    def with_a_term(self, *args, **kwargs):
+        loss, stats = plain(self, *args, **kwargs)
+        return loss + self.W_dec.square().sum(), stats
+
+    monkeypatch.setattr(sae_module.SparseAutoencoder, "loss", with_a_term)
+    with pytest.raises(train_sae.UserError, match="`losses`, which resampling draws by"):
+        train_sae.try_out(sae, x, 0.5)
+
+
 def test_the_report_of_an_autoencoder_that_is_all_dead_warns_of_nothing(tmp_path):
     np.save(tmp_path / "a.npy", DRAWN.astype(np.float32))
     flags = (f"--acts={tmp_path}/a.npy", f"--out_dir={tmp_path}", *SMALL_SAE)
