@@ -4423,6 +4423,8 @@ class Command:
 
 
 # To add a command, append a line: no other line depends on how many there are, or on their order.
+# `Run.by_blocks` yields what all features do; position p of it is token p % T of context p // T.
+# `snippet` shows a position, `figure` draws, `save` writes.
 COMMANDS = {
     "report": Command(show_report, kinds=("model", "own")),
     "feature": Command(show_feature, kinds=("model", "own"), takes="number"),

@@ -157,7 +157,10 @@ class GPT(nn.Module):
 
     @property
     def sites(self):
-        """Where the hook is called, in order: a list of (site, its kind, its block)."""
+        """
+        Where the hook is called, in order: a list of (site, its kind, its block). Each kind of
+        site writes into the stream once, so another way to cut the MLP takes the place of "mlp".
+        """
         found = []
         for layer, block in enumerate(self.blocks):
             for kind in ("attn", "mlp", "resid"):
