@@ -2662,10 +2662,10 @@ def best_matches(a, b, order):
     each the highest activation correlation, where the models are two (Bricken et al.,
     "Universality").
     """
-    features, correlations, partners = best_partners(a, b, order)
+    features, highest, partners = best_partners(a, b, order)
     best = {"features": {}, "logit weights": {}}
     for k, name in enumerate(("found", "shuffled")):
-        best["features"][name] = correlations[k]
+        best["features"][name] = highest[k]
         best["logit weights"][name] = logit_correlations(a, b, features, partners[k])
     if not same_model(a, b) and a.neuron_sites and b.neuron_sites:
         # the same question of the neurons
