@@ -972,7 +972,7 @@ def test_more_density_tokens_are_asked_for_where_the_text_has_them(n_tokens, adv
     contexts = torch.zeros(2, 17, dtype=torch.long)
     run = run_on(tiny_gpt(), SparseAutoencoder(SAEConfig(8, 5)), "resid.0", contexts)
     run.training_text = np.broadcast_to(np.uint16(0), n_tokens)
-    metrics, _ = analyze.measure(run)
+    metrics, *_ = analyze.measure(run)
     rows = analyze.summary(run, metrics | analyze.density_metrics(np.array([0.1]), 100))
     assert [note.partition(": ")[2] for name, _, note in rows if name == "ultra-low density"] == [advice]
 
