@@ -2007,11 +2007,13 @@ def find_words(run):
     """Every word of the held-out text, all its tokens -> {word: positions of its last token}."""
     tokenizer = run.tokenizer
     pieces = []  # the bytes of each token
-    for token in run.tokens.tolist():
-        if token == tokenizer.eot_token:
-            pieces.append(b"\n")  # so that no word goes from one document into the next
-        else:
-            pieces.append(tokenizer.decode_single_token_bytes(token))
+    for position, token in enumerate(run.tokens.tolist()):
+        piece = b"\n"  # so that no word goes from one document into the next
+        if token != tokenizer.eot_token:
+            piece = tokenizer.decode_single_token_bytes(token)
+        if position % run.T == 0:
+            piece = b"\n" + piece  # nor from one context into the next, which is of elsewhere
+        pieces.append(piece)
     last_bytes = defaultdict(list)  # where in the text each word's last byte is
     for match in re.finditer(rb"[A-Za-z]{2,}", b"".join(pieces)):
         last_bytes[match.group().decode()].append(match.end() - 1)

@@ -652,14 +652,22 @@ def test_a_word_is_where_its_last_token_is(tmp_path):
     this, path = lookup_run(tmp_path, text, np.zeros((V, 4))), tmp_path / "words.txt"
     path.write_text("foo quux bar\nfooquux nowhere oo")
     pieces = [TOKENIZER.decode_single_token_bytes(t) for t in this.tokens]
+    bounded = [b"\n" * (p % 32 == 0) + piece for p, piece in enumerate(pieces)]  # contexts are of different places
     places = analyze.word_places(this, str(path))
     assert set(places) == {"foo", "quux", "bar", "fooquux"}
     for word, positions in places.items():
         expected = []
-        for match in re.finditer(rb"(?<![A-Za-z])%b(?![A-Za-z])" % word.encode(), b"".join(pieces)):
-            expected.append(next(p for p in range(len(pieces)) if len(b"".join(pieces[:p + 1])) >= match.end()))
+        for match in re.finditer(rb"(?<![A-Za-z])%b(?![A-Za-z])" % word.encode(), b"".join(bounded)):
+            expected.append(next(p for p in range(len(pieces)) if len(b"".join(bounded[:p + 1])) >= match.end()))
         assert list(positions) == expected and len(expected) > 5
     assert {pieces[p] for p in places["quux"]} == {b"x"} and {pieces[p] for p in places["foo"]} == {b"foo", b" foo"}
+
+
+def test_no_word_goes_from_one_context_into_the_next(tmp_path):
+    """Of a text of letters alone each context of 32 tokens is one word."""
+    this = lookup_run(tmp_path, "quxz" * 100, np.zeros((V, 4)))
+    ends = sorted(position for positions in analyze.find_words(this).values() for position in positions)
+    assert ends == [*range(31, len(this.tokens), 32)] and len(ends) > 2
 
 
 def test_without_a_file_words_are_those_that_occur_three_times(tmp_path):
