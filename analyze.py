@@ -2255,13 +2255,14 @@ def read_finished(args, name):
         data = (source.get("gpt"), source["site"], source.get("offset"), contents)
         # all of the autoencoder's settings but its size and the norm it starts with
         recipe = replace(config, n_features=0, decoder_norm=0)
+        told = [flags[flag] for flag in ("l1_coeff", "resample", "dead_steps")]
         return Finished(
             d_in=config.d_in,
             n_features=config.n_features,
             rows=log[-1]["rows"],
             learning_rate=flags["learning_rate"],
             loss=log[-1]["held_out_loss"],
-            settings=(*data, recipe, flags["l1_coeff"]),
+            settings=(*data, recipe, *told),
         )
 
 
@@ -2391,7 +2392,7 @@ def show_scaling(run, args):
         )
     if any(other.settings != runs[0].settings for other in runs):
         raise UserError(
-            "these runs differ in data, site, recipe, normalisation, start or lambda: "
+            "these runs differ in data, site, recipe, normalisation, start, lambda or resampling: "
             "give --names that agree"
         )
 

@@ -1024,16 +1024,18 @@ def trained_sae(out, *flags):
 def out(trained, tmp_path_factory):
     """
     `trained` with a smaller autoencoder and, made from the first, one whose features are in another order, one that
-    says of itself another lambda, one that says --center, one that says another --start, one of somebody's own
-    activations, one that is not finished, one without a held-out loss; beside it `twin`, trained from another seed.
+    says of itself another lambda, one that says --resample, one that says --center, one that says another --start, one
+    of somebody's own activations, one that is not finished, one without a held-out loss; beside it `twin`, trained from
+    another seed.
     """
     out = tmp_path_factory.mktemp("runs") / "out"
     shutil.copytree(trained, out)
     trained_sae(out, "--name=small", "--n_features=48")
     sae = load_sae(out / "sae/scaling/sae.pt")
-    for name in ("shuffled", "lambda1", "own", "halted", "old", "centred", "apart"):
+    for name in ("shuffled", "lambda1", "resampled", "own", "halted", "old", "centred", "apart"):
         shutil.copytree(out / "sae/scaling", out / f"sae/{name}")
     save_sae(out / "sae/lambda1/sae.pt", sae, **sae.extra | {"args": sae.extra["args"] | {"l1_coeff": 1.0}})
+    save_sae(out / "sae/resampled/sae.pt", sae, **sae.extra | {"args": sae.extra["args"] | {"resample": [30]}})
     save_sae(out / "sae/halted/sae.pt", sae, **sae.extra | {"step": 40, "log": sae.extra["log"][:-1]})
     save_sae(out / "sae/old/sae.pt", sae, **sae.extra | {"log": [sae.extra["log"][0]]})
     sae.config.center = True
@@ -1515,6 +1517,7 @@ def test_what_cannot_be_said_of_ones_own_rows_is_one_line(own, arguments, words)
     (("complete", "--read_tokens=1"), ["complete", "--read_tokens"]),
     (("scaling", "--names=scaling,nobody"), ["nobody", "train_sae.py"]),
     (("scaling", "--names=scaling,lambda1"), ["lambda", "--names"]),
+    (("scaling", "--names=scaling,resampled"), ["resampling", "--names"]),
     (("scaling", "--names=scaling,centred"), ["normalisation", "--names"]),
     (("scaling", "--names=scaling,apart"), ["start", "--names"]),
     (("scaling", "--names=scaling,halted"), ["halted", "not finished", "--resume"]),
