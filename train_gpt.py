@@ -871,6 +871,7 @@ def measure(training, loss_on, args):
     and returns them as a line of text. loss_on(split, seed, rank) gives that of one batch.
     UserError when a loss or a weight is not finite.
     """
+    training.gpt.eval()  # no difference as it is; with dropout, say, there would be one
     means = {}
     for split in ("train", "val"):
         progress = Progress(f"measuring {split} loss", args.eval_iters, "batches")
@@ -881,6 +882,7 @@ def measure(training, loss_on, args):
             losses += loss_on(split, (args.seed, 1, i), rank=0).item()
             progress.show(i + 1)
         means[split] = losses / args.eval_iters
+    training.gpt.train()
     step = training.step
     check_finite(means["train"], training.gpt, training)
     tokens = step * args.batch_size * args.block_size
