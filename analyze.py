@@ -3291,7 +3291,8 @@ def draw_study(run, name, has, detectors, judged, logits):
         draw_levels(weighted, detectors["feature"], has, weighted=True)
         weighted.set(title="weighted by activation", ylabel="sum of activations")
         draw_shares(shares, judged, has.mean())
-        effect.hist(logits, 50, stacked=True, color=(BLUE, LIGHT), label=("with it", "without"))
+        # colours in lists: of two in a tuple matplotlib 3.8.0 takes the second for an opacity
+        effect.hist(logits, 50, stacked=True, color=[BLUE, LIGHT], label=("with it", "without"))
         effect.set(title="effect: logits at its maximum", yscale="log")
         effect.set(xlabel="logit about the median", ylabel="tokens of the vocabulary")
         if "best neuron" in detectors:
@@ -3312,7 +3313,7 @@ def draw_levels(ax, detector, has, weighted=False):
         acts = detector.acts[chosen]
         parts.append(acts[acts > 0])
     weights = parts if weighted else None
-    colours = {"color": (BLUE, LIGHT), "label": ("with it", "without")}
+    colours = {"color": [BLUE, LIGHT], "label": ("with it", "without")}
     ax.hist(parts, 40, weights=weights, stacked=True, **colours)
     ax.set_xlabel(f"activation of {detector.name}")
 

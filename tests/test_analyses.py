@@ -1164,19 +1164,19 @@ def test_steer_clamps_to_multiples_of_the_maximum_beside_pushes_of_equal_norm_al
 def test_steer_of_one_feature_writes_texts_as_well(out):
     """Sampled from the prompt with the same draws, clamped and not; --target is measured, its first token."""
     i = int(all_by_hand(load(out))[0].max(1).argmax())
-    printed = analyzed(out, "steer", f"--feature={i}", "--value=0,2", "--prompt=def add", "--target= return")
+    printed = analyzed(out, "steer", f"--feature={i}", "--value=0,20", "--prompt=def add", "--target= return")
     result, = numbers_in(out / "sae/scaling/steer.json")["features"]
     this = load(out)
     assert result["token"] == analyze.token_text(this, this.tokenizer.encode_ordinary(" return")[0])
     written = dict(re.findall(r"\n\n +(unsteered|\S+ x max)  (.*)", printed))
     start = torch.tensor([this.tokenizer.encode_ordinary("def add")])
     largest = float(this.activations([i]).max())
-    for name, value in (("unsteered", None), ("+0 x max", 0.0), ("+2 x max", 2 * largest)):
+    for name, value in (("unsteered", None), ("+0 x max", 0.0), ("+20 x max", 20 * largest)):
         hook = None if value is None else analyze.clamp(this, [i], value)
         generator = torch.Generator().manual_seed(1337)
         ids = this.gpt.generate(start, 60, hook=hook, generator=generator)
         assert written[name] == analyze.token_text(this, *ids[0, start.shape[1]:])
-    assert len(written) == 3 and written["unsteered"] != written["+2 x max"]
+    assert len(written) == 3 and written["unsteered"] != written["+20 x max"]
 
 
 def test_neurons_counts_the_features_that_no_neuron_is_like(out):
