@@ -526,14 +526,13 @@ def try_out(sae, x, l1_coeff):
                 "SparseStep computes another loss than the equations in `loss`, `pre_activations` "
                 "and `reconstruct`: let `sparse_is_exact` return False"
             )
+    if sae.recipe.resample_steps:
+        if not torch.isclose(loss, sae.losses(x, l1_coeff).mean(), rtol=1e-3):
+            raise UserError(
+                "`losses`, which resampling draws by, and `loss` say different things: a term "
+                "that is added to one belongs in the other"
+            )
     with torch.no_grad():
-        if sae.recipe.resample_steps:
-            loss, _ = sae.loss(x, l1_coeff, sparse=False)
-            if not torch.isclose(loss, sae.losses(x, l1_coeff).mean(), rtol=1e-3):
-                raise UserError(
-                    "`losses`, which resampling draws by, and `loss` say different things: a term "
-                    "that is added to one belongs in the other"
-                )
         x_hat = sae(x)
         if (x_hat - sae.fold()(x)).abs().max() > 0.01 * x_hat.abs().max():
             reason = "fold() gives other reconstructions than `encode` and `decode`"
