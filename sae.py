@@ -923,13 +923,13 @@ class ActivationStream(ActivationStore):
     an end.
 
     make(start, n) -> (n, width), rows start .. start + n of an endless sequence. batch takes
-    them by shards of shard_rows, by default SHARD_ROWS, and keeps one.
+    them by shards of shard_rows and keeps one.
     """
 
-    def __init__(self, make, width, shard_rows=None):
+    def __init__(self, make, width, shard_rows=SHARD_ROWS):
         self.make = make
         self.width = width
-        self.shard_rows = shard_rows or SHARD_ROWS
+        self.shard_rows = shard_rows
         self.rows = math.inf
 
     def find(self, position):

@@ -622,10 +622,9 @@ def many_rows(n_contexts=2000):
     return partial(train_sae.gpt_rows, gpt, tokens, "mlp.0"), computed
 
 
-def test_each_rank_computes_its_share_of_a_stream_and_every_one_gets_all(on_two_ranks, monkeypatch):
-    monkeypatch.setattr("sae.SHARD_ROWS", 16_000)
+def test_each_rank_computes_its_share_of_a_stream_and_every_one_gets_all(on_two_ranks):
     make, computed = many_rows()
-    whole = ActivationStream(make, 32)
+    whole = ActivationStream(make, 32, shard_rows=16_000)
     batches = [whole.batch(position, 6000) for position in range(0, 30_000, 6000)]
     sample = whole.sample(500, (1, 2))
     for batch in batches:
@@ -633,7 +632,11 @@ def test_each_rank_computes_its_share_of_a_stream_and_every_one_gets_all(on_two_
 
     def on(rank):
         computed.clear()
-        stream = ActivationStream(lambda start, n: train_sae.gathered("mlp.0", make(start, n, rank, 2)), 32)
+
+        def make_together(start, n):
+            return train_sae.gathered("mlp.0", make(start, n, rank, 2))
+
+        stream = ActivationStream(make_together, 32, shard_rows=16_000)
         shares = []
         for position in range(0, 30_000, 6000):
             shares.append(stream.batch(position, 6000, rank, ranks=2))

@@ -558,9 +558,8 @@ def test_an_interrupted_dump_leaves_its_finished_shards(tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "meta.json", "train-000.npy"]
 
 
-def test_a_stream_is_the_shards_of_a_dump_one_after_the_other(monkeypatch):
-    monkeypatch.setattr(sae_module, "SHARD_ROWS", 100)
-    stream = ActivationStream(partial(rows_of, "train"), 3)
+def test_a_stream_is_the_shards_of_a_dump_one_after_the_other():
+    stream = ActivationStream(partial(rows_of, "train"), 3, shard_rows=100)
     rows = torch.cat([stream.batch(position, 70) for position in range(0, 700, 70)])
     assert rows.dtype == torch.float32 and rows[:, 0].tolist() == [i % 100 for i in range(700)]
     assert rows[:, 2].tolist() == [i // 100 * 100 for i in range(700)]
