@@ -260,14 +260,14 @@ class Run:
         contexts, or of as many rows of trained_on; of all if there are fewer. Prints progress.
         """
         if not self.gpt:
-            n = min(n_tokens, self.trained_on.rows)
+            n = min(n_tokens, self.n_countable)
             starts = range(0, n, 4096)
             for start in tracked(label, starts, "pieces", lambda start: 1):
                 yield self.trained_on.batch(start, min(4096, n - start)).to(self.device)
             return
         text = self.training_text
         T = self.gpt.config.block_size
-        n_contexts = len(text) // T
+        n_contexts = self.n_countable // T
         n = min(n_contexts, math.ceil(n_tokens / T))  # no fewer: ENOUGH is to be enough
         starts = T * (np.arange(n) * n_contexts // n)  # evenly spread
         # some 4,096 tokens at a time
