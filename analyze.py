@@ -332,10 +332,9 @@ class Run:
         return [f"mlp.{before}" for before in range(n_before)]
 
     def neurons(self):
-        """What the neurons at neuron_sites do on every token -> (n_neurons, N T), numpy."""
-        none = np.empty((0, len(self.x())), dtype=np.float32)
-        acts = [self.x(site).t().cpu().numpy() for site in self.neuron_sites]
-        return np.concatenate([none] + acts)
+        """What the neurons at neuron_sites do on every token -> (N T, n_neurons), on the CPU."""
+        none = torch.empty(len(self.x()), 0)
+        return torch.cat([none] + [self.x(site).cpu() for site in self.neuron_sites], 1)
 
     @property
     def in_last_layer(self):
@@ -727,13 +726,13 @@ def logit_effects(run, directions):
     return logits - (lower + upper) / 2
 
 
-def unit_rows(a):
-    """a (k, tokens), rows about their means, of unit norm: products are Pearson correlations."""
-    a = a - a.mean(1, keepdims=True)
+def unit_columns(a):
+    """a (tokens, k), columns about their means, of unit norm: products are Pearson correlations."""
+    a = a - a.mean(0)
     # squares of what is far from 1, as somebody's own rows can be, would leave float32
-    a /= np.maximum(a.max(1), -a.min(1))[:, None].clip(1e-30)
-    norms = np.linalg.norm(a, axis=1, keepdims=True)
-    a /= norms.clip(1e-15)  # a constant row stays 0: it correlates with nothing
+    a /= torch.maximum(a.amax(0), -a.amin(0)).clip(1e-30)
+    norms = a.square().sum(0).sqrt()  # torch's norm adds in plain order: a thousandth off here
+    a /= norms.clip(1e-15)            # a constant column stays 0: it correlates with nothing
     return a
 
 
@@ -753,9 +752,9 @@ def centred_norms(rows):
 
 def closest(acts, others):
     """
-    The highest of the Pearson correlations of activations (k, tokens) with others, unit_rows
-    transposed (tokens, l) -> (k,); -inf where there are none. Of activations few are not 0: a
-    product with those is soon done.
+    The highest of the Pearson correlations of activations (k, tokens) with others, unit_columns
+    (tokens, l) -> (k,); -inf where there are none. Of activations few are not 0: a product with
+    those is soon done.
     """
     sparse = torch.from_numpy(acts).to_sparse_csr()
     products = (sparse @ others).numpy()  # (k, l)
@@ -765,12 +764,11 @@ def closest(acts, others):
 
 def highest_correlations(run, others):
     """
-    Returns the numbers of the alive features, the highest correlation of each with any of others
-    (k, N T), which are unit_rows, and their densities. UserError when no feature is alive.
+    Returns the numbers of the alive features, the highest correlation of each with any of others,
+    unit_columns (N T, l), and their densities. UserError when no feature is alive.
     """
     best = np.zeros(run.n_features)
     density = np.zeros(run.n_features)
-    others = torch.from_numpy(others).t().contiguous()  # (N T, k)
     for block, acts in run.by_blocks("correlating"):
         best[block] = closest(acts, others)
         density[block] = (acts > 0).mean(1)
@@ -1776,7 +1774,7 @@ def cut_to_density(acts, density):
 
 def explainability(run, alive, mlp, density, rng, n_sample):
     """
-    explained_by_tokens for n_sample alive features, neurons (of mlp (n_neurons, N T)) and random
+    explained_by_tokens for n_sample alive features, neurons (of mlp (N T, n_neurons)) and random
     directions, over the whole range of their activations and cut by a threshold to a density
     -> {kind: {"whole": R^2 (n_sample, 2), "cut": R^2 (n_sample, 2)}}
 
@@ -1786,10 +1784,10 @@ def explainability(run, alive, mlp, density, rng, n_sample):
     # as many of each kind, drawn at random
     directions = rng.standard_normal((run.sae.config.d_in, n_sample)).astype(np.float32)
     features = rng.permutation(alive)[:n_sample]
-    neurons = rng.permutation(len(mlp))[:n_sample]
+    neurons = rng.permutation(mlp.shape[1])[:n_sample]
     acts = {
         "features": run.activations(features),
-        "neurons": mlp[neurons],
+        "neurons": mlp[:, neurons].t().numpy(),
         "random directions": (run.x().cpu().numpy() @ directions).T,
     }
     scores = {}
@@ -1842,10 +1840,10 @@ def show_neurons(run, args, n_sample=256):
 
     # are they the same?
     mlp = run.neurons()
-    alive, best, density = highest_correlations(run, unit_rows(mlp))
+    alive, best, density = highest_correlations(run, unit_columns(mlp))
     share = float((best <= 0.3).mean())
     median = float(np.median(best))
-    neurons = neurons_in_words(run, len(mlp))
+    neurons = neurons_in_words(run, mlp.shape[1])
     print(
         f"{len(alive):,} alive features of {run.site_in_words} against {neurons}:\n"
         f"{share:.1%} have no correlation above 0.3; median of the highest {median:.2f}"
@@ -1853,7 +1851,7 @@ def show_neurons(run, args, n_sample=256):
     numbers = {
         "site": run.site,
         "against": run.neuron_sites,
-        "n_neurons": len(mlp),
+        "n_neurons": mlp.shape[1],
         "share_at_most_03": share,
         "median_correlation": median,
         "density": float(np.median(density)),
@@ -2635,9 +2633,9 @@ def best_partners(a, b, order):
     highest = np.full(len(norms), -np.inf)
     partner = np.zeros(len(norms), dtype=int)
     for block, theirs in b.by_blocks("correlating"):
-        rows = unit_rows(theirs)  # about their means, so those of a need not be
-        rows = torch.from_numpy(rows).t().contiguous()  # (N T, block)
-        values = (both @ rows).numpy() / norms[:, None]
+        # about their means, so those of a need not be
+        columns = unit_columns(torch.from_numpy(theirs).t().contiguous())  # (N T, block)
+        values = (both @ columns).numpy() / norms[:, None]
         best = values.max(1)
         partner = np.where(best > highest, block[values.argmax(1)], partner)
         highest = np.maximum(highest, best)
@@ -2650,8 +2648,8 @@ def logit_correlations(a, b, features, partners):
     for block in blocks(len(features)):
         ours = logit_effects(a, a.sae.W_dec[features[block]])  # (block, vocab_size)
         theirs = logit_effects(b, b.sae.W_dec[partners[block]])
-        rows = unit_rows(ours.cpu().numpy()) * unit_rows(theirs.cpu().numpy())
-        parts.append(rows.sum(1))
+        products = unit_columns(ours.t()) * unit_columns(theirs.t())  # (vocab_size, block)
+        parts.append(products.sum(0).cpu().numpy())
     return np.concatenate(parts)
 
 
@@ -2673,11 +2671,11 @@ def best_matches(a, b, order):
     if not same_model(a, b) and a.neuron_sites and b.neuron_sites:
         # the same question of the neurons
         mlp = a.neurons()
-        mlp = unit_rows(mlp[mlp.any(1)])  # dead ones correlate with nothing
-        others = unit_rows(b.neurons())
+        mlp = unit_columns(mlp[:, mlp.any(0)])  # dead ones correlate with nothing
+        others = unit_columns(b.neurons())
         best["neurons"] = {
-            "found": (mlp @ others.T).max(1),
-            "shuffled": (mlp[:, order] @ others.T).max(1),
+            "found": (mlp.t() @ others).amax(1).numpy(),
+            "shuffled": (mlp[order].t() @ others).amax(1).numpy(),
         }
     return best
 
@@ -3098,17 +3096,18 @@ def rival_neurons(run, acts, has):
     name has the number within the layer, and where there are several layers the layer's site.
     """
     mlp = run.neurons()
-    active = mlp.any(1)  # a dead one detects nothing
+    active = mlp.any(0)  # a dead one detects nothing
     if not active.any():
         return {}
-    both = unit_rows(np.stack([acts, has])) @ unit_rows(mlp).T  # (2, neurons)
-    both[:, ~active] = -np.inf
+    sought = torch.from_numpy(np.stack([acts, has], 1))    # (N T, 2)
+    both = unit_columns(sought).t() @ unit_columns(mlp)    # (2, neurons)
+    both[:, ~active] = -math.inf
     found = {}
     n_layers = len(run.neuron_sites)
     for role, k in zip(("nearest neuron", "best neuron"), both.argmax(1).tolist()):
-        layer, number = divmod(k, len(mlp) // n_layers)  # all layers have as many
+        layer, number = divmod(k, mlp.shape[1] // n_layers)  # all layers have as many
         site = f"{run.neuron_sites[layer]} " if n_layers > 1 else ""
-        found[role] = Detector(f"{site}neuron {number}", float(both[0, k]), mlp[k])
+        found[role] = Detector(f"{site}neuron {number}", both[0, k].item(), mlp[:, k].numpy())
     return found
 
 
@@ -3118,7 +3117,8 @@ def find_twin(run, other, i, acts):
     of feature i (Bricken et al., "Universality") -> Detector, and what is saved of it, a dict.
     UserError when no feature of the other is alive.
     """
-    alive, values, _ = highest_correlations(other, unit_rows(acts[None]))
+    column = torch.from_numpy(acts)[:, None]  # (N T, 1)
+    alive, values, _ = highest_correlations(other, unit_columns(column))
     best = values.argmax()
     j = int(alive[best])
     logits, = logit_correlations(run, other, np.array([i]), np.array([j]))
@@ -4284,7 +4284,7 @@ def describe_features(run, numbers, density):
     density: (m,), that of count_active, as the contexts are too few to tell what is dead or of
     ultra-low density.
     """
-    neurons = torch.from_numpy(unit_rows(run.neurons())).t().contiguous()  # (N T, n_neurons)
+    neurons = unit_columns(run.neurons())  # (N T, n_neurons)
     features = [None] * run.n_features
     active = []
     parts = [numbers[block] for block in blocks(len(numbers))]

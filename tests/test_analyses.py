@@ -389,6 +389,12 @@ def test_features_are_counted_that_move_their_token_further_than_random_directio
 # -----------------------------------------------------------------------------
 # correlations, and what tokens explain
 
+def correlations(a, b):
+    """Those of the rows of a (k, n) with those of b (l, n) -> (k, l), by analyze.unit_columns."""
+    a, b = [analyze.unit_columns(torch.from_numpy(rows).t()) for rows in (a, b)]
+    return (a.t() @ b).numpy()
+
+
 @pytest.mark.parametrize("n", [2, 1000, 20_011])
 def test_correlations_are_numpys_even_far_from_zero(n):
     rng = np.random.default_rng(0)
@@ -396,14 +402,14 @@ def test_correlations_are_numpys_even_far_from_zero(n):
     b = rng.standard_normal((3, n)) + np.stack([a[0], -2 * a[1], 0 * a[2]])
     a, b = (1e3 + a).astype(np.float32), (300 * b - 1e5).astype(np.float32)
     expected = np.corrcoef(a.astype(np.float64), b.astype(np.float64))[:5, 5:]
-    np.testing.assert_allclose(analyze.unit_rows(a) @ analyze.unit_rows(b).T, expected, atol=2e-4)
+    np.testing.assert_allclose(correlations(a, b), expected, atol=2e-4)
 
 
 @pytest.mark.parametrize("scale", [1e-25, 1e25])
 def test_correlations_do_not_depend_on_the_unit(scale):
     a, b = np.random.default_rng(0).random((2, 3, 1000))
     expected = np.corrcoef(a, b)[:3, 3:]
-    found = analyze.unit_rows((scale * a).astype(np.float32)) @ analyze.unit_rows(b.astype(np.float32)).T
+    found = correlations((scale * a).astype(np.float32), b.astype(np.float32))
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
@@ -411,10 +417,10 @@ def test_correlations_do_not_depend_on_the_unit(scale):
 def test_what_is_constant_correlates_with_nothing(constant):
     a = np.random.default_rng(0).standard_normal((2, 10_001)).astype(np.float32)
     b = np.stack([np.full(10_001, constant, dtype=np.float32), a[0]])
-    found = analyze.unit_rows(a) @ analyze.unit_rows(b).T
+    found = correlations(a, b)
     np.testing.assert_allclose(found[:, 0], 0, atol=0.1)
     assert found[0, 1] == pytest.approx(1, abs=1e-4)
-    assert np.abs(analyze.unit_rows(b[:1]) @ analyze.unit_rows(b[:1]).T).max() <= 1.001  # 0 by 0 is finite, too
+    assert np.abs(correlations(b[:1], b[:1])).max() <= 1.001  # 0 by 0 is finite, too
 
 
 def explained_by_hand(tokens, acts):
@@ -502,7 +508,7 @@ def test_features_are_compared_with_the_neurons_that_come_before_the_site(tmp_pa
     this, sae = random_run(tmp_path, site, tokens=tokens)
     idx = this.contexts[:, :-1]
     neurons = np.concatenate([activations_at(this.gpt, idx, name).reshape(160, -1).T for name in sites])
-    np.testing.assert_allclose(this.neurons(), neurons, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(this.neurons().T, neurons, rtol=1e-4, atol=1e-5)
     printed, numbers = analyzed(tmp_path, "neurons"), numbers_in(tmp_path / "sae/scaling/neurons.json")
     x = activations_at(this.gpt, idx, site).reshape(160, -1)
     features = by_hand(sae, x)[0].T
@@ -537,7 +543,7 @@ def test_the_closest_is_that_of_the_highest_pearson_correlation(factor):
     columns[:, 4] += 3 * acts[2]
     columns = columns * factor
     exact = np.corrcoef(acts[:4], columns.T)[:4, 4:]
-    others = torch.from_numpy(analyze.unit_rows(columns.T.astype(np.float32, order="C"))).t()
+    others = analyze.unit_columns(torch.from_numpy(columns.astype(np.float32)))
     found = analyze.closest((acts * factor).astype(np.float32), others)
     np.testing.assert_allclose(found, [*exact.max(1), 0, 0], atol=1e-5)
     assert found[2] > 0.7

@@ -373,7 +373,7 @@ def test_the_nearest_and_the_best_neuron(tmp_path, capsys, site):
     """Of several layers a name has the layer and the number in it; the table's columns stay below one another."""
     this, _ = random_run(tmp_path / "out", site, tokens=np.random.default_rng(0).integers(0, V, 200))
     acts, has = this.activations([3])[0], this.tokens % 2 == 0
-    neurons = this.neurons()
+    neurons = this.neurons().T.numpy()
     found = analyze.rival_neurons(this, acts, has)
     with np.errstate(invalid="ignore"):  # of a dead neuron, NaN
         to_feature = [np.corrcoef(acts, row)[0, 1] for row in neurons]
@@ -422,10 +422,11 @@ def test_what_is_never_active_is_no_rival(planted, tmp_path):
     """Even where all that is active correlates negatively, which a dead one, at 0, would be above."""
     acts, has = np.array([0, 0, 1, 3], np.float32), np.array([False, False, True, True])
     neurons = np.array([[0, 0, 0, 0], [1, 2, 0, 0], [1, 0, 0, 0]], np.float32)
-    found = analyze.rival_neurons(SimpleNamespace(neurons=lambda: neurons, neuron_sites=["mlp.0"]), acts, has)
+    columns = torch.from_numpy(neurons.T)
+    found = analyze.rival_neurons(SimpleNamespace(neurons=lambda: columns, neuron_sites=["mlp.0"]), acts, has)
     assert [one.name for one in found.values()] == ["neuron 2", "neuron 2"]
     assert found["best neuron"].correlation == pytest.approx(np.corrcoef(acts, neurons[2])[0, 1])
-    assert analyze.rival_neurons(SimpleNamespace(neurons=lambda: 0 * neurons), acts, has) == {}
+    assert analyze.rival_neurons(SimpleNamespace(neurons=lambda: 0 * columns), acts, has) == {}
     this, _ = planted
     other = twins(tmp_path / "out", [41, 17], noise=0.5)
     path = os.path.join(other.folder, "sae.pt")
