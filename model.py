@@ -600,6 +600,8 @@ def use_faster_products():
     processor = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     if "AMD" not in processor.get("cpu_name", "") or not processor.get("avx512_f"):
         return
+    # oneDNN keeps a kernel, of a megabyte or so, for each of the last 1,024 shapes of a product
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     torch.set_float32_matmul_precision("medium")  # bfloat16 would do
     x = torch.arange(2**16).sin().view(256, 256)
     exact = x.double() @ x.double()
