@@ -146,7 +146,7 @@ class Run:
     tokens, n the width of the activations, m the number of features.
     """
     folder: str             # where sae.pt is and where all that is written goes
-    sae: SparseAutoencoder  # folded: unit directions, activations in raw units
+    sae: SparseAutoencoder  # folded: unit directions, activations in raw units (see fold)
     source: dict            # what train_sae.py noted of the rows: "site", "gpt", ...
     held_out: torch.Tensor | None = None  # for metrics: contexts (N, T + 1), or rows (N, n)
     # only where the activations are those of a model:
@@ -866,6 +866,11 @@ def save(run, name, **numbers):
     print(f"wrote {name}.* to {run.folder}")
 
 
+def or_undefined(number, form, word="undefined"):
+    """A number in a format such as "+.3f"; what has no meaning, None, as a word."""
+    return word if number is None else f"{number:{form}}"
+
+
 def token_text(run, *tokens):
     """
     Tokens as one printable line, with \\xe2 for a byte of a character that they hold in part.
@@ -1371,11 +1376,6 @@ def top_overlaps(found, n=10):
     n_tokens = len(shared["chance"])
     means = {kind: float(np.mean(of)) if of else None for kind, of in shared.items()}
     return {"tokens": n_tokens, **means}
-
-
-def or_undefined(number, form, word="undefined"):
-    """A number in a format such as "+.3f"; what has no meaning, None, as a word."""
-    return word if number is None else f"{number:{form}}"
 
 
 def show_cause(run, args, n_tokens=400):
@@ -3262,7 +3262,7 @@ def print_detectors(judged, twin):
         half = len(row["precision"]) // 2
         columns = [
             f"{row['correlation']:10.2f}",
-            or_undefined(row["pearson"], "9.2f"),
+            f"{or_undefined(row['pearson'], '.2f', '-'):>9}",  # the whole word leaves no gap
             f"{row['lowest']:9.1%}",
             f"{row['highest']:9.1%}",
             f"{row['share_by_activation']:9.1%}",

@@ -521,10 +521,14 @@ def make_parser(doc):
 def at_least(low, kind=int):
     """An argparse type: a finite number of a kind, int or float, that is low or more."""
     def number(text):
-        value = kind(text)
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
         if not low <= value < 2**63:  # NaN fails this, too; torch's integers end at 2^63
+            noun = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(
-                f"must be at least {low} and below 2^63, not {text}")
+                f"must be {noun}, at least {low} and below 2^63, not {text!r}")
         return value
     return number
 

@@ -533,7 +533,8 @@ class SparseAutoencoder(nn.Module):
         b_enc) W_dec + b_dec: unit decoder rows, scale 1, no tied weights, no pre-encoder
         bias. Its f_i is the activation f_i ||W_dec_i|| of Templeton et al. ("Sparse
         Autoencoders") in raw units, its W_dec_i the direction. The mean that was taken off goes
-        into both biases. With input_norm="token" each vector's own scale stays, and the mean.
+        into both biases. With input_norm="token" each vector's own scale stays, and the mean: f
+        is then in that scale and not in raw units.
         """
         own_scales = self.config.input_norm == "token"
         center = self.config.center and own_scales

@@ -1475,7 +1475,7 @@ def spoil(case, out, folder):
     if case == "decoder of norm 0":
         return ("train_sae.py", flag, *SMALL_SAE, "--decoder_norm=0"), ["--decoder_norm", "0"]
     if case == "resampling steps":
-        return ("train_sae.py", flag, *SMALL_SAE, "--resample=often"), ["--resample", "often"]
+        return ("train_sae.py", flag, *SMALL_SAE, "--resample=5,,7"), ["--resample", "whole number"]
     if case == "a bias that tied weights lack":
         return ("train_sae.py", flag, *SMALL_SAE, "--recipe=tied", "--pre_bias=yes"), ["--pre_bias", "tied"]
     if case == "bfloat16":

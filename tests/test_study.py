@@ -391,6 +391,10 @@ def test_the_nearest_and_the_best_neuron(tmp_path, capsys, site):
     analyze.print_detectors(judged, None)
     heading, *rows = capsys.readouterr().out.splitlines()[2:5]
     assert {row.index(" 0.00") for row in rows} == {heading.index("feature") + 4}
+    judged["best neuron"]["pearson"] = None  # of a property that all tokens have
+    analyze.print_detectors(judged, None)
+    without = capsys.readouterr().out.splitlines()[4]
+    assert len(without.split()) == len(rows[1].split()) and without.index("%") == rows[1].index("%")
 
 
 def twins(folder, order, noise=0.0):
